@@ -1,0 +1,22 @@
+"""How a user's mistake ends: one line, exit code 2, no traceback."""
+
+import os
+import sys
+from collections.abc import Callable
+
+
+class UserError(Exception):
+    """A mistake that the user can mend. The message says the value, the rule and the remedy, one line a mistake."""
+
+
+def run_script(main: Callable[[list[str]], None]) -> None:
+    """Run `main(argv)` as a script: a UserError is printed, by one process only, and exits with code 2."""
+    try:
+        main(sys.argv[1:])
+    except UserError as error:
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            for line in str(error).splitlines():
+                print(f"error: {line}", file=sys.stderr, flush=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
