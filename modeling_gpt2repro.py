@@ -235,9 +235,8 @@ class GPT2ReproBlock(GradientCheckpointingLayer):
         self.mlp = GPT2ReproMLP(config)
 
     def forward(self, hidden_states, attention_mask=None, past_key_values: Cache | None = None, **kwargs):
-        hidden_states = (
-            hidden_states + self.attn(self.ln_1(hidden_states), attention_mask, past_key_values, **kwargs)[0]
-        )
+        attended, _ = self.attn(self.ln_1(hidden_states), attention_mask, past_key_values, **kwargs)
+        hidden_states = hidden_states + attended
         return hidden_states + self.mlp(self.ln_2(hidden_states))
 
 
@@ -437,7 +436,7 @@ GPT2ReproForCausalLM.register_for_auto_class("AutoModelForCausalLM")
 
 
 def register_auto_classes() -> None:
-    """Let the Auto classes open gpt2repro folders with this module: no code from the folder is run, none is asked for."""
+    """Let the Auto classes open gpt2repro folders with this module, without running the copy in the folder."""
     AutoConfig.register(GPT2ReproConfig.model_type, GPT2ReproConfig, exist_ok=True)
     AutoModel.register(GPT2ReproConfig, GPT2ReproModel, exist_ok=True)
     AutoModelForCausalLM.register(GPT2ReproConfig, GPT2ReproForCausalLM, exist_ok=True)
