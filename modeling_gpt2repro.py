@@ -112,8 +112,9 @@ class _ChunkedLinearCrossEntropy(torch.autograd.Function):
             logits[:, unpadded_vocab_size:] = -torch.inf
             log_probs = F.log_softmax(logits, dim=-1, dtype=torch.float32)
             counted = (labels[rows] != IGNORE_INDEX)[:, None]
-            target = labels[rows].clamp(min=0)[:, None]
-            loss -= (log_probs.gather(1, target) * counted).sum()
+            target = labels[rows][:, None].where(counted, 0)
+            # gather sees the real tokens only, so that any other label is its error and not a silent loss
+            loss -= (log_probs[:, :unpadded_vocab_size].gather(1, target) * counted).sum()
             if with_gradients:  # d loss / d logits = softmax - one_hot(target)
                 grad_logits = log_probs.exp_().scatter_add_(1, target, -torch.ones_like(target, dtype=torch.float32))
                 grad_logits = grad_logits.mul_(counted).to(dtype)
@@ -124,6 +125,7 @@ class _ChunkedLinearCrossEntropy(torch.autograd.Function):
         return loss
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx, grad_loss):
         grad_x, grad_w = ctx.saved_tensors
         grad_hidden = (grad_x * grad_loss).to(ctx.hidden_dtype)
@@ -273,6 +275,16 @@ class GPT2ReproPreTrainedModel(PreTrainedModel):
             std = self.config.initializer_range / math.sqrt(2 * self.config.n_layer)
             initialization.normal_(module.weight, mean=0.0, std=std)
 
+    def resize_token_embeddings(self, new_num_tokens=None, pad_to_multiple_of=None, mean_resizing=True):
+        """As in transformers; the real vocabulary becomes new_num_tokens, the rows that pad_to_multiple_of adds stay
+        padding."""
+        if new_num_tokens is not None:  # padding rows are untrained: no new token may start as one of them
+            super().resize_token_embeddings(min(new_num_tokens, self.config.unpadded_vocab_size), mean_resizing=False)
+        embeddings = super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
+        if new_num_tokens is not None:
+            self.config.unpadded_vocab_size = new_num_tokens
+        return embeddings
+
 
 class GPT2ReproModel(GPT2ReproPreTrainedModel):
     """The trunk: token and position embeddings, blocks, final LayerNorm."""
@@ -419,14 +431,6 @@ class GPT2ReproForCausalLM(GPT2ReproPreTrainedModel, GenerationMixin):
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
-
-    def resize_token_embeddings(self, new_num_tokens=None, pad_to_multiple_of=None, mean_resizing=True):
-        """As in transformers; the real vocabulary becomes new_num_tokens, the rows that pad_to_multiple_of adds stay
-        padding."""
-        embeddings = super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
-        if new_num_tokens is not None:
-            self.config.unpadded_vocab_size = new_num_tokens
-        return embeddings
 
 
 # This makes save_pretrained and push_to_hub put a copy of this file beside the weights.

@@ -38,6 +38,14 @@ def window_starts(sampling: str, samples: np.ndarray, n_tokens: int, sequence_le
     return windows.astype(np.int64) * sequence_length
 
 
+def stateless_seed(*where: int) -> int:
+    """A 63-bit seed that is a function of all the numbers given, e.g. (seed, step, micro-batch, rank)."""
+    mixed = np.uint64(0)
+    for number in where:
+        mixed = _hash(np.uint64(number), mixed)
+    return int(mixed) >> 1
+
+
 def permute(indices: np.ndarray, n: int, keys: np.ndarray) -> np.ndarray:
     """Where a pseudo-random permutation of 0 ... n - 1 takes each index, without a table of n entries.
 

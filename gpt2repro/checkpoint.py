@@ -1,0 +1,59 @@
+"""Checkpoints that are complete or absent."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+from accelerate import Accelerator
+
+
+STATE = "trainer_state.json"
+
+
+def latest(output_dir: str | Path) -> Path | None:
+    """The newest complete checkpoint of a run, or None."""
+    found = sorted((Path(output_dir) / "checkpoints").glob("step_*"))
+    return found[-1] if found else None
+
+
+def save(accelerator: Accelerator, output_dir: str | Path, state: dict, keep_last: int) -> None:
+    """Save model, optimizer and `state` as checkpoints/step_{state["step"]}; called by all processes.
+
+    The checkpoint is written under another name, flushed to disk and renamed; only then are older ones removed, so a
+    crash at any moment leaves at least as many good checkpoints as before.
+    """
+    root = Path(output_dir) / "checkpoints"
+    final = root / f"step_{state['step']:08d}"
+    temporary = root / f"writing_{final.name}"
+    if accelerator.is_main_process:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+    accelerator.wait_for_everyone()
+    accelerator.save_state(str(temporary))
+    accelerator.wait_for_everyone()  # save_state returns on a rank before the others have written
+    if accelerator.is_main_process:
+        (temporary / STATE).write_text(json.dumps(state) + "\n")
+        for path in (*temporary.rglob("*"), temporary):
+            _flush(path)
+        temporary.rename(final)
+        _flush(root)
+        for old in sorted(root.glob("step_*"))[:-keep_last]:
+            shutil.rmtree(old)
+    accelerator.wait_for_everyone()
+
+
+def load(accelerator: Accelerator, checkpoint: Path) -> dict:
+    """Load model and optimizer into what was prepared; returns the `state` that was saved with them."""
+    accelerator.load_state(str(checkpoint))
+    # The saved count of micro-batches belongs to the accumulation of then; every checkpoint lies between two steps.
+    accelerator.step = 0
+    return json.loads((checkpoint / STATE).read_text())
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

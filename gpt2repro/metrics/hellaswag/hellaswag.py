@@ -1,0 +1,79 @@
+"""HellaSwag accuracy as an `evaluate` metric: `evaluate.load("gpt2repro/metrics/hellaswag")`, without a network.
+
+`evaluate` copies this file into its module cache and runs the copy. So the file imports installed packages only, one
+import a line, because `evaluate` reads the import lines with a regular expression.
+"""
+
+import datasets
+import evaluate
+import numpy as np
+
+
+DESCRIPTION = """
+Each item is a context with several endings, one of them true. A language model chooses the ending that it finds
+likeliest: acc compares the endings' summed negative log-likelihoods, acc_norm the means per token, which do not
+punish an ending for being long.
+"""
+
+INPUTS = """
+Args:
+    summed_nll: for each item, the negative log-likelihood of each ending, summed over its tokens, in nats.
+    ending_tokens: for each item, the number of tokens of each ending.
+    references: for each item, the index of the true ending.
+Returns:
+    acc: share of items whose true ending has the lowest sum. Among equals the first ending wins.
+    acc_norm: share of items whose true ending has the lowest mean per token.
+    acc_stderr, acc_norm_stderr: standard errors of the two shares; None for a single item.
+    n: number of items.
+"""
+
+CITATION = """
+@inproceedings{zellers2019hellaswag,
+    title={HellaSwag: Can a Machine Really Finish Your Sentence?},
+    author={Zellers, Rowan and Holtzman, Ari and Bisk, Yonatan and Farhadi, Ali and Choi, Yejin},
+    booktitle={Proceedings of the 57th Annual Meeting of the Association for Computational Linguistics},
+    year={2019}
+}
+"""
+
+
+class Hellaswag(evaluate.Metric):
+    def _info(self):
+        features = {
+            "summed_nll": datasets.List(datasets.Value("float64")),
+            "ending_tokens": datasets.List(datasets.Value("int64")),
+            "references": datasets.Value("int64"),
+        }
+        return evaluate.MetricInfo(
+            description=DESCRIPTION,
+            citation=CITATION,
+            inputs_description=INPUTS,
+            features=datasets.Features(features),
+            reference_urls=["https://arxiv.org/abs/1905.07830", "https://github.com/rowanz/hellaswag"],
+        )
+
+    def _compute(self, summed_nll, ending_tokens, references):
+        summed_nll = np.asarray(summed_nll)  # (n, endings)
+        ending_tokens = np.asarray(ending_tokens)
+        if not np.isfinite(summed_nll).all() or not (ending_tokens > 0).all():
+            raise ValueError("every ending needs a finite summed_nll and at least one token")  # argmin would pick a NaN
+        mean_nll = summed_nll / ending_tokens
+        acc, acc_stderr = share_of(summed_nll.argmin(axis=1) == references)
+        acc_norm, acc_norm_stderr = share_of(mean_nll.argmin(axis=1) == references)
+        return {
+            "acc": acc,
+            "acc_norm": acc_norm,
+            "acc_stderr": acc_stderr,
+            "acc_norm_stderr": acc_norm_stderr,
+            "n": len(references),
+        }
+
+
+def share_of(correct):
+    """The share of True in `correct`, (n,) bool, and its standard error from the sample variance.
+
+    The sample variance of n zeros and ones with mean p is p (1 - p) n / (n - 1); the mean's is 1/n of that.
+    Source: lm-evaluation-harness lm_eval/api/metrics.py, mean_stderr.
+    """
+    n, p = len(correct), float(np.mean(correct))
+    return p, (p * (1 - p) / (n - 1)) ** 0.5 if n > 1 else None

@@ -1,0 +1,277 @@
+"""The recipe: everything that defines a run. Defaults, then the YAML file, then the flags; all mistakes at once."""
+
+import argparse
+import dataclasses
+import difflib
+import math
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any, Literal
+
+import yaml
+
+from gpt2repro.data_order import SAMPLING
+from gpt2repro.errors import UserError
+
+
+def option(default: Any, help: str, *, changeable: bool = False) -> Any:
+    """A recipe field. A changeable one may differ when a run is resumed: it does not alter what is learnt."""
+    metadata = {"help": help, "changeable": changeable}
+    if isinstance(default, dict | list):
+        return field(default_factory=lambda: default, metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One run. The defaults are build-nanogpt's for GPT-2 124M on FineWeb-Edu (train_gpt2.py)."""
+
+    data_dir: str = option("data/fineweb-edu", "directory that prepare_data.py made", changeable=True)
+    corpus: str = option("fineweb-edu", "what prepare_data.py makes data_dir from", changeable=True)
+    output_dir: str = option("runs/gpt2-124m", "directory of the run", changeable=True)
+    init_from: str = option("scratch", "scratch, or a model folder, run folder or Hub id to start from")
+    seed: int = option(1337, "seed of initialisation, data order and dropout")
+
+    max_steps: int = option(19_073, "optimizer steps")
+    global_batch_tokens: int = option(524_288, "tokens a step, over all processes and micro-batches")
+    micro_batch_size: int = option(64, "sequences a process sends through the model at once", changeable=True)
+    sequence_length: int = option(1024, "tokens a sequence (T)")
+    sampling: Literal[SAMPLING] = option("shuffle", "order of the training windows: see gpt2repro/data_order.py")
+
+    optimizer: Literal["adamw"] = option("adamw", "the optimizer")
+    learning_rate: float = option(6e-4, "peak learning rate")
+    min_learning_rate: float = option(6e-5, "learning rate at the last step of the cosine")
+    warmup_steps: int = option(715, "steps of linear warm-up")
+    lr_schedule: Literal["cosine", "constant"] = option("cosine", "after the warm-up: cosine decay, or constant")
+    weight_decay: float = option(0.1, "decoupled decay of tensors with 2 or more dimensions")
+    adam_beta1: float = option(0.9, "AdamW's first moment decay")
+    adam_beta2: float = option(0.95, "AdamW's second moment decay")
+    adam_epsilon: float = option(1e-8, "AdamW's epsilon")
+    max_grad_norm: float = option(1.0, "global gradient norm above which gradients are scaled down")
+
+    log_every: int = option(1, "steps between rows of metrics.jsonl", changeable=True)
+    validate_every: int = option(250, "steps between validations; 0: only at the end", changeable=True)
+    validation_tokens: int = option(
+        0, "tokens of each validation, from the start of the split; 0: all", changeable=True
+    )
+    hellaswag_every: int = option(0, "steps between HellaSwag evaluations; 0: never", changeable=True)
+    hellaswag_data: str | None = option(None, "local HellaSwag jsonl(.gz); none: from the Hub", changeable=True)
+    sample_every: int = option(250, "steps between samples; 0: only at the end", changeable=True)
+    sample_prompts: list[str] = option(["Hello, I'm a language model,"], "prompts of the samples", changeable=True)
+    sample_tokens: int = option(64, "new tokens of each sample", changeable=True)
+    checkpoint_every: int = option(1000, "steps between checkpoints; there is one at the end too", changeable=True)
+    keep_last: int = option(2, "how many checkpoints are kept", changeable=True)
+
+    compile: bool = option(False, "torch.compile the model", changeable=True)
+    num_workers: int = option(1, "processes that read batches ahead; 0: none", changeable=True)
+    resume: bool = option(True, "go on from the newest checkpoint in output_dir", changeable=True)
+    report_to: Literal["none", "tensorboard", "wandb", "trackio"] = option("none", "tracker", changeable=True)
+    push_to_hub: bool = option(False, "upload the model folder at the end", changeable=True)
+    hub_model_id: str | None = option(None, "Hub repository to push to, owner/name", changeable=True)
+
+    model: dict = option({}, "fields of GPT2ReproConfig, e.g. n_layer; flags: --model.n_layer 6")
+    reference_losses: dict = option({}, "name: loss, drawn as lines in loss.png", changeable=True)
+
+    @property
+    def sequences_per_step(self) -> int:
+        return self.global_batch_tokens // self.sequence_length
+
+    def accumulation(self, num_processes: int) -> int:
+        """Micro-batches of each process in one step."""
+        return self.sequences_per_step // (self.micro_batch_size * num_processes)
+
+    def problems(self, num_processes: int) -> list[str]:
+        """What is wrong with the values: one line each, with the rule and the remedy."""
+        found = [
+            f"{name}={getattr(self, name)} must be {rule}"
+            for names, rule, holds in _RULES
+            for name in names.split()
+            if not holds(getattr(self, name))
+        ]
+        if not found:
+            found += self._batch_problems(num_processes)
+        if self.min_learning_rate > self.learning_rate:
+            found.append(f"min_learning_rate={self.min_learning_rate} is above learning_rate={self.learning_rate}")
+        if self.warmup_steps >= self.max_steps:
+            found.append(f"warmup_steps={self.warmup_steps} must be below max_steps={self.max_steps}")
+        if self.push_to_hub and not self.hub_model_id:
+            found.append("push_to_hub needs a repository: add --hub_model_id owner/name")
+        return found
+
+    def _batch_problems(self, num_processes: int) -> list[str]:
+        unit = self.micro_batch_size * self.sequence_length * num_processes
+        if self.global_batch_tokens % unit == 0:
+            return []
+        below = self.global_batch_tokens // unit * unit
+        remedy = "use global_batch_tokens=" + (f"{below} or {below + unit}" if below else f"{unit}")
+        sequences, rest = divmod(self.global_batch_tokens, self.sequence_length * num_processes)
+        if not rest:
+            divisors = [size for size in range(1, sequences + 1) if sequences % size == 0]
+            remedy += f", or micro_batch_size={min(divisors, key=lambda size: abs(size - self.micro_batch_size))}"
+        return [
+            f"global_batch_tokens={self.global_batch_tokens} is not a multiple of {self.micro_batch_size} x "
+            f"{self.sequence_length} x {num_processes} = {unit} (micro_batch_size x sequence_length x processes); "
+            + remedy
+        ]
+
+
+_RULES = (  # fields, what their value must be, the test of it
+    (
+        "max_steps global_batch_tokens micro_batch_size sequence_length log_every checkpoint_every keep_last "
+        "sample_tokens",
+        "at least 1",
+        lambda value: value >= 1,
+    ),
+    (
+        "seed learning_rate min_learning_rate warmup_steps weight_decay validate_every validation_tokens "
+        "hellaswag_every sample_every num_workers",
+        "at least 0",
+        lambda value: value >= 0,
+    ),
+    ("adam_epsilon max_grad_norm", "above 0", lambda value: value > 0),
+    ("adam_beta1 adam_beta2", "at least 0 and below 1", lambda value: 0 <= value < 1),
+    (
+        "hellaswag_data",
+        "a HellaSwag file, .jsonl or .jsonl.gz",
+        lambda value: value is None or Path(value).is_file(),
+    ),
+)
+
+
+def parse_recipe(argv: list[str], default_config: Path, config_class: type) -> tuple[Recipe, list[str]]:
+    """The recipe of a command line, and what is wrong with the fields' names and types.
+
+    Args:
+        argv: `--config FILE`, and `--field value` or `--model.field value` that override it.
+        default_config: the recipe where no --config is given.
+        config_class: the model's configuration class; its annotated fields are what `model` may hold.
+    Returns:
+        The recipe, with defaults where a value was wrong; and a line for each mistake: an unknown field with the
+        nearest name, a value of the wrong type.
+    Raises:
+        UserError: the recipe file cannot be read.
+    """
+    hints = typing.get_type_hints(Recipe)
+    hints |= {f"model.{name}": hint for name, hint in config_class.__annotations__.items()}
+    flags, unknown = _parser(hints).parse_known_args(argv)
+    values = _read_yaml(Path(flags.config or default_config))
+    problems = [_unknown(word, [f"--{name}" for name in hints]) for word in unknown if word.startswith("-")]
+    problems += [f"unexpected argument {word!r}; flags are --field value" for word in unknown if word[0] != "-"]
+
+    model = values.pop("model", None) or {}
+    if isinstance(model, dict):
+        values |= {f"model.{name}": value for name, value in model.items()}
+    else:
+        problems.append(f"model={model!r} is not a table of the model's fields")
+    values |= {name: value for name, value in vars(flags).items() if name != "config" and value is not None}
+
+    fields: dict = {"model": {}}
+    for name, value in values.items():
+        if name not in hints:
+            problems.append(_unknown(name, list(hints)))
+            continue
+        try:
+            value = _coerce(value, hints[name])
+        except (KeyError, TypeError, ValueError, OverflowError):
+            problems.append(f"{name}={value!r} is not {_describe(hints[name])}")
+            continue
+        if name.startswith("model."):
+            fields["model"][name.removeprefix("model.")] = value
+        else:
+            fields[name] = value
+    return Recipe(**fields), problems
+
+
+def differences(recipe: Recipe, other: dict) -> list[str]:
+    """The fields in which another run's recipe, given as a dict, trains another model."""
+    return [
+        f"{f.name}={other.get(f.name)} there, {getattr(recipe, f.name)} here"
+        for f in dataclasses.fields(Recipe)
+        if not f.metadata["changeable"] and other.get(f.name) != getattr(recipe, f.name)
+    ]
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> typing.NoReturn:
+        raise UserError(f"{message}; `python {self.prog} --help` lists the flags")
+
+
+def _parser(hints: dict) -> argparse.ArgumentParser:
+    """A flag for each field, all as text: their values are read as those of the YAML file are."""
+    parser = _Parser(
+        allow_abbrev=False, description="Train GPT-2. Flags override the recipe; so do --model.FIELD flags."
+    )
+    parser.add_argument("--config", help="recipe file, one of recipes/ or your own")
+    described = {f.name: f"{f.metadata['help']} (default: {_default(f)})" for f in dataclasses.fields(Recipe)}
+    for name, hint in hints.items():
+        if hint is not dict:
+            bare = {"nargs": "?", "const": "true"} if hint is bool else {}
+            help = described.get(name, argparse.SUPPRESS).replace("%", "%%")
+            parser.add_argument(f"--{name}", metavar="VALUE", help=help, **bare)
+    return parser
+
+
+def _default(f: dataclasses.Field) -> Any:
+    return f.default if f.default is not dataclasses.MISSING else f.default_factory()
+
+
+def _read_yaml(path: Path) -> dict:
+    try:
+        content = yaml.safe_load(path.read_text()) or {}
+    except OSError as error:
+        raise UserError(
+            f"--config {path} cannot be read ({error.strerror}); recipes/ holds the known recipes"
+        ) from error
+    except yaml.YAMLError as error:
+        raise UserError(f"--config {path} is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"--config {path} must be a table of `field: value` lines")
+    return content
+
+
+def _unknown(name: str, known: list[str]) -> str:
+    nearest = difflib.get_close_matches(name, known, n=1)
+    return f"unknown recipe field {name}; " + (f"did you mean {nearest[0]}?" if nearest else "see --help")
+
+
+def _coerce(value: Any, hint: Any) -> Any:
+    """The value as the field's type; flags are always text, and YAML 1.1 reads even 6e-4 as text.
+
+    Raises:
+        KeyError, TypeError, ValueError or OverflowError: the value is not of that type.
+    """
+    if isinstance(hint, UnionType):
+        if str(value).lower() in ("none", "null") and NoneType in typing.get_args(hint):
+            return None
+        return _coerce(value, typing.get_args(hint)[0])
+    if typing.get_origin(hint) is list:
+        return [_coerce(item, typing.get_args(hint)[0]) for item in (value if isinstance(value, list) else [value])]
+    if typing.get_origin(hint) is Literal:
+        if value not in typing.get_args(hint):
+            raise ValueError(value)
+        return value
+    if hint is dict:
+        return {str(name): float(number) for name, number in value.items()}
+    if hint is bool:
+        return {"true": True, "false": False}[str(value).lower()]
+    if value is None or isinstance(value, bool | dict | list):
+        raise TypeError(value)
+    if hint is str:
+        return str(value)
+    number = float(value)
+    if not math.isfinite(number) or (hint is int and not number.is_integer()):
+        raise ValueError(value)
+    return hint(number)
+
+
+def _describe(hint: Any) -> str:
+    if isinstance(hint, UnionType):
+        return " or ".join(_describe(part) for part in typing.get_args(hint))
+    if typing.get_origin(hint) is Literal:
+        return "one of " + ", ".join(typing.get_args(hint))
+    if typing.get_origin(hint) is list:
+        return f"a list of {_describe(typing.get_args(hint)[0])}"
+    names = {int: "a whole number", float: "a finite number", bool: "true or false", str: "text", NoneType: "none"}
+    return names.get(hint, "a table of name: number")

@@ -1,0 +1,201 @@
+"""What a run measures of itself: metrics.jsonl, speed, the picture of the loss, and what the run was made of."""
+
+import contextlib
+import json
+import platform
+import re
+import subprocess
+import time
+from collections.abc import Iterator
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from tqdm import tqdm
+
+from gpt2repro.recipe import Recipe
+
+
+# Dense bf16 (fp16 for V100) peak in FLOP/s, from NVIDIA's datasheets; the first pattern that fits the name counts.
+PEAK_FLOPS = {
+    r"B200": 2250e12,
+    r"H200|GH200": 989e12,
+    r"H100 NVL": 835e12,
+    r"H100 PCIe": 756e12,
+    r"H100": 989e12,
+    r"A100": 312e12,
+    r"L40S": 362e12,
+    r"RTX 4090": 165e12,
+    r"RTX 3090": 71e12,
+    r"V100": 125e12,
+}
+ROW_KINDS = ("loss", "val_loss", "hellaswag_acc", "samples")  # the key that tells what a row of metrics.jsonl is
+
+
+def peak_flops(device: torch.device, mixed_precision: str) -> float | None:
+    """The device's peak rate for 16-bit matrix products in FLOP/s; None where it is not known or not used."""
+    if device.type != "cuda" or mixed_precision not in ("bf16", "fp16"):
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for pattern, peak in PEAK_FLOPS.items() if re.search(rf"\b({pattern})\b", name)), None)
+
+
+def flops_per_token(config, parameters: int, sequence_length: int) -> float:
+    """Floating point operations of a training step for each token: 6 a weight, and 12 * n_layer * n_embd * T of
+    attention; position embeddings are looked up, not multiplied. Source: PaLM paper, appendix B; nanoGPT estimate_mfu.
+    """
+    weights = parameters - config.n_positions * config.n_embd
+    return 6 * weights + 12 * config.n_layer * config.n_embd * sequence_length
+
+
+def peak_memory_bytes(device: torch.device) -> int | None:
+    """The most memory that torch's allocator held on a GPU; None elsewhere."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+
+
+class Metrics:
+    """metrics.jsonl: one JSON object a row, appended and never rewritten.
+
+    A resumed run passes through steps that were logged before it was stopped; they are not logged twice. A last row
+    that a crash cut off is removed.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.last_step = dict.fromkeys(ROW_KINDS, -1)
+        if path.exists():
+            content = path.read_bytes()
+            complete = content[: content.rfind(b"\n") + 1]
+            if complete != content:
+                path.write_bytes(complete)
+            for row in read_metrics(path):
+                self.last_step[_kind(row)] = row["step"]
+
+    def append(self, row: dict) -> bool:
+        """Append a row unless its step has one of its kind; returns whether it was new."""
+        kind = _kind(row)
+        if row["step"] <= self.last_step[kind]:
+            return False
+        self.last_step[kind] = row["step"]
+        with self.path.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        return True
+
+
+class Telemetry:
+    """Measures and reports a run: metrics.jsonl, the progress bar and the tracker. All processes call it alike.
+
+    Args:
+        model: the bare model, for its size.
+        step: steps done before, in the run that is resumed.
+    """
+
+    def __init__(self, recipe: Recipe, accelerator: Accelerator, model: torch.nn.Module, step: int):
+        self.recipe, self.accelerator = recipe, accelerator
+        self.metrics = Metrics(Path(recipe.output_dir) / "metrics.jsonl") if accelerator.is_main_process else None
+        parameters = sum(p.numel() for p in model.parameters())
+        self.flops_per_token = flops_per_token(model.config, parameters, recipe.sequence_length)
+        self.peak_flops = peak_flops(accelerator.device, accelerator.mixed_precision)
+        self.bar = tqdm(
+            total=recipe.max_steps,
+            initial=step,
+            unit=" steps",
+            desc="training",
+            disable=not accelerator.is_main_process,
+        )
+        self.losses: list[torch.Tensor] = []  # of the steps since the last row
+        self.lap_start = time.perf_counter()
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """What happens inside does not count as training time."""
+        began = time.perf_counter()
+        yield
+        self.lap_start += time.perf_counter() - began
+
+    def log_step(self, step: int, loss: torch.Tensor, lr: float, grad_norm: torch.Tensor) -> None:
+        """After `step` steps: a row at every log_every-th, its loss the mean since the row before over all processes.
+
+        Args:
+            loss: () this process's mean over the step, nats per token.
+            grad_norm: () the global norm before clipping.
+        """
+        self.losses.append(loss)
+        self.bar.update()
+        if step % self.recipe.log_every and step != self.recipe.max_steps:
+            return
+        mean_loss = self.accelerator.reduce(torch.stack(self.losses).mean(), "mean").item()
+        now = time.perf_counter()
+        tokens_per_second = len(self.losses) * self.recipe.global_batch_tokens / (now - self.lap_start)
+        self.losses, self.lap_start = [], now
+        mfu = None
+        if self.peak_flops:
+            mfu = tokens_per_second * self.flops_per_token / (self.peak_flops * self.accelerator.num_processes)
+        self.log(
+            step,
+            loss=mean_loss,
+            lr=lr,
+            grad_norm=grad_norm.item(),
+            tokens_per_second=tokens_per_second,
+            mfu=mfu,
+            peak_memory_bytes=peak_memory_bytes(self.accelerator.device),
+        )
+        shown = {"loss": f"{mean_loss:.3f}", "tok/s": f"{tokens_per_second:,.0f}"}
+        self.bar.set_postfix(shown | ({"MFU": f"{mfu:.1%}"} if mfu else {}))
+
+    def log(self, step: int, **values) -> None:
+        """A row of other values, e.g. val_loss or samples."""
+        if self.metrics is None:
+            return
+        row = {"step": step, "tokens": step * self.recipe.global_batch_tokens, **values}
+        if self.metrics.append(row):
+            self.accelerator.log({k: v for k, v in values.items() if isinstance(v, int | float)}, step=step)
+
+    def say(self, text: str) -> None:
+        """Print above the progress bar."""
+        if self.metrics is not None:
+            self.bar.write(text)
+
+    def close(self) -> None:
+        self.bar.close()
+        self.accelerator.end_training()
+
+
+def _kind(row: dict) -> str:
+    return next(kind for kind in ROW_KINDS if kind in row)
+
+
+def read_metrics(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def provenance() -> dict:
+    """The software that runs: versions and, in a git checkout, the commit."""
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
+    with contextlib.suppress(OSError):
+        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+    packages = ("torch", "transformers", "accelerate", "datasets")
+    return {"python": platform.python_version(), **{p: version(p) for p in packages}, "git_commit": commit or None}
+
+
+def plot_losses(metrics: list[dict], lines: dict[str, float], path: Path, title: str) -> None:
+    """Draw training and validation loss over steps, with a horizontal line for each named reference loss."""
+    import matplotlib
+
+    matplotlib.use("Agg")  # no screen is needed
+    from matplotlib import pyplot
+
+    train = [(row["step"], row["loss"]) for row in metrics if "loss" in row]
+    val = [(row["step"], row["val_loss"]) for row in metrics if "val_loss" in row]
+    figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
+    axes.plot(*zip(*train), color="tab:blue", alpha=0.5, linewidth=1, label="training")
+    if val:
+        axes.plot(*zip(*val), color="tab:orange", marker="o", markersize=4, label=f"validation, last {val[-1][1]:.4f}")
+    for (name, loss), color in zip(lines.items(), ("gray", "tab:green", "tab:red", "tab:purple", "tab:brown")):
+        axes.axhline(loss, linestyle="--", color=color, linewidth=1, label=f"{name}, {loss:.4f}")
+    axes.set(xlabel="step", ylabel="loss, nats per token", title=title)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)

@@ -1,0 +1,43 @@
+"""Validation loss on a fixed set of windows, whatever the number of processes."""
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+
+from gpt2repro.data_order import count_windows
+from gpt2repro.recipe import Recipe
+from gpt2repro.shards import TokenStream
+
+
+@torch.inference_mode()
+def validation_loss(model: torch.nn.Module, stream: TokenStream, recipe: Recipe, accelerator: Accelerator) -> float:
+    """Mean loss over the windows that tile the start of the stream, in nats per token.
+
+    The windows are those of the recipe's validation_tokens (at least one; 0: all), of its sequence_length. Every batch
+    has micro_batch_size rows, the last one filled up with rows without labels, so that a model is compiled only once.
+
+    Args:
+        model: gives `.loss`, the mean over the labels that count, from input_ids and shift_labels.
+    """
+    T, batch_size = recipe.sequence_length, recipe.micro_batch_size
+    n_windows = count_windows(len(stream), T)
+    if recipe.validation_tokens:
+        n_windows = min(n_windows, max(1, recipe.validation_tokens // T))
+    mine = range(accelerator.process_index, n_windows, accelerator.num_processes)
+
+    was_training = model.training
+    model.eval()
+    total = 0.0
+    for first in range(0, len(mine), batch_size):
+        windows = mine[first : first + batch_size]
+        tokens = torch.zeros(batch_size, T + 1, dtype=torch.int64)
+        for row, window in enumerate(windows):
+            tokens[row] = torch.from_numpy(stream.read(window * T, T + 1))
+        labels = tokens[:, 1:].clone()
+        labels[len(windows) :] = -100
+        inputs, labels = tokens[:, :-1].to(accelerator.device), labels.to(accelerator.device)
+        # The loss covers every position; logits_to_keep spares the logits, which nobody reads here.
+        loss = model(input_ids=inputs, shift_labels=labels, logits_to_keep=1, use_cache=False).loss
+        total += loss.item() * len(windows)
+    model.train(was_training)
+    return sum(gather_object([total])) / n_windows

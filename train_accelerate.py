@@ -1,0 +1,335 @@
+"""Train GPT-2 on prepared token shards.
+
+    accelerate launch train_accelerate.py                                         # recipes/demo.yaml, on a laptop
+    accelerate launch --config_file accelerate_configs/ddp_8gpu.yaml train_accelerate.py \
+        --config recipes/gpt2-124m-fineweb-edu.yaml [--field value ...]
+
+The recipe says what to run, the accelerate config says how: device, processes, precision. The same command goes on
+where a stopped run left off. gpt2repro/recipe.py lists the fields; output_dir gets recipe.yaml, metrics.jsonl,
+loss.png, checkpoints/ and model/.
+"""
+
+import dataclasses
+import importlib.util
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+import yaml
+from accelerate import Accelerator, PartialState
+from accelerate.utils import GradientAccumulationPlugin, set_seed
+from huggingface_hub import HfApi
+from transformers import AutoConfig
+
+from gpt2repro import checkpoint, shards
+from gpt2repro.batches import MicroBatches
+from gpt2repro.data_order import count_windows, stateless_seed
+from gpt2repro.devices import cpu_asked, missing_gpu, use_all_cores
+from gpt2repro.errors import UserError, run_script
+from gpt2repro.hellaswag import encode_item, evaluate_hellaswag, load_items
+from gpt2repro.model_folder import find_model, generate, load_tokenizer, model_card, save_model_folder
+from gpt2repro.optimizers import build_optimizer, set_lr
+from gpt2repro.recipe import Recipe, differences, parse_recipe
+from gpt2repro.schedule import lr_at
+from gpt2repro.telemetry import Telemetry, plot_losses, provenance, read_metrics
+from gpt2repro.validation import validation_loss
+from modeling_gpt2repro import GPT2ReproConfig, GPT2ReproForCausalLM, register_auto_classes
+
+
+HERE = Path(__file__).resolve().parent
+DEMO = HERE / "recipes" / "demo.yaml"
+
+
+def main(argv: list[str]) -> None:
+    recipe, manifest, config = settle(argv)
+    accelerator = Accelerator(
+        cpu=cpu_asked(),
+        gradient_accumulation_plugin=GradientAccumulationPlugin(
+            num_steps=recipe.accumulation(world_size()), sync_with_dataloader=False
+        ),
+        dynamo_backend="inductor" if recipe.compile else None,
+        log_with=None if recipe.report_to == "none" else recipe.report_to,
+        project_dir=recipe.output_dir,
+    )
+    if accelerator.device.type == "cpu":
+        use_all_cores(accelerator.num_processes)
+    torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in float32
+    begin_run(recipe, manifest, accelerator)
+
+    raw_model = build_model(recipe, config)  # neither wrapped nor compiled: for HellaSwag, samples and saving
+    model, optimizer = accelerator.prepare(raw_model, build_optimizer(raw_model, recipe))
+    step = 0
+    if newest := checkpoint.latest(recipe.output_dir):
+        step = checkpoint.load(accelerator, newest)["step"]
+        accelerator.print(f"resuming after step {step:,} of {recipe.max_steps:,} from {newest}")
+
+    train_data = shards.TokenStream.open(recipe.data_dir, "train")
+    val_data = shards.TokenStream.open(recipe.data_dir, "val")
+    tokenizer = load_tokenizer(Path(recipe.data_dir) / "tokenizer")
+    hellaswag = load_hellaswag(recipe, tokenizer, config)
+    batches = MicroBatches(train_data, recipe, accelerator.process_index, accelerator.num_processes).iterate(step)
+    telemetry = Telemetry(recipe, accelerator, raw_model, step)
+
+    def due(every: int) -> bool:
+        return step == recipe.max_steps or (every > 0 and step % every == 0)
+
+    model.train()
+    while step < recipe.max_steps:
+        lr = lr_at(step, recipe)
+        set_lr(optimizer, lr)
+        loss, grad_norm = train_step(accelerator, model, optimizer, batches, recipe, step)
+        step += 1
+        telemetry.log_step(step, loss, lr, grad_norm)
+        with telemetry.paused():
+            if due(recipe.validate_every):
+                val_loss = validation_loss(model, val_data, recipe, accelerator)
+                telemetry.log(step, val_loss=val_loss)
+                telemetry.say(f"step {step:,}: validation loss {val_loss:.4f}")
+            if hellaswag and due(recipe.hellaswag_every):
+                scores, _ = evaluate_hellaswag(raw_model, hellaswag, accelerator, recipe.micro_batch_size)
+                telemetry.log(step, **scores)
+                telemetry.say(f"step {step:,}: HellaSwag acc_norm {scores['hellaswag_acc_norm']:.4f}")
+            if due(recipe.sample_every) and accelerator.is_main_process:
+                samples = generate(raw_model, tokenizer, recipe.sample_prompts, recipe.sample_tokens, recipe.seed)
+                telemetry.log(step, samples=samples)
+            if due(recipe.checkpoint_every):
+                checkpoint.save(accelerator, recipe.output_dir, {"step": step}, recipe.keep_last)
+    telemetry.close()
+    if accelerator.is_main_process:
+        finish(recipe, manifest, raw_model, tokenizer, train_data)
+
+
+def train_step(accelerator, model, optimizer, batches, recipe: Recipe, step: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """One optimizer step over all micro-batches of this process.
+
+    Returns:
+        () the mean loss of this process in nats per token, and () the global gradient norm before clipping.
+    """
+    micro_losses = []
+    for micro in range(recipe.accumulation(accelerator.num_processes)):
+        tokens = next(batches).to(accelerator.device, non_blocking=True)  # (micro_batch_size, T + 1)
+        # Dropout is a function of where we are, so that a resumed run drops what the uninterrupted one would have.
+        torch.manual_seed(stateless_seed(recipe.seed, step, micro, accelerator.process_index))
+        with accelerator.accumulate(model):
+            loss = model(input_ids=tokens[:, :-1], shift_labels=tokens[:, 1:], use_cache=False).loss
+            accelerator.backward(loss)  # divides by the accumulation
+            if accelerator.sync_gradients:
+                grad_norm = accelerator.clip_grad_norm_(model.parameters(), recipe.max_grad_norm)
+            optimizer.step()  # a no-op until the last micro-batch, and so is zero_grad
+            optimizer.zero_grad()
+        micro_losses.append(loss.detach())
+    return torch.stack(micro_losses).mean(), grad_norm
+
+
+# ---- before the loop ----
+
+
+def world_size() -> int:
+    """Processes of this run, as known before the Accelerator exists."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def settle(argv: list[str]) -> tuple[Recipe, dict, GPT2ReproConfig]:
+    """Recipe, data manifest and model configuration of a run, checked against each other before anything expensive.
+
+    Raises:
+        UserError: one line for each mistake.
+    """
+    register_auto_classes()
+    recipe, problems = parse_recipe(argv, DEMO, GPT2ReproConfig)
+    if "--config" not in " ".join(argv):
+        prepare_demo(recipe)
+    problems += recipe.problems(world_size()) + missing_gpu() + output_problems(recipe)
+    if recipe.report_to != "none" and importlib.util.find_spec(recipe.report_to) is None:
+        problems.append(f"report_to={recipe.report_to} is not installed; run `pip install {recipe.report_to}`")
+    try:
+        manifest = read_data(recipe)
+        config = model_config(recipe, manifest)
+        problems += config_problems(recipe, manifest, config)
+    except (UserError, ValueError) as error:
+        problems.append(str(error))
+    if problems:
+        raise UserError("\n".join(problems))
+    return recipe, manifest, config
+
+
+def prepare_demo(recipe: Recipe) -> None:
+    """Say what a bare command runs, and prepare its corpus where it is missing: once, by the first process."""
+    with PartialState(cpu=cpu_asked()).main_process_first():
+        if PartialState().is_main_process:
+            print(f"no --config: training the demo, {DEMO.relative_to(HERE)}; recipes/ holds the real ones", flush=True)
+            if not (Path(recipe.data_dir) / shards.MANIFEST).exists():
+                command = [sys.executable, HERE / "prepare_data.py", recipe.corpus, "--output_dir", recipe.data_dir]
+                if subprocess.run(command).returncode:
+                    raise UserError(f"the demo's corpus could not be prepared in {recipe.data_dir}")
+
+
+def read_data(recipe: Recipe) -> dict:
+    """The manifest of the recipe's data; a mistake ends in the command that prepares it."""
+    try:
+        return shards.read_manifest(recipe.data_dir)
+    except UserError as error:
+        command = f"python prepare_data.py {recipe.corpus} --output_dir {recipe.data_dir}"
+        raise UserError(f"data_dir={recipe.data_dir} is missing or unfinished; run `{command}`") from error
+
+
+def model_config(recipe: Recipe, manifest: dict) -> GPT2ReproConfig:
+    """The model that the recipe asks for; the vocabulary is that of the data where the recipe does not say.
+
+    Raises:
+        UserError or ValueError: init_from is no gpt2repro model, or the sizes contradict each other.
+    """
+    if recipe.init_from == "scratch":
+        vocab_size, eot_id = manifest["tokenizer"]["vocab_size"], manifest["tokenizer"]["eot_id"]
+        of_data = {
+            "unpadded_vocab_size": vocab_size,
+            "vocab_size": math.ceil(vocab_size / 64) * 64,  # whole tiles of the matrix units
+            "bos_token_id": eot_id,
+            "eos_token_id": eot_id,
+        }
+        return GPT2ReproConfig(**of_data | recipe.model)
+    name = find_model(recipe.init_from)
+    try:
+        config = AutoConfig.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise UserError(f"init_from={recipe.init_from} cannot be opened ({str(error).splitlines()[0]})") from error
+    if config.model_type != GPT2ReproConfig.model_type:
+        raise UserError(
+            f"init_from={recipe.init_from} is a {config.model_type} model, not {GPT2ReproConfig.model_type}"
+        )
+    for field, value in recipe.model.items():
+        if field.endswith("_pdrop"):
+            setattr(config, field, value)  # dropout is the recipe's choice, the architecture is the checkpoint's
+        elif getattr(config, field) != value:
+            raise UserError(
+                f"model.{field}={value}, but init_from={recipe.init_from} has {getattr(config, field)}; leave it out"
+            )
+    return config
+
+
+def config_problems(recipe: Recipe, manifest: dict, config: GPT2ReproConfig) -> list[str]:
+    """What does not fit between recipe, data and model."""
+    problems = []
+    tokenizer = manifest["tokenizer"]
+    if config.unpadded_vocab_size != tokenizer["vocab_size"]:
+        problems.append(
+            f"the model has unpadded_vocab_size={config.unpadded_vocab_size}, but {recipe.data_dir} was tokenized with "
+            f"{tokenizer['name']}, {tokenizer['vocab_size']} ids; choose the data or the model that fits the other"
+        )
+    if recipe.sequence_length > config.n_positions:
+        problems.append(
+            f"sequence_length={recipe.sequence_length} is longer than n_positions={config.n_positions}; "
+            "lower the one or, training from scratch, raise --model.n_positions"
+        )
+    for name, split in manifest["splits"].items():
+        if not count_windows(split["tokens"], recipe.sequence_length):
+            problems.append(
+                f"the {name} split of {recipe.data_dir} has {split['tokens']} tokens, fewer than a window of "
+                f"sequence_length + 1 = {recipe.sequence_length + 1}; use more text or shorter sequences"
+            )
+    return problems
+
+
+def output_problems(recipe: Recipe) -> list[str]:
+    """Why the run must not write to its output directory: nothing of another run is overwritten."""
+    output_dir = Path(recipe.output_dir)
+    elsewhere = "choose another --output_dir, or delete it"
+    if not output_dir.exists() or (output_dir.is_dir() and not any(output_dir.iterdir())):
+        return []
+    if not (output_dir / "recipe.yaml").is_file():
+        return [f"output_dir={output_dir} exists and is not a run; {elsewhere}"]
+    if not recipe.resume:
+        return [f"output_dir={output_dir} holds a run, and resume is off; {elsewhere}"]
+    if differing := differences(recipe, yaml.safe_load((output_dir / "recipe.yaml").read_text())):
+        return [f"output_dir={output_dir} holds a run of another recipe ({'; '.join(differing)}); {elsewhere}"]
+    return []
+
+
+def begin_run(recipe: Recipe, manifest: dict, accelerator: Accelerator) -> None:
+    """Record what runs, and make sure that the Hub repository and the tracker are there."""
+    output_dir = Path(recipe.output_dir)
+    settings = dataclasses.asdict(recipe)
+    if accelerator.is_main_process and recipe.push_to_hub:
+        try:
+            HfApi().create_repo(recipe.hub_model_id, exist_ok=True)
+        except Exception as error:  # network, permission and name errors share no base class
+            raise UserError(f"cannot push to {recipe.hub_model_id} ({error}); log in with `hf auth login`") from error
+    accelerator.wait_for_everyone()  # all have checked the directory before one writes to it
+    if accelerator.is_main_process and not (output_dir / "recipe.yaml").exists():
+        output_dir.mkdir(parents=True, exist_ok=True)
+        record = settings | {"data": manifest["corpus"] | manifest["tokenizer"], "versions": provenance()}
+        (output_dir / "recipe.yaml").write_text(yaml.safe_dump(record, sort_keys=False))
+    model_fields = {f"model.{name}": value for name, value in settings.pop("model").items()}
+    flat = {name: value if isinstance(value, int | float | str) else str(value) for name, value in settings.items()}
+    accelerator.init_trackers("gpt2repro", config=flat | model_fields)
+
+
+def build_model(recipe: Recipe, config: GPT2ReproConfig) -> GPT2ReproForCausalLM:
+    """The model to train, in float32, the same on every process."""
+    set_seed(recipe.seed)
+    if recipe.init_from == "scratch":
+        return GPT2ReproForCausalLM(config)
+    return GPT2ReproForCausalLM.from_pretrained(find_model(recipe.init_from), config=config, dtype=torch.float32)
+
+
+def load_hellaswag(recipe: Recipe, tokenizer, config: GPT2ReproConfig) -> list:
+    """The encoded HellaSwag items, or none where the recipe does not ask for them."""
+    if not recipe.hellaswag_every:
+        return []
+    return [encode_item(item, tokenizer, config.n_positions) for item in load_items(recipe.hellaswag_data)]
+
+
+# ---- after the loop ----
+
+
+def finish(recipe: Recipe, manifest: dict, model, tokenizer, train_data: shards.TokenStream) -> None:
+    """Draw the curve, save the model folder, push it where asked, and say what came out and where it lies."""
+    output_dir = Path(recipe.output_dir)
+    metrics = read_metrics(output_dir / "metrics.jsonl")
+    val = manifest["splits"]["val"]
+    val_loss = [row["val_loss"] for row in metrics if "val_loss" in row][-1]
+    bits_per_byte = val_loss / math.log(2) * val["tokens"] / val["bytes"]
+    baseline = shards.unigram_entropy(train_data.counts(manifest["tokenizer"]["vocab_size"]))
+    samples = [row["samples"] for row in metrics if "samples" in row][-1]
+    title = f"{output_dir.name}: GPT-2, {model.num_parameters() / 1e6:.1f}M parameters, {manifest['corpus']['name']}"
+    plot_losses(metrics, {"unigram entropy": baseline} | recipe.reference_losses, output_dir / "loss.png", title)
+
+    facts = {
+        "architecture": f"{model.config.n_layer} layers, {model.config.n_head} heads, width {model.config.n_embd}, "
+        f"{model.config.n_positions} positions, {model.num_parameters():,} parameters",
+        "data": f"{manifest['corpus']}, tokenizer {manifest['tokenizer']['name']}",
+        "training": f"{recipe.max_steps:,} steps of {recipe.global_batch_tokens:,} tokens",
+        "validation loss": f"{val_loss:.4f} nats per token, {bits_per_byte:.4f} bits per byte",
+        "versions": ", ".join(f"{name} {version}" for name, version in provenance().items()),
+    }
+    save_model_folder(output_dir / "model", model, tokenizer, model_card(output_dir.name, facts))
+
+    print(f"\nvalidation loss {val_loss:.4f} nats per token = {bits_per_byte:.4f} bits per byte")
+    print(f"a model that knows only how frequent each token is: {baseline:.4f} nats per token (unigram entropy)")
+    for number, sample in enumerate(samples, start=1):
+        print(f"\n--- sample {number} ---\n{sample}")
+    print(f"\nmetrics     {output_dir / 'metrics.jsonl'}\npicture     {output_dir / 'loss.png'}")
+    print(f"checkpoint  {checkpoint.latest(output_dir)}\nmodel       {output_dir / 'model'}\n")
+    print("from transformers import AutoModelForCausalLM, AutoTokenizer")
+    print(f'model = AutoModelForCausalLM.from_pretrained("{output_dir / "model"}", trust_remote_code=True)')
+    print(f'tokenizer = AutoTokenizer.from_pretrained("{output_dir / "model"}")')
+    if recipe.push_to_hub:
+        push(recipe.hub_model_id, output_dir / "model")
+
+
+def push(repo_id: str, folder: Path) -> None:
+    try:
+        url = HfApi().upload_folder(repo_id=repo_id, folder_path=folder, commit_message="Upload model")
+    except Exception as error:  # as above
+        raise UserError(
+            f"the upload to {repo_id} failed ({error}); {folder} is complete: repeat the command, or run "
+            f"`hf upload {repo_id} {folder}`"
+        ) from error
+    print(f"pushed to {url}")
+
+
+if __name__ == "__main__":
+    run_script(main)
