@@ -97,6 +97,8 @@ def load(name: str, dtype, trust_remote_code: bool):
         AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
     with explained(f"{name}: no tokenizer can be loaded from there", "save one there with tokenizer.save_pretrained"):
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+        if not tokenizer("a", add_special_tokens=False)["input_ids"]:
+            raise ValueError("the vocabulary is empty")  # what transformers makes of a folder without tokenizer files
     with explained(f"{name}: not a causal language model with weights", "give one that AutoModelForCausalLM can load"):
         model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, trust_remote_code=trust_remote_code)
     return model, tokenizer

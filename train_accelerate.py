@@ -93,7 +93,10 @@ def main(argv: list[str]) -> None:
                 telemetry.log(step, **scores)
                 telemetry.say(f"step {step:,}: HellaSwag acc_norm {scores['hellaswag_acc_norm']:.4f}")
             if due(recipe.sample_every) and accelerator.is_main_process:
-                samples = generate(raw_model, tokenizer, recipe.sample_prompts, recipe.sample_tokens, recipe.seed)
+                samples = [
+                    generate(raw_model, tokenizer, prompt, recipe.sample_tokens, recipe.seed)
+                    for prompt in recipe.sample_prompts
+                ]
                 telemetry.log(step, samples=samples)
             if due(recipe.checkpoint_every):
                 checkpoint.save(accelerator, recipe.output_dir, {"step": step}, recipe.keep_last)

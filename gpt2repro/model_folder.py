@@ -1,10 +1,19 @@
 """Model folders: what `from_pretrained` opens, and what is pushed to the Hub."""
 
+import contextlib
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from gpt2repro.errors import UserError
 
@@ -69,40 +78,89 @@ tokenizer = AutoTokenizer.from_pretrained("PATH_OR_REPO")
 """
 
 
-def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model folder or Hub id.
+def load_tokenizer(name: str | Path, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The tokenizer of a folder or Hub id.
 
     Raises:
         UserError: there is none.
     """
+    with _explained(f"{name}: no tokenizer can be loaded from there", "save one there with tokenizer.save_pretrained"):
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+        if not tokenizer("a", add_special_tokens=False)["input_ids"]:
+            raise ValueError("the vocabulary is empty")  # what transformers makes of a folder without tokenizer files
+    return tokenizer
+
+
+def open_model(
+    name: str, dtype: str | torch.dtype = "auto", trust_remote_code: bool = False
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A causal language model and its tokenizer, from a run, a model folder or the Hub.
+
+    Args:
+        dtype: of the weights; "auto" is the one they were saved in.
+        trust_remote_code: run the model code that comes with the weights, where transformers knows no such model.
+    Raises:
+        UserError: no such folder, no model in it, or not a causal language model with a tokenizer.
+    """
+    path = find_model(name)
+    with _explained(f"{name}: no model can be loaded from there", "give a folder of save_pretrained or a Hub id"):
+        AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+    tokenizer = load_tokenizer(path, trust_remote_code)  # before the weights, so that mistakes show early
+    with _explained(f"{name}: not a causal language model with weights", "give one that AutoModelForCausalLM can load"):
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, trust_remote_code=trust_remote_code)
+    return model, tokenizer
+
+
+@contextlib.contextmanager
+def _explained(problem: str, remedy: str) -> Iterator[None]:
+    """Turn what transformers raises for the user's mistakes, often a page long, into one line."""
     try:
-        return AutoTokenizer.from_pretrained(folder)
+        yield
     except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{folder} holds no tokenizer ({str(error).splitlines()[0]})") from error
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{problem} ({reason}); {remedy}") from error
+
+
+def encode_prompt(prompt: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
+    """(1, T) token ids on the model's device; an empty prompt is the beginning of a document.
+
+    Raises:
+        UserError: the tokenizer knows nothing of the prompt, or it fills all positions of the model.
+    """
+    ids = tokenizer(prompt or tokenizer.bos_token or "\n", return_tensors="pt").input_ids.to(model.device)
+    positions = getattr(model.config, "max_position_embeddings", None)
+    if not ids.numel():
+        raise UserError(f"the tokenizer has no token for the prompt {prompt!r}; use characters of its corpus")
+    if positions and ids.shape[1] >= positions:
+        raise UserError(f"the prompt has {ids.shape[1]} tokens, the model only {positions} positions; shorten it")
+    return ids.long()
 
 
 @torch.no_grad()
 def generate(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[str], max_new_tokens: int, seed: int
-) -> list[str]:
-    """A continuation of each prompt, prompt included, sampled from the 50 likeliest tokens.
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: str,
+    max_new_tokens: int,
+    seed: int,
+    **options,
+) -> str:
+    """The prompt and a continuation, drawn from the 50 likeliest tokens unless `options` of model.generate say else.
 
-    The random state that training uses is left as it was.
+    It ends at the model's last position at the latest. The random state that training uses is left as it was.
     """
     was_training = model.training
     model.eval()
-    eos = model.config.eos_token_id
-    texts = []
-    devices = [model.device] if model.device.type == "cuda" else []
-    with torch.random.fork_rng(devices):
+    ids = encode_prompt(prompt, model, tokenizer)
+    positions = getattr(model.config, "max_position_embeddings", None) or ids.shape[1] + max_new_tokens
+    with torch.random.fork_rng([model.device] if model.device.type == "cuda" else []):
         torch.manual_seed(seed)
-        for prompt in prompts:
-            ids = tokenizer(prompt, return_tensors="pt").input_ids.to(model.device)
-            room = model.config.n_positions - ids.shape[1]
-            output = model.generate(
-                ids, attention_mask=torch.ones_like(ids), max_new_tokens=min(max_new_tokens, room),
-                do_sample=True, top_k=50, pad_token_id=eos,
-            )  # fmt: skip
-            texts.append(tokenizer.decode(output[0], skip_special_tokens=True))
+        output = model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=min(max_new_tokens, positions - ids.shape[1]),
+            pad_token_id=tokenizer.eos_token_id,
+            **{"do_sample": True, "top_k": 50} | options,
+        )
     model.train(was_training)
-    return texts
+    return tokenizer.decode(output[0], skip_special_tokens=True)

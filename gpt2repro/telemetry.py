@@ -5,6 +5,7 @@ import json
 import platform
 import re
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from importlib.metadata import version
@@ -98,10 +99,11 @@ class Telemetry:
         self.flops_per_token = flops_per_token(model.config, parameters, recipe.sequence_length)
         self.peak_flops = peak_flops(accelerator.device, accelerator.mixed_precision)
         self.bar = tqdm(
+            desc="training",
+            unit=" steps",
             total=recipe.max_steps,
             initial=step,
-            unit=" steps",
-            desc="training",
+            mininterval=0.5 if sys.stderr.isatty() else 30,  # seconds; a log file needs no moving bar
             disable=not accelerator.is_main_process,
         )
         self.losses: list[torch.Tensor] = []  # of the steps since the last row
@@ -142,7 +144,7 @@ class Telemetry:
             peak_memory_bytes=peak_memory_bytes(self.accelerator.device),
         )
         shown = {"loss": f"{mean_loss:.3f}", "tok/s": f"{tokens_per_second:,.0f}"}
-        self.bar.set_postfix(shown | ({"MFU": f"{mfu:.1%}"} if mfu else {}))
+        self.bar.set_postfix(shown | ({"MFU": f"{mfu:.1%}"} if mfu else {}), refresh=False)
 
     def log(self, step: int, **values) -> None:
         """A row of other values, e.g. val_loss or samples."""

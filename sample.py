@@ -1,0 +1,66 @@
+"""Continue a prompt with a trained model.
+
+    python sample.py runs/demo --prompt "Module json" --num_samples 3
+
+MODEL is a run, a model folder or a Hub id, of ours or of any causal language model that transformers knows.
+"""
+
+import argparse
+
+from accelerate import Accelerator
+from transformers import TextStreamer
+
+from gpt2repro.devices import cpu_asked
+from gpt2repro.errors import UserError, run_script
+from gpt2repro.model_folder import generate, open_model
+from modeling_gpt2repro import register_auto_classes
+
+
+def main(argv: list[str]) -> None:
+    args = parse_arguments(argv)
+    register_auto_classes()
+    model, tokenizer = open_model(args.model, trust_remote_code=args.trust_remote_code)
+    model.to(Accelerator(cpu=cpu_asked()).device)
+    for number in range(args.num_samples):
+        print(f"--- sample {number + 1} ---", flush=True)
+        generate(
+            model,
+            tokenizer,
+            args.prompt,
+            args.max_new_tokens,
+            seed=args.seed + number,
+            top_k=args.top_k,
+            temperature=args.temperature,
+            streamer=TextStreamer(tokenizer, skip_special_tokens=True),
+        )
+
+
+def parse_arguments(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("model", help="run, model folder or Hub id")
+    parser.add_argument("--prompt", default="", help="what to continue (default: the beginning of a document)")
+    parser.add_argument("--num_samples", type=int, default=3, help="continuations (default: %(default)s)")
+    parser.add_argument("--max_new_tokens", type=int, default=200, help="tokens of each (default: %(default)s)")
+    parser.add_argument(
+        "--top_k", type=int, default=50, help="draw from the likeliest k; 0: all (default: %(default)s)"
+    )
+    parser.add_argument("--temperature", type=float, default=1.0, help="divides the logits (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=1337, help="of the first sample (default: %(default)s)")
+    parser.add_argument("--trust_remote_code", action="store_true", help="run the model code that MODEL brings")
+    args = parser.parse_args(argv)
+    problems = [
+        f"--{name} {getattr(args, name)} must be at least {minimum}"
+        for name, minimum in {"num_samples": 1, "max_new_tokens": 1, "top_k": 0, "seed": 0}.items()
+        if getattr(args, name) < minimum
+    ]
+    if args.temperature <= 0:
+        problems.append(f"--temperature {args.temperature} must be above 0")
+    if problems:
+        raise UserError("\n".join(problems))
+    return args
+
+
+if __name__ == "__main__":
+    run_script(main)
