@@ -174,7 +174,7 @@ def parse_recipe(argv: list[str], default_config: Path, config_class: type) -> t
             continue
         try:
             value = _coerce(value, hints[name])
-        except (KeyError, TypeError, ValueError, OverflowError):
+        except (AttributeError, KeyError, TypeError, ValueError, OverflowError):
             problems.append(f"{name}={value!r} is not {_describe(hints[name])}")
             continue
         if name.startswith("model."):
@@ -240,7 +240,7 @@ def _coerce(value: Any, hint: Any) -> Any:
     """The value as the field's type; flags are always text, and YAML 1.1 reads even 6e-4 as text.
 
     Raises:
-        KeyError, TypeError, ValueError or OverflowError: the value is not of that type.
+        AttributeError, KeyError, TypeError, ValueError or OverflowError: the value is not of that type.
     """
     if isinstance(hint, UnionType):
         if str(value).lower() in ("none", "null") and NoneType in typing.get_args(hint):

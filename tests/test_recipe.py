@@ -1,0 +1,121 @@
+"""Recipes: what is read, what is refused, and the arithmetic of a step."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from gpt2repro.errors import UserError
+from gpt2repro.recipe import Recipe, differences, parse_recipe
+from modeling_gpt2repro import GPT2ReproConfig
+
+
+ROOT = Path(__file__).resolve().parents[1]
+RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
+
+
+def parse(tmp_path, text, *argv):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text)
+    return parse_recipe(["--config", str(path), *argv], path, GPT2ReproConfig)
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("num_processes", [1, 8])
+def test_shipped_recipes_are_right(path, num_processes):
+    recipe, problems = parse_recipe(["--config", str(path)], path, GPT2ReproConfig)
+    assert problems == []
+    if num_processes == 1 or "124m" in path.stem:
+        assert recipe.problems(num_processes) == []
+    GPT2ReproConfig(**{"vocab_size": 50304} | recipe.model)
+
+
+def test_shipped_recipes_keep_their_sources_numbers():
+    def read(name):
+        return parse_recipe(["--config", str(ROOT / "recipes" / f"{name}.yaml")], ROOT, GPT2ReproConfig)[0]
+
+    edu, fineweb, owt = (read(f"gpt2-124m-{name}") for name in ("fineweb-edu", "fineweb", "openwebtext"))
+    assert (edu.max_steps, edu.warmup_steps, edu.global_batch_tokens) == (19073, 715, 2**19)
+    assert (edu.learning_rate, edu.min_learning_rate, edu.weight_decay, edu.adam_beta2) == (6e-4, 6e-5, 0.1, 0.95)
+    assert (fineweb.warmup_steps, fineweb.min_learning_rate) == (700, 0)
+    assert fineweb.max_steps * fineweb.global_batch_tokens == 10_255_073_280  # the last row of llm.c's log
+    assert owt.global_batch_tokens == 12 * 1024 * 5 * 8 and owt.accumulation(8) == 5 and owt.max_steps == 600_000
+
+
+def test_flags_override_yaml_and_yaml_overrides_defaults(tmp_path):
+    text = "learning_rate: 6e-4\nmax_steps: 100\nseed: 7\nmodel: {n_layer: 3, n_head: 2}"
+    recipe, problems = parse(tmp_path, text, "--max_steps", "50", "--model.n_layer", "5", "--compile", "--seed=9")
+    assert problems == []
+    assert (recipe.learning_rate, recipe.max_steps, recipe.seed, recipe.compile) == (6e-4, 50, 9, True)
+    assert recipe.model == {"n_layer": 5, "n_head": 2}
+    assert recipe.weight_decay == Recipe().weight_decay
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("learning_rat: 1", "unknown recipe field learning_rat; did you mean learning_rate?"),
+        ("model: {n_layr: 1}", "unknown recipe field model.n_layr; did you mean model.n_layer?"),
+        ("max_steps: 1.5", "max_steps=1.5 is not a whole number"),
+        ("max_steps: true", "max_steps=True is not a whole number"),
+        ("learning_rate: fast", "learning_rate='fast' is not a finite number"),
+        ("learning_rate: .nan", "learning_rate=nan is not a finite number"),
+        ("compile: 1", "compile=1 is not true or false"),
+        ("sampling: shufle", "sampling='shufle' is not one of shuffle, sequential, random"),
+        ("max_steps:", "max_steps=None is not a whole number"),
+        ("model: 3", "model=3 is not a table of the model's fields"),
+        ("reference_losses: [1]", "reference_losses=[1] is not a table of name: number"),
+    ],
+)
+def test_a_wrong_field_is_one_line(tmp_path, text, message):
+    assert parse(tmp_path, text)[1] == [message]
+
+
+def test_unknown_flags_are_named_with_the_nearest(tmp_path):
+    assert parse(tmp_path, "", "--max_step", "3")[1] == [
+        "unknown recipe field --max_step; did you mean --max_steps?",
+        "unexpected argument '3'; flags are --field value",
+    ]
+
+
+@pytest.mark.parametrize("text", ["- a\n- b", "a: [", "just text"])
+def test_a_file_that_is_no_table_is_refused(tmp_path, text):
+    with pytest.raises(UserError, match="--config"):
+        parse(tmp_path, text)
+
+
+def test_a_missing_file_is_refused(tmp_path):
+    with pytest.raises(UserError, match="cannot be read"):
+        parse_recipe(["--config", str(tmp_path / "no.yaml")], tmp_path, GPT2ReproConfig)
+
+
+def test_all_problems_of_values_are_found_at_once():
+    recipe = Recipe(max_steps=0, adam_beta2=1.0, max_grad_norm=0, min_learning_rate=1.0, push_to_hub=True)
+    found = "\n".join(recipe.problems(1))
+    for name in ("max_steps=0", "adam_beta2=1.0", "max_grad_norm=0", "min_learning_rate=1.0", "hub_model_id"):
+        assert name in found
+
+
+@pytest.mark.parametrize(
+    ("tokens", "micro", "length", "processes", "remedies"),
+    [
+        (500_000, 64, 1024, 8, ["524288"]),
+        (1_000_000, 64, 1024, 8, ["524288", "1048576"]),
+        (524_288, 48, 1024, 8, ["393216", "786432", "micro_batch_size=32"]),
+    ],
+)
+def test_batch_that_does_not_divide_names_what_does(tokens, micro, length, processes, remedies):
+    recipe = Recipe(global_batch_tokens=tokens, micro_batch_size=micro, sequence_length=length)
+    (problem,) = recipe.problems(processes)
+    for remedy in remedies:
+        assert remedy in problem
+        number = int(remedy.split("=")[-1])
+        fixed = {"micro_batch_size": number} if "micro" in remedy else {"global_batch_tokens": number}
+        assert dataclasses.replace(recipe, **fixed).problems(processes) == []
+
+
+def test_only_what_changes_the_result_makes_another_run():
+    recipe = Recipe()
+    assert differences(recipe, dataclasses.asdict(dataclasses.replace(recipe, micro_batch_size=1, log_every=7))) == []
+    (difference,) = differences(recipe, dataclasses.asdict(dataclasses.replace(recipe, learning_rate=1e-3)))
+    assert difference == "learning_rate=0.001 there, 0.0006 here"

@@ -1,0 +1,65 @@
+"""What a run says of itself."""
+
+import json
+
+import pytest
+import torch
+from transformers import GPT2Config
+
+from gpt2repro.telemetry import Metrics, flops_per_token, peak_flops, plot_losses, provenance, read_metrics
+
+
+def test_rows_are_appended_once_whatever_is_logged_again(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    first = Metrics(path)
+    for step in (1, 2, 3):
+        assert first.append({"step": step, "loss": float(step)})
+    assert first.append({"step": 2, "val_loss": 0.5})
+    with path.open("a") as file:
+        file.write('{"step": 4, "lo')  # a crash cut the row off
+
+    resumed = Metrics(path)
+    assert not resumed.append({"step": 3, "loss": 99.0})
+    assert resumed.append({"step": 4, "loss": 4.0})
+    assert not resumed.append({"step": 2, "val_loss": 99.0})
+    assert resumed.append({"step": 4, "val_loss": 0.25})
+    rows = read_metrics(path)
+    assert [row["loss"] for row in rows if "loss" in row] == [1, 2, 3, 4]
+    assert [row["val_loss"] for row in rows if "val_loss" in row] == [0.5, 0.25]
+
+
+def test_flops_of_gpt2_124m():
+    # 6N + 12 * n_layer * n_embd * T, N = 124,439,808 - 1024 * 768 without position embeddings
+    assert flops_per_token(GPT2Config(), 124_439_808, 1024) == 6 * 123_653_376 + 12 * 12 * 768 * 1024
+
+
+@pytest.mark.parametrize(
+    ("name", "peak"),
+    [
+        ("NVIDIA A100-SXM4-80GB", 312e12),
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("NVIDIA H100 PCIe", 756e12),
+        ("NVIDIA H200", 989e12),
+        ("NVIDIA GeForce RTX 4090", 165e12),
+        ("NVIDIA A10", None),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
+        ("Some new GPU", None),
+    ],
+)
+def test_peak_is_known_or_null(monkeypatch, name, peak):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    assert peak_flops(torch.device("cuda"), "bf16") == peak
+    assert peak_flops(torch.device("cuda"), "no") is None
+    assert peak_flops(torch.device("cpu"), "bf16") is None
+
+
+def test_picture_is_drawn_without_a_screen(tmp_path):
+    rows = [{"step": s, "loss": 3 - s / 10} for s in range(1, 9)] + [{"step": 8, "val_loss": 2.3}]
+    plot_losses(rows, {"unigram entropy": 3.3}, tmp_path / "loss.png", "a run")
+    assert (tmp_path / "loss.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+
+
+def test_provenance_is_json():
+    record = provenance()
+    assert record["torch"] == torch.__version__
+    json.dumps(record)
