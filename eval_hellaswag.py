@@ -1,26 +1,26 @@
 """HellaSwag accuracy of a causal language model, beside OpenAI's GPT-2.
 
-    python eval_hellaswag.py runs/mine/model
+    python eval_hellaswag.py runs/mine
     python eval_hellaswag.py openai-community/gpt2 --output gpt2.json
-    python eval_hellaswag.py runs/mine/model --data hellaswag_val.jsonl.gz --limit 200
-    accelerate launch --multi_gpu --num_processes 8 eval_hellaswag.py runs/mine/model --batch_size 32
+    python eval_hellaswag.py runs/mine --data hellaswag_val.jsonl.gz --limit 200
+    accelerate launch --config_file accelerate_configs/ddp_8gpu.yaml eval_hellaswag.py runs/mine --batch_size 32
 
-The protocol is described in gpt2repro/hellaswag.py. A folder with weights, configuration and tokenizer, as
-save_pretrained writes them, or a Hub id will do.
+The protocol is described in gpt2repro/hellaswag.py. MODEL is a run, a folder with weights, configuration and tokenizer
+as save_pretrained writes them, or a Hub id.
 """
 
 import argparse
 import hashlib
 import json
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from gpt2repro.devices import cpu_asked
 from gpt2repro.errors import UserError, run_script
-from gpt2repro.hellaswag import FULL_SET, HUB_ID, encode_item, evaluate_hellaswag, first_line, load_items, predict
+from gpt2repro.hellaswag import FULL_SET, HUB_ID, encode_item, evaluate_hellaswag, load_items, predict
+from gpt2repro.model_folder import find_model, open_model
 from modeling_gpt2repro import register_auto_classes
 
 
@@ -30,17 +30,18 @@ REFERENCES = [  # name, acc, acc_norm; build-nanogpt hellaswag.py:12-19, on the 
     ("OpenAI gpt2-xl", 0.3842, 0.4893),
 ]
 WIKIHOW_MARK = "[header]"
-DEFAULT_BATCH_SIZE = {"cpu": 1}  # a CPU is slower with more: the logits outgrow what the allocator reuses
+DEFAULT_BATCH_SIZE = {"cpu": 1}  # with GPT-2's vocabulary one CPU thread was 3.6 times slower with 16
 DTYPES = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def main(argv: list[str]) -> None:
     args = parse_arguments(argv)
     check_arguments(args)
-    accelerator = Accelerator()
+    register_auto_classes()
+    accelerator = Accelerator(cpu=cpu_asked())
     with accelerator.main_process_first():  # the others find what was downloaded, or copied as code, in the caches
         items = load_items(args.data, args.limit)
-        model, tokenizer = load(args.model, DTYPES[args.dtype], args.trust_remote_code)
+        model, tokenizer = open_model(args.model, DTYPES[args.dtype], args.trust_remote_code)
 
     config = model.config.get_text_config()
     max_length = getattr(config, "max_position_embeddings", None)  # n_positions goes by this name, too
@@ -84,33 +85,12 @@ def check_arguments(args: argparse.Namespace) -> None:
         problems.append(f"--output {args.output}: exists and is not overwritten; remove it or choose another name")
     if args.output and not Path(args.output).parent.is_dir():
         problems.append(f"--output {args.output}: no folder {Path(args.output).parent}; create it first")
-    if not Path(args.model).is_dir() and (Path(args.model).exists() or args.model.count("/") > 1):
-        problems.append(f"{args.model}: no such folder; give a model folder or a Hub id such as openai-community/gpt2")
+    try:
+        find_model(args.model)
+    except UserError as error:
+        problems.append(str(error))
     if problems:
         raise UserError("\n".join(problems))
-
-
-def load(name: str, dtype, trust_remote_code: bool):
-    """Model and tokenizer; the weights come last, so that the other mistakes show before they are read."""
-    register_auto_classes()
-    with explained(f"{name}: no model can be loaded from there", "give a folder of save_pretrained or a Hub id"):
-        AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
-    with explained(f"{name}: no tokenizer can be loaded from there", "save one there with tokenizer.save_pretrained"):
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
-        if not tokenizer("a", add_special_tokens=False)["input_ids"]:
-            raise ValueError("the vocabulary is empty")  # what transformers makes of a folder without tokenizer files
-    with explained(f"{name}: not a causal language model with weights", "give one that AutoModelForCausalLM can load"):
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, trust_remote_code=trust_remote_code)
-    return model, tokenizer
-
-
-@contextmanager
-def explained(problem: str, remedy: str):
-    """Turn what transformers raises for the user's mistakes, often a page long, into one line."""
-    try:
-        yield
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{problem} ({first_line(error)}); {remedy}") from error
 
 
 def check_vocabulary(name: str, encoded: list, vocab_size: int) -> None:

@@ -11,6 +11,7 @@ loss.png, checkpoints/ and model/.
 
 import dataclasses
 import importlib.util
+import logging
 import math
 import os
 import subprocess
@@ -23,6 +24,7 @@ from accelerate import Accelerator, PartialState
 from accelerate.utils import GradientAccumulationPlugin, set_seed
 from huggingface_hub import HfApi
 from transformers import AutoConfig
+from transformers.utils.logging import disable_progress_bar
 
 from gpt2repro import checkpoint, shards
 from gpt2repro.batches import MicroBatches
@@ -44,6 +46,8 @@ DEMO = HERE / "recipes" / "demo.yaml"
 
 
 def main(argv: list[str]) -> None:
+    logging.getLogger("accelerate.utils.other").setLevel(logging.ERROR)  # "Removed shared tensor": the head is tied
+    disable_progress_bar()  # of reading and writing weights; the training bar stays
     recipe, manifest, config = settle(argv)
     accelerator = Accelerator(
         cpu=cpu_asked(),
@@ -59,17 +63,17 @@ def main(argv: list[str]) -> None:
     torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in float32
     begin_run(recipe, manifest, accelerator)
 
+    train_data = shards.TokenStream.open(recipe.data_dir, "train")
+    val_data = shards.TokenStream.open(recipe.data_dir, "val")
+    tokenizer = load_tokenizer(Path(recipe.data_dir) / "tokenizer")
+    hellaswag = load_hellaswag(recipe, tokenizer, config)
+
     raw_model = build_model(recipe, config)  # neither wrapped nor compiled: for HellaSwag, samples and saving
     model, optimizer = accelerator.prepare(raw_model, build_optimizer(raw_model, recipe))
     step = 0
     if newest := checkpoint.latest(recipe.output_dir):
         step = checkpoint.load(accelerator, newest)["step"]
         accelerator.print(f"resuming after step {step:,} of {recipe.max_steps:,} from {newest}")
-
-    train_data = shards.TokenStream.open(recipe.data_dir, "train")
-    val_data = shards.TokenStream.open(recipe.data_dir, "val")
-    tokenizer = load_tokenizer(Path(recipe.data_dir) / "tokenizer")
-    hellaswag = load_hellaswag(recipe, tokenizer, config)
     batches = MicroBatches(train_data, recipe, accelerator.process_index, accelerator.num_processes).iterate(step)
     telemetry = Telemetry(recipe, accelerator, raw_model, step)
 
@@ -143,7 +147,7 @@ def settle(argv: list[str]) -> tuple[Recipe, dict, GPT2ReproConfig]:
     """
     register_auto_classes()
     recipe, problems = parse_recipe(argv, DEMO, GPT2ReproConfig)
-    if "--config" not in " ".join(argv):
+    if not any(word.split("=")[0] == "--config" for word in argv):
         prepare_demo(recipe)
     problems += recipe.problems(world_size()) + missing_gpu() + output_problems(recipe)
     if recipe.report_to != "none" and importlib.util.find_spec(recipe.report_to) is None:

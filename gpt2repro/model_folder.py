@@ -22,12 +22,14 @@ def find_model(name: str) -> str:
     """The model that a user means by `name`: a run's model folder, a model folder, or else a Hub id.
 
     Raises:
-        UserError: a folder without a model in it, or neither a folder nor a Hub id.
+        UserError: a file, a folder without a model in it, or neither a folder nor a Hub id.
     """
     folder = Path(name)
     for candidate in (folder / "model", folder):
         if (candidate / "config.json").is_file():
             return str(candidate)
+    if folder.is_file():
+        raise UserError(f"{name} is a file; give a model folder, a run folder or a Hub id")
     if folder.exists():
         unfinished = " (the run has not finished yet)" if (folder / "recipe.yaml").exists() else ""
         raise UserError(f"{name} holds no model: neither config.json nor model/config.json is there{unfinished}")

