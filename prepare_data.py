@@ -89,6 +89,11 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     problems = []
     if not args.verify and not (args.corpus and args.output_dir):
         problems.append("give a CORPUS and --output_dir DIR, or --verify DIR")
+    if args.source and args.output_dir and Path(args.source).resolve() in Path(args.output_dir).resolve().parents:
+        problems.append(
+            f"--output_dir {args.output_dir} lies inside --source {args.source}, where its files would be taken for "
+            "documents; choose one outside"
+        )
     if args.shard_tokens < 1:
         problems.append(f"--shard_tokens {args.shard_tokens} must be at least 1")
     if args.num_workers < 1:
@@ -110,12 +115,12 @@ def is_prepared(output_dir: Path, settings: dict) -> bool:
     Raises:
         UserError: it holds something else, which is not overwritten.
     """
-    if not output_dir.exists() or (output_dir.is_dir() and not any(output_dir.iterdir())):
+    if not output_dir.exists():
         return False
+    if output_dir.is_dir() and {path.name for path in output_dir.iterdir()} <= {SETTINGS + ".tmp"}:
+        return False  # empty, or interrupted while the first file was written
     for name in (shards.MANIFEST, SETTINGS):
-        if (output_dir / name).exists():
-            found = json.loads((output_dir / name).read_text())
-            found = found["settings"] if name == shards.MANIFEST else found
+        if (found := recorded_settings(output_dir / name)) is not None:
             if found == settings:
                 return name == shards.MANIFEST
             differences = [k for k in settings if found.get(k) != settings[k]]
@@ -124,6 +129,15 @@ def is_prepared(output_dir: Path, settings: dict) -> bool:
                 "choose another --output_dir, or delete it"
             )
     raise UserError(f"{output_dir} exists and was not made by prepare_data.py; choose another --output_dir")
+
+
+def recorded_settings(path: Path) -> dict | None:
+    """The settings that a manifest, or SETTINGS, records; None where there is no such file of ours."""
+    try:
+        content = json.loads(path.read_text())
+        return dict(content["settings"] if path.name == shards.MANIFEST else content)
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def split_settings(args: argparse.Namespace, corpus: Corpus) -> dict:

@@ -2,6 +2,7 @@
 
 import ast
 import difflib
+import glob
 import gzip
 import sys
 import sysconfig
@@ -195,8 +196,10 @@ def _file_documents(path: Path, text_column: str) -> Iterator[str]:
     if _suffix(path) in TEXT_SUFFIXES:
         yield _reading(str(path), _read_text, path)
         return
-    builder = TABLE_SUFFIXES[_suffix(path)]
-    rows = _reading(str(path), datasets.load_dataset, builder, data_files=str(path), split="train", streaming=True)
+    if not path.stat().st_size:  # no rows; datasets takes it for a broken file
+        return
+    builder, pattern = TABLE_SUFFIXES[_suffix(path)], glob.escape(str(path))
+    rows = _reading(str(path), datasets.load_dataset, builder, data_files=pattern, split="train", streaming=True)
     yield from _texts(rows, str(path), text_column)
 
 

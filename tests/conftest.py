@@ -6,8 +6,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import tiktoken
 
-from gpt2repro.tokenization import Tokenizer, build_tokenizer
+from gpt2repro import corpora
+from gpt2repro.tokenization import Tokenizer, build_tokenizer, gpt2_encoding
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -47,5 +49,15 @@ def topics() -> list[str]:
 
 
 @pytest.fixture(scope="session")
+def python_docs() -> list[str]:
+    return list(corpora.python_docs())
+
+
+@pytest.fixture(scope="session")
 def gpt2() -> Tokenizer:
     return build_tokenizer("gpt2", [])
+
+
+@pytest.fixture(scope="session")
+def encoding() -> tiktoken.Encoding:
+    return gpt2_encoding()

@@ -12,7 +12,7 @@ import pytest
 from gpt2repro import shards
 from gpt2repro.errors import UserError
 from gpt2repro.shards import ShardWriter, TokenStream, unigram_entropy
-from gpt2repro.tokenization import build_tokenizer, gpt2_encoding
+from gpt2repro.tokenization import build_tokenizer
 
 
 EOT = 99
@@ -91,9 +91,8 @@ def test_no_documents_make_no_shard(tmp_path):
 
 
 @pytest.mark.parametrize("shard_tokens", [3, 1000, 10**6])
-def test_shards_decode_to_their_text(tmp_path, topics, gpt2, shard_tokens):
+def test_shards_decode_to_their_text(tmp_path, topics, gpt2, encoding, shard_tokens):
     texts = ["", "Ümlaut 👩‍👩‍👧 \0\r\n", "written <|endoftext|> out", *topics[:3]]
-    encoding = gpt2_encoding()
     record = write(tmp_path, gpt2.encode_batch(texts), shard_tokens, eot_id=gpt2.eot_id)
     tokens = np.concatenate([np.load(tmp_path / shard["file"]) for shard in record["shards"]])
 

