@@ -1,6 +1,9 @@
 # make demo and make test work on a fresh machine: each sets up .venv by itself.
 PYTHON ?= python3
 BIN := .venv/bin
+# Let OpenMP threads that wait for each other sleep soon, not spin: on a machine that does other work besides, spinning
+# makes training on the CPU several times slower.
+export GOMP_SPINCOUNT ?= 10000
 
 .PHONY: demo test lint format bench clean
 

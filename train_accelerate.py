@@ -97,10 +97,7 @@ def main(argv: list[str]) -> None:
                 telemetry.log(step, **scores)
                 telemetry.say(f"step {step:,}: HellaSwag acc_norm {scores['hellaswag_acc_norm']:.4f}")
             if due(recipe.sample_every) and accelerator.is_main_process:
-                samples = [
-                    generate(raw_model, tokenizer, prompt, recipe.sample_tokens, recipe.seed)
-                    for prompt in recipe.sample_prompts
-                ]
+                samples = draw_samples(raw_model, tokenizer, recipe)
                 telemetry.log(step, samples=samples)
             if due(recipe.checkpoint_every):
                 checkpoint.save(accelerator, recipe.output_dir, {"step": step}, recipe.keep_last)
@@ -129,6 +126,14 @@ def train_step(accelerator, model, optimizer, batches, recipe: Recipe, step: int
             optimizer.zero_grad()
         micro_losses.append(loss.detach())
     return torch.stack(micro_losses).mean(), grad_norm
+
+
+def draw_samples(model, tokenizer, recipe: Recipe) -> list[str]:
+    """A continuation of each of the recipe's prompts, the same at every step but for what the model has learnt."""
+    return [
+        generate(model, tokenizer, prompt, recipe.sample_tokens, recipe.seed, temperature=recipe.sample_temperature)
+        for prompt in recipe.sample_prompts
+    ]
 
 
 # ---- before the loop ----

@@ -65,7 +65,7 @@ def open_corpus(
         UserError: unknown name, missing source, unreadable or unreachable data.
     """
     if name == "python-docs":
-        return Corpus(python_docs, {"python": sys.version.split()[0]}, False, {"val_fraction": 0.1}, "bpe:4096")
+        return Corpus(python_docs, {"python": sys.version.split()[0]}, False, {"val_fraction": 0.1}, "bpe:2048")
     if name in ("shakespeare", "shakespeare-char"):
         text = _shakespeare(source)
         tokenizer = "char" if name == "shakespeare-char" else "gpt2"

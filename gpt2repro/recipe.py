@@ -61,6 +61,7 @@ class Recipe:
     sample_every: int = option(250, "steps between samples; 0: only at the end", changeable=True)
     sample_prompts: list[str] = option(["Hello, I'm a language model,"], "prompts of the samples", changeable=True)
     sample_tokens: int = option(64, "new tokens of each sample", changeable=True)
+    sample_temperature: float = option(1.0, "divides the logits of the samples; lower is more careful", changeable=True)
     checkpoint_every: int = option(1000, "steps between checkpoints; there is one at the end too", changeable=True)
     keep_last: int = option(2, "how many checkpoints are kept", changeable=True)
 
@@ -130,7 +131,7 @@ _RULES = (  # fields, what their value must be, the test of it
         "at least 0",
         lambda value: value >= 0,
     ),
-    ("adam_epsilon max_grad_norm", "above 0", lambda value: value > 0),
+    ("adam_epsilon max_grad_norm sample_temperature", "above 0", lambda value: value > 0),
     ("adam_beta1 adam_beta2", "at least 0 and below 1", lambda value: 0 <= value < 1),
     (
         "hellaswag_data",
