@@ -61,7 +61,7 @@ def test_flags_override_yaml_and_yaml_overrides_defaults(tmp_path):
         ("learning_rate: fast", "learning_rate='fast' is not a finite number"),
         ("learning_rate: .nan", "learning_rate=nan is not a finite number"),
         ("compile: 1", "compile=1 is not true or false"),
-        ("sampling: shufle", "sampling='shufle' is not one of shuffle, sequential, random"),
+        ("sampling: often", "sampling='often' is not one of shuffle, sequential, random"),
         ("max_steps:", "max_steps=None is not a whole number"),
         ("model: 3", "model=3 is not a table of the model's fields"),
         ("reference_losses: [1]", "reference_losses=[1] is not a table of name: number"),
