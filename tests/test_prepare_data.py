@@ -141,10 +141,10 @@ def test_python_docs(python_docs, tmp_path, monkeypatch):
     monkeypatch.setattr(corpora, "python_docs", lambda: iter(python_docs))  # it takes seconds to collect them again
     prepare("python-docs", "--output_dir", tmp_path / "out")
     manifest, tokens = load(tmp_path / "out", "train")
-    assert manifest["tokenizer"]["name"] == "bpe:4096" and manifest["tokenizer"]["eot_id"] == 4095
-    assert tokens.max() == 4095 and tokens[0] == 4095
+    assert manifest["tokenizer"]["name"] == "bpe:2048" and manifest["tokenizer"]["eot_id"] == 2047
+    assert tokens.max() == 2047 and tokens[0] == 4095
     splits = manifest["splits"]
-    assert splits["train"]["documents"] == (tokens == 4095).sum()
+    assert splits["train"]["documents"] == (tokens == 2047).sum()
     assert splits["train"]["documents"] + splits["val"]["documents"] == len(python_docs)
     assert splits["train"]["bytes"] + splits["val"]["bytes"] == len("".join(python_docs).encode())
     assert 0.05 < splits["val"]["documents"] / len(python_docs) < 0.15  # 0.1, give or take four standard deviations
