@@ -255,8 +255,12 @@ def output_problems(recipe: Recipe) -> list[str]:
         return [f"output_dir={output_dir} exists and is not a run; {elsewhere}"]
     if not recipe.resume:
         return [f"output_dir={output_dir} holds a run, and resume is off; {elsewhere}"]
-    if differing := differences(recipe, yaml.safe_load((output_dir / "recipe.yaml").read_text())):
+    recorded = yaml.safe_load((output_dir / "recipe.yaml").read_text())
+    if differing := differences(recipe, recorded):
         return [f"output_dir={output_dir} holds a run of another recipe ({'; '.join(differing)}); {elsewhere}"]
+    manifest = Path(recipe.data_dir) / shards.MANIFEST
+    if manifest.exists() and recorded["data"]["manifest_sha256"] != shards.file_sha256(manifest):
+        return [f"output_dir={output_dir} holds a run on other data than data_dir={recipe.data_dir}; {elsewhere}"]
     return []
 
 
@@ -272,7 +276,12 @@ def begin_run(recipe: Recipe, manifest: dict, accelerator: Accelerator) -> None:
     accelerator.wait_for_everyone()  # all have checked the directory before one writes to it
     if accelerator.is_main_process and not (output_dir / "recipe.yaml").exists():
         output_dir.mkdir(parents=True, exist_ok=True)
-        record = settings | {"data": manifest["corpus"] | manifest["tokenizer"], "versions": provenance()}
+        data = {
+            "manifest_sha256": shards.file_sha256(Path(recipe.data_dir) / shards.MANIFEST),
+            "corpus": manifest["corpus"],
+            "tokenizer": manifest["tokenizer"],
+        }
+        record = settings | {"data": data, "versions": provenance()}
         (output_dir / "recipe.yaml").write_text(yaml.safe_dump(record, sort_keys=False))
     model_fields = {f"model.{name}": value for name, value in settings.pop("model").items()}
     flat = {name: value if isinstance(value, int | float | str) else str(value) for name, value in settings.items()}

@@ -126,12 +126,13 @@ _RULES = (  # fields, what their value must be, the test of it
         lambda value: value >= 1,
     ),
     (
-        "seed learning_rate min_learning_rate warmup_steps weight_decay validate_every validation_tokens "
+        "learning_rate min_learning_rate warmup_steps weight_decay validate_every validation_tokens "
         "hellaswag_every sample_every num_workers",
         "at least 0",
         lambda value: value >= 0,
     ),
     ("adam_epsilon max_grad_norm sample_temperature", "above 0", lambda value: value > 0),
+    ("seed", "at least 0 and below 2**32", lambda value: 0 <= value < 2**32),
     ("adam_beta1 adam_beta2", "at least 0 and below 1", lambda value: 0 <= value < 1),
     (
         "hellaswag_data",

@@ -210,7 +210,7 @@ def test_processes_and_accumulation_see_the_same_tokens_and_learn_the_same(train
 
 
 @pytest.mark.slow
-def test_a_stopped_run_goes_on_as_if_nothing_had_happened(train, tmp_path):
+def test_a_stopped_run_goes_on_as_if_nothing_had_happened(train, data_dir, tmp_path):
     """With dropout and shuffled data; the stopped run is one whose last step and last row were lost."""
     flags = ("--max_steps", 6, "--checkpoint_every", 2, "--keep_last", 3, "--model.resid_pdrop", 0.2)
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
@@ -222,7 +222,8 @@ def test_a_stopped_run_goes_on_as_if_nothing_had_happened(train, tmp_path):
     lines = [line for line in (whole / "metrics.jsonl").open() if json.loads(line)["step"] <= 3]
     (stopped / "metrics.jsonl").write_text("".join(lines) + '{"step": 4, "los')
 
-    assert "resuming after step 2 of 6" in train(stopped, *flags).stdout
+    shutil.copytree(data_dir, tmp_path / "moved")  # the same data may lie elsewhere by now
+    assert "resuming after step 2 of 6" in train(stopped, *flags, "--data_dir", tmp_path / "moved").stdout
     for key in ("loss", "val_loss", "samples"):
         again, once = rows(stopped, key), rows(whole, key)
         assert [(row["step"], row[key]) for row in again] == [(row["step"], row[key]) for row in once]
@@ -303,6 +304,14 @@ def test_output_directory_of_another_recipe_is_not_touched(refused, trained):
     message = refused("--output_dir", trained[0], "--max_steps", 60, "--seed", 5)
     assert "another recipe (seed=1337 there, 5 here" in message
     assert {path: path.stat().st_mtime_ns for path in trained[0].rglob("*")} == before
+
+
+def test_a_run_does_not_go_on_with_other_data(refused, trained, data_dir, tmp_path):
+    shutil.copytree(data_dir, tmp_path / "other")
+    manifest = tmp_path / "other" / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"name": "files"', '"name": "other"'))
+    flags = ("--output_dir", trained[0], "--max_steps", 60, "--checkpoint_every", 20)
+    assert "a run on other data" in refused(*flags, "--data_dir", tmp_path / "other")
 
 
 def test_output_directory_of_something_else_is_not_touched(refused, tmp_path):
