@@ -39,7 +39,7 @@ class GPT2ReproConfig(PreTrainedConfig):
     unpadded_vocab_size is the number of real tokens. Padding is invisible: see `GPT2ReproForCausalLM`.
 
     Raises:
-        ValueError: the sizes contradict each other.
+        ValueError: a value is out of its range, or the sizes contradict each other.
     """
 
     model_type = "gpt2repro"
@@ -72,6 +72,14 @@ class GPT2ReproConfig(PreTrainedConfig):
     tie_word_embeddings: bool = True
 
     def __post_init__(self, **kwargs):
+        for name in ("n_positions", "n_embd", "n_layer", "n_head"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        for name in ("resid_pdrop", "embd_pdrop", "attn_pdrop"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 0 and below 1")
+        if self.activation_function not in ACT2FN:
+            raise ValueError(f"activation_function={self.activation_function!r} is unknown; GPT-2's is gelu_new")
         if self.n_embd % self.n_head:
             raise ValueError(f"n_embd={self.n_embd} is not a multiple of n_head={self.n_head}")
         if not 0 < self.unpadded_vocab_size <= self.vocab_size:

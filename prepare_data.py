@@ -168,6 +168,9 @@ def write_shards(output_dir: Path, corpus: Corpus, tokenizer: Tokenizer, split: 
             progress.set_postfix(documents=sum(writer.documents for writer in writers.values()))
     for name, writer in writers.items():
         if not writer.tokens:
+            (output_dir / SETTINGS).unlink()  # so that the same directory takes the other setting
+            for path in output_dir.glob("*.npy"):
+                path.unlink()
             raise UserError(
                 f"the {name} split got no document ({split}); choose another --val_tokens or --val_fraction"
             )

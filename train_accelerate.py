@@ -31,7 +31,7 @@ from gpt2repro.batches import MicroBatches
 from gpt2repro.data_order import count_windows, stateless_seed
 from gpt2repro.devices import cpu_asked, missing_gpu, use_all_cores
 from gpt2repro.errors import UserError, run_script
-from gpt2repro.hellaswag import encode_item, evaluate_hellaswag, load_items
+from gpt2repro.hellaswag import ENDINGS, encode_item, evaluate_hellaswag, load_items
 from gpt2repro.model_folder import find_model, generate, load_tokenizer, model_card, save_model_folder
 from gpt2repro.optimizers import build_optimizer, set_lr
 from gpt2repro.recipe import Recipe, differences, parse_recipe
@@ -58,24 +58,32 @@ def main(argv: list[str]) -> None:
         log_with=None if recipe.report_to == "none" else recipe.report_to,
         project_dir=recipe.output_dir,
     )
+    if accelerator.num_processes != world_size():
+        raise UserError(
+            f"WORLD_SIZE is {world_size()}, but accelerate runs {accelerator.num_processes} process(es); "
+            "start the processes with `accelerate launch` or torchrun"
+        )
     if accelerator.device.type == "cpu":
-        use_all_cores(accelerator.num_processes)
+        use_all_cores()
     torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in float32
+    tokenizer = load_tokenizer(Path(recipe.data_dir) / "tokenizer")
+    with accelerator.main_process_first():  # the others find in the cache what the first has downloaded
+        hellaswag = load_hellaswag(recipe, tokenizer, config)
     begin_run(recipe, manifest, accelerator)
 
     train_data = shards.TokenStream.open(recipe.data_dir, "train")
     val_data = shards.TokenStream.open(recipe.data_dir, "val")
-    tokenizer = load_tokenizer(Path(recipe.data_dir) / "tokenizer")
-    hellaswag = load_hellaswag(recipe, tokenizer, config)
-
     raw_model = build_model(recipe, config)  # neither wrapped nor compiled: for HellaSwag, samples and saving
     model, optimizer = accelerator.prepare(raw_model, build_optimizer(raw_model, recipe))
     step = 0
     if newest := checkpoint.latest(recipe.output_dir):
         step = checkpoint.load(accelerator, newest)["step"]
         accelerator.print(f"resuming after step {step:,} of {recipe.max_steps:,} from {newest}")
-    batches = MicroBatches(train_data, recipe, accelerator.process_index, accelerator.num_processes).iterate(step)
+    batches = MicroBatches(train_data, recipe, accelerator.process_index, accelerator.num_processes)
+    batches = batches.iterate(step, pin_memory=accelerator.device.type == "cuda")
     telemetry = Telemetry(recipe, accelerator, raw_model, step)
+
+    hellaswag_batch = max(1, recipe.micro_batch_size // ENDINGS)  # items; each is as many rows as it has endings
 
     def due(every: int) -> bool:
         return step == recipe.max_steps or (every > 0 and step % every == 0)
@@ -93,7 +101,7 @@ def main(argv: list[str]) -> None:
                 telemetry.log(step, val_loss=val_loss)
                 telemetry.say(f"step {step:,}: validation loss {val_loss:.4f}")
             if hellaswag and due(recipe.hellaswag_every):
-                scores, _ = evaluate_hellaswag(raw_model, hellaswag, accelerator, recipe.micro_batch_size)
+                scores, _ = evaluate_hellaswag(raw_model, hellaswag, accelerator, hellaswag_batch)
                 telemetry.log(step, **scores)
                 telemetry.say(f"step {step:,}: HellaSwag acc_norm {scores['hellaswag_acc_norm']:.4f}")
             if due(recipe.sample_every) and accelerator.is_main_process:
@@ -152,7 +160,7 @@ def settle(argv: list[str]) -> tuple[Recipe, dict, GPT2ReproConfig]:
     """
     register_auto_classes()
     recipe, problems = parse_recipe(argv, DEMO, GPT2ReproConfig)
-    if not any(word.split("=")[0] == "--config" for word in argv):
+    if not problems and not any(word.split("=")[0] == "--config" for word in argv):
         prepare_demo(recipe)
     problems += recipe.problems(world_size()) + missing_gpu() + output_problems(recipe)
     if recipe.report_to != "none" and importlib.util.find_spec(recipe.report_to) is None:
@@ -185,7 +193,7 @@ def read_data(recipe: Recipe) -> dict:
         return shards.read_manifest(recipe.data_dir)
     except UserError as error:
         command = f"python prepare_data.py {recipe.corpus} --output_dir {recipe.data_dir}"
-        raise UserError(f"data_dir={recipe.data_dir} is missing or unfinished; run `{command}`") from error
+        raise UserError(f"{error}; this recipe's is made by `{command}`") from error
 
 
 def model_config(recipe: Recipe, manifest: dict) -> GPT2ReproConfig:
@@ -236,6 +244,13 @@ def config_problems(recipe: Recipe, manifest: dict, config: GPT2ReproConfig) -> 
             f"sequence_length={recipe.sequence_length} is longer than n_positions={config.n_positions}; "
             "lower the one or, training from scratch, raise --model.n_positions"
         )
+    tokens_of = load_tokenizer(Path(recipe.data_dir) / "tokenizer")
+    for prompt in recipe.sample_prompts:
+        length = len(tokens_of(prompt or tokens_of.bos_token or "\n").input_ids)
+        if not 0 < length < config.n_positions:
+            problems.append(
+                f"sample_prompts: {prompt!r} is {length} tokens long; the model takes 1 to {config.n_positions - 1}"
+            )
     for name, split in manifest["splits"].items():
         if not count_windows(split["tokens"], recipe.sequence_length):
             problems.append(
@@ -282,10 +297,12 @@ def begin_run(recipe: Recipe, manifest: dict, accelerator: Accelerator) -> None:
             "tokenizer": manifest["tokenizer"],
         }
         record = settings | {"data": data, "versions": provenance()}
-        (output_dir / "recipe.yaml").write_text(yaml.safe_dump(record, sort_keys=False))
-    model_fields = {f"model.{name}": value for name, value in settings.pop("model").items()}
+        temporary = output_dir / "recipe.yaml.tmp"
+        temporary.write_text(yaml.safe_dump(record, sort_keys=False))
+        temporary.rename(output_dir / "recipe.yaml")
+    settings |= {f"model.{name}": value for name, value in settings.pop("model").items()}
     flat = {name: value if isinstance(value, int | float | str) else str(value) for name, value in settings.items()}
-    accelerator.init_trackers("gpt2repro", config=flat | model_fields)
+    accelerator.init_trackers("gpt2repro", config=flat)
 
 
 def build_model(recipe: Recipe, config: GPT2ReproConfig) -> GPT2ReproForCausalLM:
@@ -321,12 +338,18 @@ def finish(recipe: Recipe, manifest: dict, model, tokenizer, train_data: shards.
     facts = {
         "architecture": f"{model.config.n_layer} layers, {model.config.n_head} heads, width {model.config.n_embd}, "
         f"{model.config.n_positions} positions, {model.num_parameters():,} parameters",
-        "data": f"{manifest['corpus']}, tokenizer {manifest['tokenizer']['name']}",
+        "data": f"{manifest['corpus'].get('hub_id', manifest['corpus']['name'])}, "
+        f"{manifest['splits']['train']['tokens']:,} tokens, tokenizer {manifest['tokenizer']['name']}",
         "training": f"{recipe.max_steps:,} steps of {recipe.global_batch_tokens:,} tokens",
         "validation loss": f"{val_loss:.4f} nats per token, {bits_per_byte:.4f} bits per byte",
         "versions": ", ".join(f"{name} {version}" for name, version in provenance().items()),
     }
-    save_model_folder(output_dir / "model", model, tokenizer, model_card(output_dir.name, facts))
+    save_model_folder(
+        output_dir / "model",
+        model,
+        tokenizer,
+        model_card(output_dir.name, recipe.hub_model_id or "PATH_OR_REPO", facts),
+    )
 
     print(f"\nvalidation loss {val_loss:.4f} nats per token = {bits_per_byte:.4f} bits per byte")
     print(f"a model that knows only how frequent each token is: {baseline:.4f} nats per token (unigram entropy)")

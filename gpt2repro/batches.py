@@ -42,7 +42,7 @@ class MicroBatches(Dataset):
         windows = [self.stream.read(int(start), recipe.sequence_length + 1) for start in starts]
         return torch.from_numpy(np.stack(windows))
 
-    def iterate(self, first_step: int) -> Iterator[torch.Tensor]:
+    def iterate(self, first_step: int, pin_memory: bool) -> Iterator[torch.Tensor]:
         """The micro-batches from `first_step` to the end of the run, in order."""
         accumulation = self.recipe.accumulation(self.num_processes)
         loader = DataLoader(
@@ -50,6 +50,6 @@ class MicroBatches(Dataset):
             batch_size=None,  # an item is a batch already
             sampler=range(first_step * accumulation, self.recipe.max_steps * accumulation),
             num_workers=self.recipe.num_workers,
-            pin_memory=torch.cuda.is_available(),
+            pin_memory=pin_memory,
         )
         return iter(loader)

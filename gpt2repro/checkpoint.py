@@ -27,7 +27,8 @@ def save(accelerator: Accelerator, output_dir: str | Path, state: dict, keep_las
     final = root / f"step_{state['step']:08d}"
     temporary = root / f"writing_{final.name}"
     if accelerator.is_main_process:
-        shutil.rmtree(temporary, ignore_errors=True)
+        for unfinished in (*root.glob("writing_*"), *root.glob("removing_*")):
+            shutil.rmtree(unfinished)
         temporary.mkdir(parents=True)
     accelerator.wait_for_everyone()
     accelerator.save_state(str(temporary))
@@ -39,7 +40,7 @@ def save(accelerator: Accelerator, output_dir: str | Path, state: dict, keep_las
         temporary.rename(final)
         _flush(root)
         for old in sorted(root.glob("step_*"))[:-keep_last]:
-            shutil.rmtree(old)
+            shutil.rmtree(old.rename(old.with_name(f"removing_{old.name}")))
     accelerator.wait_for_everyone()
 
 

@@ -1,8 +1,7 @@
-"""What device the launch command asked for."""
+"""What device the launch command asked for, and how many of its cores to use."""
 
 import os
 
-import psutil
 import torch
 
 
@@ -18,9 +17,10 @@ def cpu_asked() -> bool:
 
 def missing_gpu() -> list[str]:
     """One line where the launch command asks for a GPU and torch finds none; accelerate would use the CPU silently."""
-    named = os.environ.get("CUDA_VISIBLE_DEVICES", "") != ""  # gpu_ids in the accelerate config
+    # A config for GPUs shows in its 16-bit precision, or in several processes.
+    half = os.environ.get("ACCELERATE_MIXED_PRECISION") in ("bf16", "fp16") and "ACCELERATE_USE_CPU" in os.environ
     several = int(os.environ.get("WORLD_SIZE", 1)) > 1
-    if cpu_asked() or not (named or several) or torch.accelerator.is_available():
+    if cpu_asked() or not (half or several) or torch.accelerator.is_available():
         return []
     return [
         "the launch command asks for a GPU, but torch finds none; use accelerate_configs/cpu.yaml or multi_cpu.yaml, "
@@ -28,7 +28,11 @@ def missing_gpu() -> list[str]:
     ]
 
 
-def use_all_cores(num_processes: int) -> None:
-    """Undo OMP_NUM_THREADS=1, which `accelerate launch` sets by default, for a run that turns out to be on the CPU."""
-    if os.environ.get("OMP_NUM_THREADS") == "1" and "ACCELERATE_MIXED_PRECISION" in os.environ:
-        torch.set_num_threads(max(1, (psutil.cpu_count(logical=False) or 1) // num_processes))
+def use_all_cores() -> None:
+    """Undo OMP_NUM_THREADS=1, which `accelerate launch` sets for all but `use_cpu: true`, for a run that turns out to
+    be on the CPU: its processes share the cores."""
+    launched = "ACCELERATE_MIXED_PRECISION" in os.environ
+    sized_by_accelerate = os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true"
+    if launched and not sized_by_accelerate and os.environ.get("OMP_NUM_THREADS") == "1":
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))

@@ -4,6 +4,8 @@ import os
 import sys
 from collections.abc import Callable
 
+import torch.distributed
+
 
 class UserError(Exception):
     """A mistake that the user can mend. The message says the value, the rule and the remedy, one line a mistake."""
@@ -14,9 +16,11 @@ def run_script(main: Callable[[list[str]], None]) -> None:
     try:
         main(sys.argv[1:])
     except UserError as error:
-        if os.environ.get("LOCAL_RANK", "0") == "0":
+        rank = os.environ.get("RANK", "0")
+        # What is wrong before the processes know each other is wrong in all of them; later it may be one's own.
+        if rank == "0" or torch.distributed.is_initialized():
             for line in str(error).splitlines():
-                print(f"error: {line}", file=sys.stderr, flush=True)
+                print(f"error: {line}" + (f" (process {rank})" if rank != "0" else ""), file=sys.stderr, flush=True)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)

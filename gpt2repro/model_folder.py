@@ -54,8 +54,8 @@ def save_model_folder(folder: Path, model: PreTrainedModel, tokenizer: PreTraine
     temporary.rename(folder)
 
 
-def model_card(title: str, facts: dict[str, str]) -> str:
-    """README.md of a model folder: metadata, what the model is, how to load it."""
+def model_card(title: str, path: str, facts: dict[str, str]) -> str:
+    """README.md of a model folder: metadata, what the model is, how to load it from `path`."""
     rows = "\n".join(f"| {name} | {value} |" for name, value in facts.items())
     return f"""---
 library_name: transformers
@@ -74,8 +74,8 @@ GPT-2's architecture, trained with gpt2repro.
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-model = AutoModelForCausalLM.from_pretrained("PATH_OR_REPO", trust_remote_code=True)
-tokenizer = AutoTokenizer.from_pretrained("PATH_OR_REPO")
+model = AutoModelForCausalLM.from_pretrained("{path}", trust_remote_code=True)
+tokenizer = AutoTokenizer.from_pretrained("{path}")
 ```
 """
 

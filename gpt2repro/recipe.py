@@ -1,6 +1,7 @@
 """The recipe: everything that defines a run. Defaults, then the YAML file, then the flags; all mistakes at once."""
 
 import argparse
+import copy
 import dataclasses
 import difflib
 import math
@@ -20,7 +21,7 @@ def option(default: Any, help: str, *, changeable: bool = False) -> Any:
     """A recipe field. A changeable one may differ when a run is resumed: it does not alter what is learnt."""
     metadata = {"help": help, "changeable": changeable}
     if isinstance(default, dict | list):
-        return field(default_factory=lambda: default, metadata=metadata)
+        return field(default_factory=lambda: copy.copy(default), metadata=metadata)
     return field(default=default, metadata=metadata)
 
 
@@ -93,10 +94,12 @@ class Recipe:
         ]
         if not found:
             found += self._batch_problems(num_processes)
-        if self.min_learning_rate > self.learning_rate:
+        if self.lr_schedule == "cosine" and self.min_learning_rate > self.learning_rate:
             found.append(f"min_learning_rate={self.min_learning_rate} is above learning_rate={self.learning_rate}")
         if self.warmup_steps >= self.max_steps:
-            found.append(f"warmup_steps={self.warmup_steps} must be below max_steps={self.max_steps}")
+            found.append(
+                f"warmup_steps={self.warmup_steps} must be below max_steps={self.max_steps}; change one of them"
+            )
         if self.push_to_hub and not self.hub_model_id:
             found.append("push_to_hub needs a repository: add --hub_model_id owner/name")
         return found
@@ -171,6 +174,7 @@ def parse_recipe(argv: list[str], default_config: Path, config_class: type) -> t
 
     fields: dict = {"model": {}}
     for name, value in values.items():
+        name = str(name)
         if name not in hints:
             problems.append(_unknown(name, list(hints)))
             continue
@@ -189,9 +193,9 @@ def parse_recipe(argv: list[str], default_config: Path, config_class: type) -> t
 def differences(recipe: Recipe, other: dict) -> list[str]:
     """The fields in which another run's recipe, given as a dict, trains another model."""
     return [
-        f"{f.name}={other.get(f.name)} there, {getattr(recipe, f.name)} here"
+        f"{f.name}={other.get(f.name, _default(f))} there, {getattr(recipe, f.name)} here"
         for f in dataclasses.fields(Recipe)
-        if not f.metadata["changeable"] and other.get(f.name) != getattr(recipe, f.name)
+        if not f.metadata["changeable"] and other.get(f.name, _default(f)) != getattr(recipe, f.name)
     ]
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import platform
 import re
 import subprocess
@@ -15,20 +16,21 @@ import torch
 from accelerate import Accelerator
 from tqdm import tqdm
 
+from gpt2repro.errors import UserError
 from gpt2repro.recipe import Recipe
 
 
 # Dense bf16 (fp16 for V100) peak in FLOP/s, from NVIDIA's datasheets; the first pattern that fits the name counts.
 PEAK_FLOPS = {
     r"B200": 2250e12,
-    r"H200|GH200": 989e12,
+    r"(H200|GH200)(?! NVL)": 989e12,
     r"H100 NVL": 835e12,
     r"H100 PCIe": 756e12,
     r"H100": 989e12,
     r"A100": 312e12,
     r"L40S": 362e12,
-    r"RTX 4090(?! Laptop)": 165e12,
-    r"RTX 3090": 71e12,
+    r"RTX 4090(?! Laptop| D)": 165e12,
+    r"RTX 3090(?! Ti)": 71e12,
     r"V100": 125e12,
 }
 ROW_KINDS = ("loss", "val_loss", "hellaswag_acc", "samples")  # the key that tells what a row of metrics.jsonl is
@@ -39,6 +41,8 @@ def peak_flops(device: torch.device, mixed_precision: str) -> float | None:
     if device.type != "cuda" or mixed_precision not in ("bf16", "fp16"):
         return None
     name = torch.cuda.get_device_name(device)
+    if "V100" in name and mixed_precision == "bf16":
+        return None  # it has no bf16 units
     return next((peak for pattern, peak in PEAK_FLOPS.items() if re.search(rf"\b({pattern})\b", name)), None)
 
 
@@ -128,6 +132,11 @@ class Telemetry:
         if step % self.recipe.log_every and step != self.recipe.max_steps:
             return
         mean_loss = self.accelerator.reduce(torch.stack(self.losses).mean(), "mean").item()
+        if not math.isfinite(mean_loss):
+            raise UserError(
+                f"the loss is {mean_loss} at step {step}; the checkpoints in {self.recipe.output_dir} are from before: "
+                "start another run with a lower learning_rate or max_grad_norm, or in float32"
+            )
         now = time.perf_counter()
         tokens_per_second = len(self.losses) * self.recipe.global_batch_tokens / (now - self.lap_start)
         self.losses, self.lap_start = [], now
@@ -174,11 +183,14 @@ def read_metrics(path: Path) -> list[dict]:
 
 def provenance() -> dict:
     """The software that runs: versions and, in a git checkout, the commit."""
-    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
-    with contextlib.suppress(OSError):
-        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+    root = Path(__file__).resolve().parents[1]
+    commit = None
+    if (root / ".git").exists():  # an installed copy may lie inside somebody else's checkout
+        git = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40"]
+        with contextlib.suppress(OSError):  # no git on this machine
+            commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or None
     packages = ("torch", "transformers", "accelerate", "datasets")
-    return {"python": platform.python_version(), **{p: version(p) for p in packages}, "git_commit": commit or None}
+    return {"python": platform.python_version(), **{p: version(p) for p in packages}, "git_commit": commit}
 
 
 def plot_losses(metrics: list[dict], lines: dict[str, float], path: Path, title: str) -> None:

@@ -9,7 +9,7 @@ from gpt2repro.recipe import Recipe
 from gpt2repro.shards import TokenStream
 
 
-@torch.no_grad()  # not inference_mode: FSDP keeps tensors that it makes in here
+@torch.no_grad()
 def validation_loss(model: torch.nn.Module, stream: TokenStream, recipe: Recipe, accelerator: Accelerator) -> float:
     """Mean loss over the windows that tile the start of the stream, in nats per token.
 

@@ -274,12 +274,15 @@ def test_all_mistakes_come_at_once_and_end_in_exit_code_2(train, tmp_path):
 
 def test_missing_data_names_the_command_that_prepares_it(refused, tmp_path):
     message = refused("--data_dir", tmp_path / "none", "--corpus", "fineweb-edu")
-    assert f"run `python prepare_data.py fineweb-edu --output_dir {tmp_path / 'none'}`" in message
+    assert (
+        "does not exist" in message
+        and f"`python prepare_data.py fineweb-edu --output_dir {tmp_path / 'none'}`" in message
+    )
 
 
 def test_half_written_data_is_refused(refused, data_dir, tmp_path):
     shutil.copytree(data_dir, tmp_path / "half", ignore=shutil.ignore_patterns("manifest.json"))
-    assert "missing or unfinished" in refused("--data_dir", tmp_path / "half")
+    assert "unfinished" in refused("--data_dir", tmp_path / "half")
 
 
 def test_sequence_longer_than_the_positions_is_refused(refused):
@@ -288,6 +291,22 @@ def test_sequence_longer_than_the_positions_is_refused(refused):
 
 def test_batch_that_does_not_divide_is_refused_with_what_does(refused):
     assert "use global_batch_tokens=768 or 1024" in refused("--global_batch_tokens", 1000)
+
+
+@pytest.mark.parametrize("prompt", ["x" * 40, "漢字"])
+def test_prompt_that_the_model_cannot_take_is_refused(refused, prompt):
+    assert f"sample_prompts: {prompt!r}" in refused("--sample_prompts", prompt)
+
+
+@pytest.mark.parametrize("field", ["n_head=0", "n_layer=-1", "resid_pdrop=5", "activation_function='gelu_neww'"])
+def test_model_field_out_of_its_range_is_refused(refused, field):
+    name, value = field.split("=")
+    assert f"{name}=" in refused(f"--model.{name}", value.strip("'"))
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(train, tmp_path):
+    done = train(tmp_path / "run", "--max_steps", 8, "--learning_rate", "1e30", check=False)
+    assert done.returncode == 2 and "error: the loss is nan at step" in done.stderr
 
 
 def test_another_vocabulary_than_the_datas_is_refused(refused):
@@ -327,8 +346,8 @@ def test_run_without_resume_is_not_overwritten(refused, trained):
 
 def test_a_config_for_gpus_is_refused_without_one(refused, monkeypatch):
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
-    monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")  # what single_gpu.yaml sets
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "False")  # what the launcher makes of single_gpu.yaml
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
     assert "asks for a GPU, but torch finds none" in refused()
 
 
