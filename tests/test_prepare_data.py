@@ -142,7 +142,7 @@ def test_python_docs(python_docs, tmp_path, monkeypatch):
     prepare("python-docs", "--output_dir", tmp_path / "out")
     manifest, tokens = load(tmp_path / "out", "train")
     assert manifest["tokenizer"]["name"] == "bpe:2048" and manifest["tokenizer"]["eot_id"] == 2047
-    assert tokens.max() == 2047 and tokens[0] == 4095
+    assert tokens.max() == 2047 and tokens[0] == 2047
     splits = manifest["splits"]
     assert splits["train"]["documents"] == (tokens == 2047).sum()
     assert splits["train"]["documents"] + splits["val"]["documents"] == len(python_docs)
