@@ -277,11 +277,14 @@ class GPT2ReproPreTrainedModel(PreTrainedModel):
     def _init_weights(self, module):
         """N(0, initializer_range) for Linear and Embedding, zero biases, LayerNorm 1 and 0; and, GPT-2 paper, 2.3:
         "We scale the weights of residual layers at initialization by a factor of 1/sqrt(N) where N is the number of
-        residual layers." There are two in each block."""
+        residual layers." There are two in each block. Padding rows of the vocabulary are 0 and stay 0: no gradient
+        reaches them."""
         super()._init_weights(module)
         if getattr(module, "is_residual_projection", False):
             std = self.config.initializer_range / math.sqrt(2 * self.config.n_layer)
             initialization.normal_(module.weight, mean=0.0, std=std)
+        if getattr(module, "has_padding_rows", False) and not getattr(module.weight, "_is_hf_initialized", False):
+            initialization.zeros_(module.weight[self.config.unpadded_vocab_size :])
 
     def resize_token_embeddings(self, new_num_tokens=None, pad_to_multiple_of=None, mean_resizing=True):
         """As in transformers; the real vocabulary becomes new_num_tokens, the rows that pad_to_multiple_of adds stay
@@ -291,6 +294,8 @@ class GPT2ReproPreTrainedModel(PreTrainedModel):
         embeddings = super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
         if new_num_tokens is not None:
             self.config.unpadded_vocab_size = new_num_tokens
+            for layer in filter(None, (self.get_input_embeddings(), self.get_output_embeddings())):
+                layer.weight.data[new_num_tokens:] = 0
         return embeddings
 
 
@@ -300,6 +305,7 @@ class GPT2ReproModel(GPT2ReproPreTrainedModel):
     def __init__(self, config: GPT2ReproConfig):
         super().__init__(config)
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        self.wte.has_padding_rows = True
         self.wpe = nn.Embedding(config.n_positions, config.n_embd)
         self.drop = nn.Dropout(config.embd_pdrop)
         self.h = nn.ModuleList(GPT2ReproBlock(config, i) for i in range(config.n_layer))
@@ -376,6 +382,7 @@ class GPT2ReproForCausalLM(GPT2ReproPreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.transformer = GPT2ReproModel(config)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.lm_head.has_padding_rows = True
         self.post_init()
 
     @can_return_tuple

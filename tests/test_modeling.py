@@ -461,6 +461,9 @@ def test_initial_weights_have_gpt2s_spread(fresh_weights):
     residual_std = 0.02 / math.sqrt(2 * INIT["n_layer"])
     matrices = {name: weight for name, weight in fresh_weights.items() if weight.ndim == 2}
     assert len(matrices) == 2 + 4 * INIT["n_layer"]
+    wte = matrices["transformer.wte.weight"]
+    assert (wte[600:] == 0).all(), "padding rows"
+    matrices["transformer.wte.weight"] = wte[:600]
     for name, weight in matrices.items():
         std = residual_std if name.endswith("c_proj.weight") else 0.02
         assert weight.std().item() == pytest.approx(std, rel=0.03), name
@@ -476,7 +479,7 @@ def test_initial_biases_are_zero_and_layernorms_the_identity(fresh_weights):
 
 def test_initializer_range_scales_all_weights():
     model = GPT2ReproForCausalLM(GPT2ReproConfig(**INIT | {"initializer_range": 0.1}))
-    assert model.transformer.wte.weight.std().item() == pytest.approx(0.1, rel=0.03)
+    assert model.transformer.wte.weight[:600].std().item() == pytest.approx(0.1, rel=0.03)
     c_proj = model.transformer.h[1].mlp.c_proj.weight
     assert c_proj.std().item() == pytest.approx(0.1 / math.sqrt(2 * INIT["n_layer"]), rel=0.03)
 
@@ -743,6 +746,7 @@ def test_resize_token_embeddings_keeps_the_tie_and_updates_the_real_vocabulary(m
     assert model.lm_head.weight is model.transformer.wte.weight and model.lm_head.weight.shape == (rows, D)
 
     logits = model(ids).logits
+    assert (model.lm_head.weight[new_size:] == 0).all()
     kept = min(new_size, V_REAL)
     assert_close(logits[..., :kept], before[..., :kept], atol=1e-6, rtol=0)
     assert (logits[..., :new_size] > -1e6).all() and (logits[..., new_size:] < -1e6).all()
