@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
 
-from gpt2repro.errors import UserError
+from gpt2repro.errors import UserError, first_line
 
 
 SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
@@ -224,7 +224,7 @@ def _reading(origin: str, function: Callable, *args, **kwargs):
     try:
         return function(*args, **kwargs)
     except Exception as error:  # network, Hub, format and configuration errors share no base class
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
         raise UserError(
             f"cannot read {origin}: {reason}; check the name, --hub_config, --split, --revision and the network "
             "(a folder that holds a copy of the data does as well)"

@@ -1,14 +1,30 @@
 """How a user's mistake ends: one line, exit code 2, no traceback."""
 
+import contextlib
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch.distributed
+from safetensors import SafetensorError
 
 
 class UserError(Exception):
     """A mistake that the user can mend. The message says the value, the rule and the remedy, one line a mistake."""
+
+
+def first_line(error: Exception) -> str:
+    """What an exception says, without the rest of a page; its type where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+@contextlib.contextmanager
+def explained(problem: str, remedy: str) -> Iterator[None]:
+    """Turn what transformers raises for the user's mistakes, often a page long, into one line."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        raise UserError(f"{problem} ({first_line(error)}); {remedy}") from error
 
 
 def run_script(main: Callable[[list[str]], None]) -> None:

@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from accelerate.utils import broadcast_object_list, gather_object
 from tqdm import tqdm
 
-from gpt2repro.errors import UserError
+from gpt2repro.errors import UserError, first_line
 
 
 HUB_ID = "Rowan/hellaswag"
@@ -343,8 +343,3 @@ def compute_metric(records: list[dict]) -> dict:
     )
     n = result.pop("n")
     return {f"hellaswag_{name}": value for name, value in result.items()} | {"hellaswag_items": n}
-
-
-def first_line(error: Exception) -> str:
-    """The beginning of an error's text, for a message of one line."""
-    return (str(error).splitlines() or [type(error).__name__])[0]
