@@ -22,21 +22,23 @@ import torch
 import yaml
 from accelerate import Accelerator, PartialState
 from accelerate.utils import GradientAccumulationPlugin, set_seed
-from huggingface_hub import HfApi
-from transformers import AutoConfig
 from transformers.utils.logging import disable_progress_bar
 
 from gpt2repro import checkpoint, shards
 from gpt2repro.batches import MicroBatches
 from gpt2repro.data_order import count_windows, stateless_seed
-from gpt2repro.devices import cpu_asked, missing_gpu, use_all_cores
+from gpt2repro.devices import cpu_asked, device_name, missing_gpu, use_all_cores
 from gpt2repro.errors import UserError, run_script
 from gpt2repro.hellaswag import ENDINGS, encode_item, evaluate_hellaswag, load_items
-from gpt2repro.model_folder import find_model, generate, load_tokenizer, model_card, save_model_folder
+from gpt2repro.hub import create_repository, upload
+from gpt2repro.model_card import model_card
+from gpt2repro.model_folder import find_model, generate, load_tokenizer, save_model_folder
+from gpt2repro.openai_weights import from_gpt2, gpt2_config
 from gpt2repro.optimizers import build_optimizer, set_lr
 from gpt2repro.recipe import Recipe, differences, parse_recipe
 from gpt2repro.schedule import lr_at
 from gpt2repro.telemetry import Telemetry, plot_losses, provenance, read_metrics
+from gpt2repro.tokenization import padded_vocab_size
 from gpt2repro.validation import validation_loss
 from modeling_gpt2repro import GPT2ReproConfig, GPT2ReproForCausalLM, register_auto_classes
 
@@ -108,7 +110,7 @@ def main(argv: list[str]) -> None:
                 samples = draw_samples(raw_model, tokenizer, recipe)
                 telemetry.log(step, samples=samples)
             if due(recipe.checkpoint_every):
-                checkpoint.save(accelerator, recipe.output_dir, {"step": step}, recipe.keep_last)
+                checkpoint.save(accelerator, recipe.output_dir, {"step": step}, recipe.keep_last, config, tokenizer)
     telemetry.close()
     if accelerator.is_main_process:
         finish(recipe, manifest, raw_model, tokenizer, train_data)
@@ -200,29 +202,24 @@ def model_config(recipe: Recipe, manifest: dict) -> GPT2ReproConfig:
     """The model that the recipe asks for; the vocabulary is that of the data where the recipe does not say.
 
     Raises:
-        UserError or ValueError: init_from is no gpt2repro model, or the sizes contradict each other.
+        UserError or ValueError: init_from is no GPT-2, or the sizes contradict each other.
     """
     if recipe.init_from == "scratch":
         vocab_size, eot_id = manifest["tokenizer"]["vocab_size"], manifest["tokenizer"]["eot_id"]
         of_data = {
             "unpadded_vocab_size": vocab_size,
-            "vocab_size": math.ceil(vocab_size / 64) * 64,  # whole tiles of the matrix units
+            "vocab_size": padded_vocab_size(vocab_size),
             "bos_token_id": eot_id,
             "eos_token_id": eot_id,
         }
         return GPT2ReproConfig(**of_data | recipe.model)
-    name = find_model(recipe.init_from)
-    try:
-        config = AutoConfig.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        raise UserError(f"init_from={recipe.init_from} cannot be opened ({str(error).splitlines()[0]})") from error
-    if config.model_type != GPT2ReproConfig.model_type:
-        raise UserError(
-            f"init_from={recipe.init_from} is a {config.model_type} model, not {GPT2ReproConfig.model_type}"
-        )
-    for field, value in recipe.model.items():
-        if field.endswith("_pdrop"):
-            setattr(config, field, value)  # dropout is the recipe's choice, the architecture is the checkpoint's
+    config = gpt2_config(find_model(recipe.init_from))
+    # As nanoGPT's crop_block_size: positions that no sequence of this run reaches are cut off, unless the recipe says
+    # otherwise. Dropout is the recipe's choice; the rest of the architecture is the checkpoint's.
+    wanted = {"n_positions": min(recipe.sequence_length, config.n_positions)} | recipe.model
+    for field, value in wanted.items():
+        if field.endswith("_pdrop") or (field == "n_positions" and value <= config.n_positions):
+            setattr(config, field, value)
         elif getattr(config, field) != value:
             raise UserError(
                 f"model.{field}={value}, but init_from={recipe.init_from} has {getattr(config, field)}; leave it out"
@@ -284,10 +281,7 @@ def begin_run(recipe: Recipe, manifest: dict, accelerator: Accelerator) -> None:
     output_dir = Path(recipe.output_dir)
     settings = dataclasses.asdict(recipe)
     if accelerator.is_main_process and recipe.push_to_hub:
-        try:
-            HfApi().create_repo(recipe.hub_model_id, exist_ok=True)
-        except Exception as error:  # network, permission and name errors share no base class
-            raise UserError(f"cannot push to {recipe.hub_model_id} ({error}); log in with `hf auth login`") from error
+        create_repository(recipe.hub_model_id)
     accelerator.wait_for_everyone()  # all have checked the directory before one writes to it
     if accelerator.is_main_process and not (output_dir / "recipe.yaml").exists():
         output_dir.mkdir(parents=True, exist_ok=True)
@@ -295,8 +289,13 @@ def begin_run(recipe: Recipe, manifest: dict, accelerator: Accelerator) -> None:
             "manifest_sha256": shards.file_sha256(Path(recipe.data_dir) / shards.MANIFEST),
             "corpus": manifest["corpus"],
             "tokenizer": manifest["tokenizer"],
+            "splits": {
+                name: {key: split[key] for key in ("tokens", "documents", "bytes")}
+                for name, split in manifest["splits"].items()
+            },
         }
-        record = settings | {"data": data, "versions": provenance()}
+        hardware = f"{accelerator.num_processes} x {device_name(accelerator.device)}"
+        record = settings | {"data": data, "hardware": hardware, "versions": provenance()}
         temporary = output_dir / "recipe.yaml.tmp"
         temporary.write_text(yaml.safe_dump(record, sort_keys=False))
         temporary.rename(output_dir / "recipe.yaml")
@@ -310,7 +309,7 @@ def build_model(recipe: Recipe, config: GPT2ReproConfig) -> GPT2ReproForCausalLM
     set_seed(recipe.seed)
     if recipe.init_from == "scratch":
         return GPT2ReproForCausalLM(config)
-    return GPT2ReproForCausalLM.from_pretrained(find_model(recipe.init_from), config=config, dtype=torch.float32)
+    return from_gpt2(find_model(recipe.init_from), config, dtype=torch.float32)
 
 
 def load_hellaswag(recipe: Recipe, tokenizer, config: GPT2ReproConfig) -> list:
@@ -335,21 +334,8 @@ def finish(recipe: Recipe, manifest: dict, model, tokenizer, train_data: shards.
     title = f"{output_dir.name}: GPT-2, {model.num_parameters() / 1e6:.1f}M parameters, {manifest['corpus']['name']}"
     plot_losses(metrics, {"unigram entropy": baseline} | recipe.reference_losses, output_dir / "loss.png", title)
 
-    facts = {
-        "architecture": f"{model.config.n_layer} layers, {model.config.n_head} heads, width {model.config.n_embd}, "
-        f"{model.config.n_positions} positions, {model.num_parameters():,} parameters",
-        "data": f"{manifest['corpus'].get('hub_id', manifest['corpus']['name'])}, "
-        f"{manifest['splits']['train']['tokens']:,} tokens, tokenizer {manifest['tokenizer']['name']}",
-        "training": f"{recipe.max_steps:,} steps of {recipe.global_batch_tokens:,} tokens",
-        "validation loss": f"{val_loss:.4f} nats per token, {bits_per_byte:.4f} bits per byte",
-        "versions": ", ".join(f"{name} {version}" for name, version in provenance().items()),
-    }
-    save_model_folder(
-        output_dir / "model",
-        model,
-        tokenizer,
-        model_card(output_dir.name, recipe.hub_model_id or "PATH_OR_REPO", facts),
-    )
+    card = model_card(model, output_dir.name, recipe.hub_model_id, output_dir)
+    save_model_folder(output_dir / "model", model, tokenizer, card, output_dir / "loss.png")
 
     print(f"\nvalidation loss {val_loss:.4f} nats per token = {bits_per_byte:.4f} bits per byte")
     print(f"a model that knows only how frequent each token is: {baseline:.4f} nats per token (unigram entropy)")
@@ -359,20 +345,9 @@ def finish(recipe: Recipe, manifest: dict, model, tokenizer, train_data: shards.
     print(f"checkpoint  {checkpoint.latest(output_dir)}\nmodel       {output_dir / 'model'}\n")
     print("from transformers import AutoModelForCausalLM, AutoTokenizer")
     print(f'model = AutoModelForCausalLM.from_pretrained("{output_dir / "model"}", trust_remote_code=True)')
-    print(f'tokenizer = AutoTokenizer.from_pretrained("{output_dir / "model"}")')
+    print(f'tokenizer = AutoTokenizer.from_pretrained("{output_dir / "model"}", trust_remote_code=True)')
     if recipe.push_to_hub:
-        push(recipe.hub_model_id, output_dir / "model")
-
-
-def push(repo_id: str, folder: Path) -> None:
-    try:
-        url = HfApi().upload_folder(repo_id=repo_id, folder_path=folder, commit_message="Upload model")
-    except Exception as error:  # as above
-        raise UserError(
-            f"the upload to {repo_id} failed ({error}); {folder} is complete: repeat the command, or run "
-            f"`hf upload {repo_id} {folder}`"
-        ) from error
-    print(f"pushed to {url}")
+        print(f"pushed to {upload(output_dir / 'model', recipe.hub_model_id)}")
 
 
 if __name__ == "__main__":

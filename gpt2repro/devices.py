@@ -1,6 +1,7 @@
 """What device the launch command asked for, and how many of its cores to use."""
 
 import os
+import platform
 
 import torch
 
@@ -13,6 +14,15 @@ def cpu_asked() -> bool:
     """
     asked = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
     return asked or os.environ.get("CUDA_VISIBLE_DEVICES", "all").startswith("-1")
+
+
+def device_name(device: torch.device) -> str:
+    """What a reader calls the machine: the GPU's name, or the CPU's."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    if device.type == "cpu":
+        return f"CPU ({platform.machine()}, {torch.get_num_threads()} threads)"
+    return device.type
 
 
 def missing_gpu() -> list[str]:

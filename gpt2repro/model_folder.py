@@ -1,11 +1,14 @@
 """Model folders: what `from_pretrained` opens, and what is pushed to the Hub."""
 
-import contextlib
+import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from accelerate.utils import extract_model_from_parallel
+from huggingface_hub import ModelCard
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.fsdp import FSDPModule
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -15,31 +18,43 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from gpt2repro.errors import UserError
+from gpt2repro.errors import UserError, explained
+from gpt2repro.openai_weights import from_gpt2
+from gpt2repro.tokenization import build_tokenizer
 
 
 def find_model(name: str) -> str:
-    """The model that a user means by `name`: a run's model folder, a model folder, or else a Hub id.
+    """The model that a user means by `name`: a run's model folder, a model folder, a file of another trainer's, or else
+    a Hub id.
 
     Raises:
-        UserError: a file, a folder without a model in it, or neither a folder nor a Hub id.
+        UserError: a folder without a model in it, or neither a file, a folder nor a Hub id.
     """
     folder = Path(name)
     for candidate in (folder / "model", folder):
         if (candidate / "config.json").is_file():
             return str(candidate)
     if folder.is_file():
-        raise UserError(f"{name} is a file; give a model folder, a run folder or a Hub id")
+        return name
     if folder.exists():
-        unfinished = " (the run has not finished yet)" if (folder / "recipe.yaml").exists() else ""
+        checkpoints = [str(path) for path in sorted(folder.glob("checkpoints/step_*"))]
+        unfinished = f" (an unfinished run; its newest checkpoint is {checkpoints[-1]})" if checkpoints else ""
         raise UserError(f"{name} holds no model: neither config.json nor model/config.json is there{unfinished}")
     if name.count("/") > 1 or name.startswith((".", "/")):
         raise UserError(f"{name} does not exist; give a model folder, a run folder or a Hub id")
     return name
 
 
-def save_model_folder(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, card: str) -> None:
-    """Write weights, code, tokenizer, generation defaults and model card (README.md), complete or not at all."""
+def save_model_folder(
+    folder: Path,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    card: ModelCard,
+    picture: Path | None = None,
+) -> None:
+    """Write weights, code, tokenizer, generation defaults, model card and the picture of the loss, complete or not at
+    all. The model may be wrapped or compiled; under FSDP all processes call."""
+    model = unwrapped(model)
     temporary = folder.with_name("writing_" + folder.name)
     shutil.rmtree(temporary, ignore_errors=True)
     config = model.config
@@ -49,35 +64,37 @@ def save_model_folder(folder: Path, model: PreTrainedModel, tokenizer: PreTraine
     model.save_pretrained(temporary)
     tokenizer.model_max_length = config.n_positions
     tokenizer.save_pretrained(temporary)
-    (temporary / "README.md").write_text(card)
+    # transformers 5 names a class that older releases do not know; this one all of them do.
+    settings = temporary / "tokenizer_config.json"
+    written = json.loads(settings.read_text()) | {"tokenizer_class": "PreTrainedTokenizerFast"}
+    for key in ("backend", "is_local", "local_files_only"):  # its notes to itself
+        written.pop(key, None)
+    settings.write_text(json.dumps(written, indent=2) + "\n")
+    card.save(temporary / "README.md")
+    if picture:
+        shutil.copy(picture, temporary / "loss.png")
     shutil.rmtree(folder, ignore_errors=True)  # an earlier export of the same run
     temporary.rename(folder)
 
 
-def model_card(title: str, path: str, facts: dict[str, str]) -> str:
-    """README.md of a model folder: metadata, what the model is, how to load it from `path`."""
-    rows = "\n".join(f"| {name} | {value} |" for name, value in facts.items())
-    return f"""---
-library_name: transformers
-pipeline_tag: text-generation
-tags: [gpt2, gpt2repro]
----
+def unwrapped(model: torch.nn.Module) -> PreTrainedModel:
+    """The plain model inside DDP, torch.compile or FSDP2, whose shards are gathered: all processes call, and the main
+    one gets the weights, on the CPU.
 
-# {title}
-
-GPT-2's architecture, trained with gpt2repro.
-
-| | |
-| --- | --- |
-{rows}
-
-```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-model = AutoModelForCausalLM.from_pretrained("{path}", trust_remote_code=True)
-tokenizer = AutoTokenizer.from_pretrained("{path}")
-```
-"""
+    A model that fully_shard has changed is not saved as it is: its class is one of torch's by then, and
+    save_pretrained would write torch's files as the model's code.
+    """
+    model = extract_model_from_parallel(model, keep_torch_compile=False)
+    if not isinstance(model, FSDPModule):
+        return model
+    state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    plain_class = next(c for c in type(model).__mro__ if not issubclass(c, FSDPModule))
+    with torch.device("meta"):
+        plain = plain_class(model.config)
+    if state:  # only the main process has it
+        plain.load_state_dict(state, assign=True)
+        plain.tie_weights()
+    return plain
 
 
 def load_tokenizer(name: str | Path, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
@@ -86,7 +103,7 @@ def load_tokenizer(name: str | Path, trust_remote_code: bool = False) -> PreTrai
     Raises:
         UserError: there is none.
     """
-    with _explained(f"{name}: no tokenizer can be loaded from there", "save one there with tokenizer.save_pretrained"):
+    with explained(f"{name}: no tokenizer can be loaded from there", "save one there with tokenizer.save_pretrained"):
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
         if not tokenizer("a", add_special_tokens=False)["input_ids"]:
             raise ValueError("the vocabulary is empty")  # what transformers makes of a folder without tokenizer files
@@ -105,22 +122,38 @@ def open_model(
         UserError: no such folder, no model in it, or not a causal language model with a tokenizer.
     """
     path = find_model(name)
-    with _explained(f"{name}: no model can be loaded from there", "give a folder of save_pretrained or a Hub id"):
+    if Path(path).is_file():
+        model = from_gpt2(path, dtype=None if dtype == "auto" else dtype)
+        return model, tokenizer_for(path, model)
+    with explained(f"{name}: no model can be loaded from there", "give a folder of save_pretrained or a Hub id"):
         AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
     tokenizer = load_tokenizer(path, trust_remote_code)  # before the weights, so that mistakes show early
-    with _explained(f"{name}: not a causal language model with weights", "give one that AutoModelForCausalLM can load"):
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, trust_remote_code=trust_remote_code)
+    with explained(f"{name}: not a causal language model with weights", "give one that AutoModelForCausalLM can load"):
+        model, found = AutoModelForCausalLM.from_pretrained(
+            path, dtype=dtype, trust_remote_code=trust_remote_code, output_loading_info=True
+        )
+    if missing := sorted(found["missing_keys"]):  # transformers would only warn, and draw them at random
+        raise UserError(
+            f"{name} lacks {len(missing)} of the model's tensors ({', '.join(missing[:3])}...); save it again"
+        )
     return model, tokenizer
 
 
-@contextlib.contextmanager
-def _explained(problem: str, remedy: str) -> Iterator[None]:
-    """Turn what transformers raises for the user's mistakes, often a page long, into one line."""
-    try:
-        yield
-    except (OSError, ValueError, KeyError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{problem} ({reason}); {remedy}") from error
+def tokenizer_for(path: str, model: PreTrainedModel) -> PreTrainedTokenizerBase:
+    """The tokenizer that lies beside a model, or GPT-2's for a checkpoint file with GPT-2's number of tokens.
+
+    Raises:
+        UserError: there is none.
+    """
+    if not Path(path).is_file():
+        return load_tokenizer(path)
+    gpt2 = build_tokenizer("gpt2", [])
+    if gpt2.vocab_size != model.config.unpadded_vocab_size:
+        raise UserError(
+            f"{path} has {model.config.unpadded_vocab_size} tokens and no tokenizer; convert it with "
+            f"`python publish.py {path} --tokenizer FOLDER --to ./FOLDER`"
+        )
+    return gpt2.fast
 
 
 def encode_prompt(prompt: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:

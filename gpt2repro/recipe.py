@@ -32,13 +32,15 @@ class Recipe:
     data_dir: str = option("data/fineweb-edu", "directory that prepare_data.py made", changeable=True)
     corpus: str = option("fineweb-edu", "what prepare_data.py makes data_dir from", changeable=True)
     output_dir: str = option("runs/gpt2-124m", "directory of the run", changeable=True)
-    init_from: str = option("scratch", "scratch, or a model folder, run folder or Hub id to start from")
+    init_from: str = option(
+        "scratch", "scratch; gpt2 ... gpt2-xl; any run, model folder or Hub id of a GPT-2; a nanoGPT or llm.c file"
+    )
     seed: int = option(1337, "seed of initialisation, data order and dropout")
 
     max_steps: int = option(19_073, "optimizer steps")
     global_batch_tokens: int = option(524_288, "tokens a step, over all processes and micro-batches")
     micro_batch_size: int = option(64, "sequences a process sends through the model at once", changeable=True)
-    sequence_length: int = option(1024, "tokens a sequence (T)")
+    sequence_length: int = option(1024, "tokens a sequence (T); what init_from has beyond is cut off")
     sampling: Literal[SAMPLING] = option("shuffle", "order of the training windows: see gpt2repro/data_order.py")
 
     optimizer: Literal["adamw"] = option("adamw", "the optimizer")

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
@@ -15,7 +16,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from gpt2repro.errors import UserError
+from gpt2repro.errors import UserError, first_line
 
 
 END_OF_TEXT = "<|endoftext|>"
@@ -50,6 +51,11 @@ class Tokenizer:
         }
 
 
+def padded_vocab_size(vocab_size: int) -> int:
+    """Rows of the embedding for so many tokens: whole tiles of the matrix units."""
+    return math.ceil(vocab_size / 64) * 64
+
+
 def build_tokenizer(name: str, texts: Iterable[str], num_threads: int = 1) -> Tokenizer:
     """The tokenizer that `name` asks for.
 
@@ -73,7 +79,7 @@ def build_tokenizer(name: str, texts: Iterable[str], num_threads: int = 1) -> To
     except (OSError, ValueError, KeyError) as error:
         raise UserError(
             f"--tokenizer {name}: neither gpt2, char nor bpe:N, nor a folder or Hub id that holds a tokenizer "
-            f"({str(error).splitlines()[0]})"
+            f"({first_line(error)})"
         ) from error
 
 

@@ -30,7 +30,9 @@ def test_no_script_imports_a_script(path):
 
 @pytest.mark.parametrize("path", sorted((ROOT / "gpt2repro").rglob("*.py")), ids=lambda path: path.name)
 def test_the_package_imports_neither_scripts_nor_the_model(path):
-    assert not imported(path) & (SCRIPTS | {"modeling_gpt2repro"})
+    """Models come in as arguments or through the Auto classes; only the conversion has to name the class it makes."""
+    allowed = {"modeling_gpt2repro"} if path.name == "openai_weights.py" else set()
+    assert not imported(path) & (SCRIPTS | {"modeling_gpt2repro"}) - allowed
 
 
 def test_the_model_file_needs_torch_and_transformers_only():

@@ -14,6 +14,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig
 
 import prepare_data
 import train_accelerate
@@ -238,6 +239,21 @@ def test_fine_tuning_starts_from_the_weights_of_a_run(train, trained, tmp_path):
         assert torch.equal(tensor, weights(tmp_path / "tuned")[name])
 
 
+def test_fine_tuning_starts_from_a_gpt2_whose_positions_it_crops(train, data_dir, tmp_path):
+    vocab_size = read_manifest(data_dir)["tokenizer"]["vocab_size"]
+    gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=vocab_size, n_positions=48, n_layer=1, n_head=2, n_embd=32))
+    gpt2.save_pretrained(tmp_path / "gpt2")
+    recipe = yaml.safe_load(RECIPE) | {"init_from": str(tmp_path / "gpt2"), "max_steps": 2, "warmup_steps": 0}
+    recipe |= {"learning_rate": 0.0, "min_learning_rate": 0.0, "model": {"resid_pdrop": 0.0}}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    train(tmp_path / "tuned", "--config", tmp_path / "recipe.yaml")
+    tuned = weights(tmp_path / "tuned")
+    assert torch.equal(tuned["transformer.wpe.weight"], gpt2.transformer.wpe.weight[:32])
+    assert torch.equal(tuned["transformer.h.0.mlp.c_fc.weight"], gpt2.transformer.h[0].mlp.c_fc.weight.T)
+    config = json.loads((tmp_path / "tuned" / "model" / "config.json").read_text())
+    assert (config["n_positions"], config["resid_pdrop"], config["attn_pdrop"]) == (32, 0.0, 0.1)
+
+
 def test_bf16_autocast_keeps_float32_weights(train, tmp_path):
     output_dir = tmp_path / "bf16"
     environment = {"ACCELERATE_MIXED_PRECISION": "bf16"}
@@ -368,10 +384,8 @@ def test_init_from_something_that_is_no_model_is_refused(refused, folder):
 
 
 def test_init_from_another_architecture_is_refused(refused, tmp_path):
-    from transformers import GPT2Config
-
-    GPT2Config(n_layer=1).save_pretrained(tmp_path / "gpt2")
-    assert "is a gpt2 model" in refused("--init_from", tmp_path / "gpt2")
+    LlamaConfig().save_pretrained(tmp_path / "llama")
+    assert "is a llama model" in refused("--init_from", tmp_path / "llama")
 
 
 def test_init_from_a_model_of_another_size_is_refused(refused, trained):

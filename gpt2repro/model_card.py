@@ -1,0 +1,148 @@
+"""The model card, README.md of a model folder: what a run recorded of itself. What was not measured is left out."""
+
+import math
+from pathlib import Path
+
+import yaml
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from transformers import PreTrainedModel
+
+from gpt2repro.telemetry import read_metrics
+
+
+OPENAI_GPT2 = {"hellaswag_acc": 0.2859, "hellaswag_acc_norm": 0.2955}  # 124M; build-nanogpt, hellaswag.py
+HELLASWAG = "Rowan/hellaswag"
+# of recipe.yaml: told in the table, or paths of the machine that it ran on
+NOT_SHOWN = ("data", "versions", "hardware", "data_dir", "output_dir", "hellaswag_data")
+
+
+def model_card(
+    model: PreTrainedModel,
+    name: str,
+    repo_id: str | None = None,
+    run_dir: Path | None = None,
+    last_step: float = math.inf,
+    license: str = "apache-2.0",
+) -> ModelCard:
+    """The card of a model of ours or of its export as GPT2LMHeadModel.
+
+    Args:
+        name: the title.
+        repo_id: where on the Hub it will be; None: not known, or nowhere.
+        run_dir: the run that trained it, with recipe.yaml and metrics.jsonl; None where there is no record.
+        last_step: the step of the checkpoint that it is, for an earlier one than the run's last.
+        license: of the weights, as the Hub abbreviates it.
+    """
+    record, metrics = {}, {}
+    if run_dir:
+        record = yaml.safe_load((run_dir / "recipe.yaml").read_text())
+        for row in read_metrics(run_dir / "metrics.jsonl"):
+            metrics |= row if row["step"] <= last_step else {}
+    data, results = record.get("data", {}), _results(metrics, record)
+    load_from = repo_id or "PATH_OR_REPO"
+    remote_code = "" if model.config.model_type == "gpt2" else ", trust_remote_code=True"
+    metadata = ModelCardData(
+        license=license,
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=["gpt2", "gpt2repro"],
+        datasets=[data["corpus"]["hub_id"]] if data.get("corpus", {}).get("revision") else None,
+        base_model=_base_model(record.get("init_from", "scratch")),
+        model_name=name,
+        eval_results=[
+            EvalResult(
+                task_type="text-generation",
+                dataset_type=HELLASWAG if key.startswith("hellaswag") else data["corpus"].get("hub_id", "text"),
+                dataset_name="HellaSwag" if key.startswith("hellaswag") else data["corpus"]["name"],
+                dataset_split="validation",
+                metric_type=key.removeprefix("hellaswag_"),
+                metric_name=title,
+                metric_value=round(value, 6),
+            )
+            for key, (title, value, _) in results.items()
+            if key != "loss"  # of the training split
+        ]
+        or None,
+    )
+    lines = [
+        f"# {name}",
+        "GPT-2's architecture (Radford et al. 2019, "
+        '"Language Models are Unsupervised Multitask Learners"), made with gpt2repro.',
+        "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+        f'model = AutoModelForCausalLM.from_pretrained("{load_from}"{remote_code})\n'
+        f'tokenizer = AutoTokenizer.from_pretrained("{load_from}"{remote_code})\n```',
+        _table(["", ""], list(_facts(model, record, metrics).items())),
+    ]
+    if results:
+        rows = [[title, shown, OPENAI_GPT2.get(key, "")] for key, (title, _, shown) in results.items()]
+        lines += ["## Evaluation", _table(["", "this model", "OpenAI's gpt2 (124M)"], rows)]
+    if "hellaswag_items" in metrics:
+        lines += [
+            f"HellaSwag: {metrics['hellaswag_items']:,} items of the validation set, zero-shot, the ending with the "
+            "lowest loss (acc: summed, acc_norm: mean per token), with standard errors. OpenAI's: build-nanogpt's "
+            "figures by the same rule on all 10,042 items."
+        ]
+    if "loss" in metrics:
+        lines += ["![training and validation loss](loss.png)"]
+    if record:
+        settings = {name: value for name, value in record.items() if name not in NOT_SHOWN}
+        settings = yaml.safe_dump(settings, sort_keys=False)
+        lines += ["## Recipe", f"```yaml\n{settings}```"]
+    lines += ["## Licence", f"{license}, for the weights. The text that they were trained on keeps its own terms."]
+    return ModelCard(f"---\n{metadata.to_yaml()}\n---\n\n" + "\n\n".join(lines) + "\n")
+
+
+def _facts(model: PreTrainedModel, record: dict, metrics: dict) -> dict[str, str]:
+    config = model.config
+    real = getattr(config, "unpadded_vocab_size", config.vocab_size)
+    padding = f" and {config.vocab_size - real} padding rows" if config.vocab_size > real else ""
+    facts = {
+        "architecture": f"{config.n_layer} layers, {config.n_head} heads, width {config.n_embd}, {config.n_positions} "
+        f"positions, {real:,} tokens{padding}, {model.num_parameters():,} parameters"
+    }
+    if not record:
+        return facts
+    data, corpus = record["data"], record["data"]["corpus"]
+    source = ", ".join(str(corpus[key]) for key in ("hub_id", "config", "revision") if corpus.get(key))
+    facts["data"] = (
+        f"{source or corpus['name']}: {data['splits']['train']['tokens']:,} training tokens by the tokenizer "
+        f"{data['tokenizer']['name']}; sha256 of the manifest {data['manifest_sha256']}"
+    )
+    if "tokens" in metrics:
+        facts["training"] = f"{metrics['step']:,} steps of {record['global_batch_tokens']:,} tokens, " + (
+            f"{metrics['tokens']:,} in all, starting from {record['init_from']}"
+        )
+    if "hardware" in record:
+        facts["hardware"] = record["hardware"]
+    facts["versions"] = ", ".join(f"{name} {version}" for name, version in record["versions"].items() if version)
+    return facts
+
+
+def _results(metrics: dict, record: dict) -> dict[str, tuple[str, float, str]]:
+    """Metric type -> its title, its value, and the value as the table shows it."""
+    results = {}
+    if "loss" in metrics:
+        results["loss"] = ("training loss, last row, nats per token", metrics["loss"], f"{metrics['loss']:.4f}")
+    if "val_loss" in metrics:
+        loss, val = metrics["val_loss"], record["data"]["splits"]["val"]
+        bits_per_byte = loss / math.log(2) * val["tokens"] / val["bytes"]
+        results["val_loss"] = ("validation loss, nats per token", loss, f"{loss:.4f}")
+        results["perplexity"] = ("validation perplexity", math.exp(loss), f"{math.exp(loss):.2f}")
+        results["bits_per_byte"] = ("validation, bits per byte", bits_per_byte, f"{bits_per_byte:.4f}")
+    for key in OPENAI_GPT2:
+        if key in metrics:
+            value, error = metrics[key], metrics[f"{key}_stderr"]
+            results[key] = (f"HellaSwag {key.removeprefix('hellaswag_')}", value, f"{value:.4f} ± {error:.4f}")
+    return results
+
+
+def _base_model(init_from: str) -> str | None:
+    """The Hub id that a run started from, in full."""
+    if init_from == "scratch" or Path(init_from).exists() or init_from.count("/") > 1:
+        return None
+    return init_from if "/" in init_from else f"openai-community/{init_from}"
+
+
+def _table(head: list[str], rows: list) -> str:
+    table = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(str(cell) for cell in row)} |" for row in table)

@@ -1,0 +1,118 @@
+"""Publish a trained model: to a Hugging Face Hub repository, or to a folder.
+
+    python publish.py runs/gpt2-124m-fineweb-edu --to owner/name                # weights with our model code
+    python publish.py runs/gpt2-124m-fineweb-edu --to owner/name --format gpt2  # plain GPT2LMHeadModel, no remote code
+    python publish.py runs/demo/checkpoints/step_00000500 --to ./exported       # any folder: starts with . or / or ~
+    python publish.py nanogpt/out/ckpt.pt --to ./converted                      # nanoGPT, build-nanogpt, llm.c
+
+What is published has the weights in safetensors, tokenizer, generation defaults and a model card that says what the run
+measured. An upload is one commit.
+"""
+
+import argparse
+import json
+import math
+import shutil
+from pathlib import Path
+
+from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+from gpt2repro import checkpoint
+from gpt2repro.errors import UserError, run_script
+from gpt2repro.hub import create_repository, upload
+from gpt2repro.model_card import model_card
+from gpt2repro.model_folder import find_model, load_tokenizer, save_model_folder, tokenizer_for
+from gpt2repro.openai_weights import from_gpt2, to_gpt2
+from gpt2repro.telemetry import plot_losses, read_metrics
+from modeling_gpt2repro import register_auto_classes
+
+
+def main(argv: list[str]) -> None:
+    args = parse_arguments(argv)
+    register_auto_classes()
+    source = find_model(args.source)
+    is_folder = args.to.startswith((".", "/", "~"))
+    if is_folder:
+        folder = Path(args.to).expanduser()
+        name = folder.resolve().name
+    else:
+        folder = Path("publish") / args.to.replace("/", "--")  # until it is uploaded
+        name = args.to.split("/")[-1]
+        create_repository(args.to, private=args.private or None, revision=args.revision)
+
+    model = from_gpt2(source)
+    tokenizer = load_tokenizer(args.tokenizer) if args.tokenizer else tokenizer_for(source, model)
+    if len(tokenizer) != model.config.unpadded_vocab_size:
+        raise UserError(
+            f"the tokenizer has {len(tokenizer)} tokens, the model {model.config.unpadded_vocab_size}; "
+            "give the one that it was trained with as --tokenizer"
+        )
+    if args.format == "gpt2":
+        model = to_gpt2(model)
+
+    run_dir, last_step = run_of(Path(source))
+    card = model_card(model, name, None if is_folder else args.to, run_dir, last_step, args.license)
+    picture = draw(run_dir, last_step, folder.with_name(f"{folder.name}.png"), name) if run_dir else None
+    save_model_folder(folder, model, tokenizer, card, picture)
+    if picture:
+        picture.unlink()
+    if is_folder:
+        print(f"written to {folder}")
+    else:
+        print(f"pushed to {upload(folder, args.to, args.revision)}")
+        shutil.rmtree(folder)
+
+
+def run_of(source: Path) -> tuple[Path | None, float]:
+    """The run that a model folder or checkpoint lies in, and the last step that it has seen; None where there is no
+    record of one."""
+    if (source / checkpoint.STATE).is_file():
+        return source.parents[1], json.loads((source / checkpoint.STATE).read_text())["step"]
+    if source.name == "model" and (source.parent / "recipe.yaml").is_file():
+        return source.parent, math.inf
+    return None, math.inf
+
+
+def draw(run_dir: Path, last_step: float, path: Path, title: str) -> Path:
+    """The loss up to a step."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    metrics = [row for row in read_metrics(run_dir / "metrics.jsonl") if row["step"] <= last_step]
+    plot_losses(metrics, {}, path, title)
+    return path
+
+
+def parse_arguments(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("source", help="run, checkpoint, model folder, Hub id, or another trainer's file")
+    parser.add_argument("--to", required=True, metavar="REPO_OR_FOLDER", help="owner/name, or a new folder: ./name")
+    parser.add_argument(
+        "--format",
+        choices=("gpt2repro", "gpt2"),
+        default="gpt2repro",
+        help="gpt2repro: with our model code; gpt2: transformers' own class, loads anywhere (default: %(default)s)",
+    )
+    parser.add_argument("--tokenizer", help="folder or Hub id, where SOURCE carries none")
+    parser.add_argument("--license", default="apache-2.0", help="of the weights, for the card (default: %(default)s)")
+    parser.add_argument("--private", action="store_true", help="create the repository as a private one")
+    parser.add_argument("--revision", help="branch to push to; made if it is not there (default: main)")
+    args = parser.parse_args(argv)
+    if args.to.startswith((".", "/", "~")):
+        folder = Path(args.to).expanduser()
+        if args.private or args.revision:
+            raise UserError("--private and --revision are for the Hub; leave them out, or give --to owner/name")
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise UserError(f"--to {args.to} exists already; choose a new folder, or delete it")
+    else:
+        try:
+            validate_repo_id(args.to)
+        except HFValidationError as error:
+            raise UserError(f"--to {args.to} is not owner/name ({error}); a folder starts with ./") from error
+        if args.to.count("/") != 1:
+            raise UserError(f"--to {args.to} is not owner/name; a folder starts with ./")
+    return args
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,286 @@
+"""OpenAI's checkpoints against transformers' own GPT-2: the same function, the same bits, in every form they have."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch.testing import assert_close
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig
+
+from gpt2repro.errors import UserError
+from gpt2repro.openai_weights import from_gpt2, gpt2_config, to_gpt2
+from modeling_gpt2repro import GPT2ReproConfig, GPT2ReproForCausalLM
+
+
+V = 150
+TINY = dict(vocab_size=V, n_positions=32, n_embd=32, n_layer=3, n_head=4, bos_token_id=None, eos_token_id=None)
+
+
+def make_gpt2(**fields) -> GPT2LMHeadModel:
+    """A tiny GPT-2 in which no parameter is without effect."""
+    model = GPT2LMHeadModel(GPT2Config(**TINY | fields)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=0.3, generator=torch.Generator().manual_seed(parameter.numel()))
+    return model
+
+
+@pytest.fixture
+def gpt2():
+    return make_gpt2()
+
+
+@pytest.fixture
+def folder(gpt2, tmp_path):
+    gpt2.save_pretrained(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def ids():
+    return torch.arange(24).view(2, 12) * 7 % V
+
+
+def same_tensors(left: torch.nn.Module, right: torch.nn.Module) -> None:
+    left, right = left.state_dict(), right.state_dict()
+    assert left.keys() == right.keys()
+    for name in left:
+        assert left[name].dtype == right[name].dtype and torch.equal(left[name], right[name]), name
+
+
+def rewrite(folder, change) -> None:
+    """Replace the tensors of a saved model by what `change(tensors)` makes of them."""
+    tensors = load_file(folder / "model.safetensors")
+    save_file({name: tensor.contiguous() for name, tensor in change(tensors).items()}, folder / "model.safetensors")
+
+
+def rewrite_config(folder, **fields) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | fields))
+
+
+# ---- The same function, the same bits ----
+
+
+@pytest.mark.parametrize("fields", [{}, {"n_inner": 48}, {"activation_function": "gelu"}, {"layer_norm_epsilon": 1e-3}])
+def test_converted_model_gives_gpt2s_logits_and_comes_back_bit_for_bit(fields, tmp_path, ids):
+    gpt2 = make_gpt2(**fields)
+    gpt2.save_pretrained(tmp_path)
+    ours = from_gpt2(tmp_path)
+    assert (ours.config.vocab_size, ours.config.unpadded_vocab_size) == (192, V)
+    assert not ours.training and ours.lm_head.weight is ours.transformer.wte.weight
+    assert_close(ours(ids).logits[..., :V], gpt2(ids).logits, atol=1e-5, rtol=1e-5)
+    same_tensors(to_gpt2(ours), gpt2)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_our_model_exported_and_read_again_is_the_same_bit_for_bit(bias, tmp_path, ids):
+    """As initialised and after a few training steps: padding rows are zero before and after."""
+    config = GPT2ReproConfig(**TINY | {"vocab_size": 192, "unpadded_vocab_size": V, "bias": bias})
+    ours = GPT2ReproForCausalLM(config)
+    optimizer = torch.optim.AdamW(ours.parameters(), lr=1e-2, weight_decay=0.1)
+    for _ in range(3):
+        ours(ids, labels=ids).loss.backward()
+        optimizer.step()
+    gpt2 = to_gpt2(ours.eval())
+    assert gpt2.transformer.wte.weight.shape == (V, 32) and gpt2.lm_head.weight is gpt2.transformer.wte.weight
+    assert_close(gpt2(ids).logits, ours(ids).logits[..., :V], atol=1e-5, rtol=1e-5)
+    gpt2.save_pretrained(tmp_path)
+    again = from_gpt2(tmp_path)
+    if bias:
+        same_tensors(again, ours)
+    else:
+        kept = again.state_dict()
+        assert all(torch.equal(kept[name], tensor) for name, tensor in ours.state_dict().items())
+        assert all((kept[name] == 0).all() for name in kept.keys() - ours.state_dict().keys())
+    assert_close(again(ids).logits, ours(ids).logits, atol=1e-5, rtol=1e-5)
+
+
+def test_exported_folder_loads_in_a_process_that_has_plain_transformers_only(tmp_path, ids):
+    config = GPT2ReproConfig(**TINY | {"vocab_size": 192, "unpadded_vocab_size": V})
+    ours = GPT2ReproForCausalLM(config).eval()
+    to_gpt2(ours).save_pretrained(tmp_path / "gpt2")
+    torch.save(ids, tmp_path / "ids.pt")
+    code = (
+        "import torch; from transformers import AutoModelForCausalLM as A; m = A.from_pretrained('gpt2').eval();"
+        "torch.save((type(m).__name__, m(torch.load('ids.pt')).logits.detach()), 'result.pt')"
+    )
+    subprocess.run([sys.executable, "-I", "-c", code], cwd=tmp_path, check=True, capture_output=True)
+    name, logits = torch.load(tmp_path / "result.pt")
+    assert name == "GPT2LMHeadModel"
+    assert_close(logits, ours(ids).logits[..., :V], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "n_layer, n_head, n_embd, parameters",
+    [(12, 12, 768, 124439808), (24, 16, 1024, 354823168), (36, 20, 1280, 774030080), (48, 25, 1600, 1557611200)],
+)
+def test_the_four_sizes_have_openais_parameter_counts(n_layer, n_head, n_embd, parameters):
+    with torch.device("meta"):
+        fields = dict(n_layer=n_layer, n_head=n_head, n_embd=n_embd)
+        assert GPT2ReproForCausalLM(GPT2ReproConfig(vocab_size=50257, **fields)).num_parameters() == parameters
+        padding = (50304 - 50257) * n_embd
+        assert GPT2ReproForCausalLM(GPT2ReproConfig(**fields)).num_parameters() == parameters + padding
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_stays_what_it_is(gpt2, tmp_path, dtype):
+    gpt2.to(dtype).save_pretrained(tmp_path)
+    ours = from_gpt2(tmp_path)
+    assert ours.dtype == ours.config.dtype == dtype
+    same_tensors(to_gpt2(ours), gpt2)
+    assert from_gpt2(tmp_path, dtype=torch.float32).dtype == torch.float32
+
+
+# ---- The forms that users' folders have ----
+
+FORMS = {
+    "without the prefix": lambda tensors: {name.removeprefix("transformer."): t for name, t in tensors.items()},
+    "with mask buffers": lambda tensors: (
+        tensors
+        | {f"transformer.h.{i}.attn.bias": torch.ones(1, 1, 32, 32).tril() for i in range(3)}
+        | {f"transformer.h.{i}.attn.masked_bias": torch.tensor(-1e4) for i in range(3)}
+    ),
+    "with a copy of the head": lambda tensors: tensors | {"lm_head.weight": tensors["transformer.wte.weight"].clone()},
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_of_the_keys_is_read(gpt2, folder, form):
+    rewrite(folder, FORMS[form])
+    ours = from_gpt2(folder)
+    assert ours.lm_head.weight is ours.transformer.wte.weight
+    same_tensors(to_gpt2(ours), gpt2)
+
+
+@pytest.mark.parametrize("config_says_tied", [True, False])
+def test_an_untied_head_stays_untied(gpt2, folder, ids, config_says_tied):
+    """Where config.json contradicts the weights, transformers goes by the weights, and so do we."""
+    rewrite(folder, lambda tensors: tensors | {"lm_head.weight": tensors["transformer.wte.weight"].flip(0)})
+    rewrite_config(folder, tie_word_embeddings=config_says_tied)
+    ours = from_gpt2(folder)
+    assert not ours.config.tie_word_embeddings
+    assert_close(ours(ids).logits[..., :V], GPT2LMHeadModel.from_pretrained(folder)(ids).logits, atol=1e-5, rtol=1e-5)
+    exported = to_gpt2(ours)
+    assert torch.equal(exported.lm_head.weight, gpt2.transformer.wte.weight.flip(0))
+    ours.save_pretrained(folder / "again")
+    again = AutoModelForCausalLM.from_pretrained(folder / "again", trust_remote_code=True)
+    assert_close(again(ids).logits, ours(ids).logits)
+
+
+def test_shards_and_torchs_own_format_are_read(gpt2, tmp_path):
+    gpt2.save_pretrained(tmp_path / "sharded", max_shard_size="20KB")
+    assert len(list((tmp_path / "sharded").glob("*.safetensors"))) > 2
+    same_tensors(to_gpt2(from_gpt2(tmp_path / "sharded")), gpt2)
+    gpt2.config.save_pretrained(tmp_path / "bin")
+    torch.save(gpt2.state_dict(), tmp_path / "bin" / "pytorch_model.bin")
+    same_tensors(to_gpt2(from_gpt2(tmp_path / "bin")), gpt2)
+
+
+def test_our_own_model_folder_is_read_too(tmp_path):
+    ours = GPT2ReproForCausalLM(GPT2ReproConfig(**TINY | {"vocab_size": 192, "unpadded_vocab_size": V, "bias": False}))
+    ours.save_pretrained(tmp_path)
+    assert gpt2_config(tmp_path).bias is False
+    same_tensors(from_gpt2(tmp_path), ours)
+
+
+def test_fewer_positions_change_nothing_for_short_sequences(gpt2, folder, ids):
+    config = gpt2_config(folder)
+    config.n_positions = 16
+    ours = from_gpt2(folder, config)
+    assert ours.transformer.wpe.weight.shape == (16, 32)
+    assert_close(ours(ids).logits[..., :V], gpt2(ids).logits, atol=1e-5, rtol=1e-5)
+    with pytest.raises(ValueError, match="n_positions=16"):
+        ours(ids.view(1, -1))
+
+
+PEAK = """
+import re, sys
+from gpt2repro.openai_weights import from_gpt2
+peak = lambda: int(re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())[1]) * 1024
+before = peak()
+model = from_gpt2(sys.argv[1])
+print((peak() - before) / sum(p.numel() * p.element_size() for p in model.parameters()))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="the peak is read from /proc")
+def test_reading_a_checkpoint_needs_no_second_copy_of_it(tmp_path):
+    """In GPT-2 124M the embedding alone is a third of the weights; in the larger ones less."""
+    with torch.device("meta"):
+        gpt2 = GPT2LMHeadModel(GPT2Config())
+    save_file(
+        {name: torch.zeros_like(p, device="cpu") for name, p in gpt2.named_parameters()}, tmp_path / "model.safetensors"
+    )
+    gpt2.config.save_pretrained(tmp_path)
+    done = subprocess.run([sys.executable, "-c", PEAK, tmp_path], capture_output=True, text=True, check=True)
+    assert 0.9 < float(done.stdout) < 1.2
+
+
+# ---- What is refused ----
+
+
+@pytest.mark.parametrize(
+    "fields, reason",
+    [
+        ({"activation_function": "relu"}, "activation_function=relu"),
+        ({"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx"),
+        ({"scale_attn_weights": False}, "scale_attn_weights"),
+        ({"add_cross_attention": True}, "cross-attention"),
+        ({"quantization_config": {"quant_method": "x"}}, "quantized"),
+    ],
+)
+def test_another_architecture_is_refused_with_its_reason(folder, fields, reason):
+    rewrite_config(folder, **fields)
+    with pytest.raises(UserError, match=reason):
+        from_gpt2(folder)
+
+
+def test_another_model_type_is_refused(tmp_path):
+    LlamaConfig().save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="is a llama model"):
+        gpt2_config(tmp_path)
+
+
+def test_missing_unknown_and_misshapen_tensors_are_named(folder):
+    name = "transformer.h.1.mlp.c_fc.weight"
+    rewrite(folder, lambda tensors: {key: tensor for key, tensor in tensors.items() if key != name})
+    with pytest.raises(UserError, match=name):
+        from_gpt2(folder)
+    rewrite(folder, lambda tensors: tensors | {name: torch.zeros(32, 64)})
+    with pytest.raises(UserError, match=name):
+        from_gpt2(folder)
+    rewrite(folder, lambda tensors: tensors | {name: torch.zeros(32, 128), "score.weight": torch.zeros(2, 32)})
+    with pytest.raises(UserError, match="score.weight"):
+        from_gpt2(folder)
+
+
+def test_damaged_and_absent_weights_are_refused(folder):
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(UserError, match="model.safetensors"):
+        from_gpt2(folder)
+    weights.unlink()
+    with pytest.raises(UserError, match="holds no weights"):
+        from_gpt2(folder)
+    (folder / "config.json").unlink()
+    with pytest.raises(UserError, match="config.json"):
+        from_gpt2(folder)
+
+
+class Malicious:
+    def __reduce__(self):
+        return exec, ("open('executed', 'w')",)
+
+
+def test_a_pickle_that_holds_code_is_refused_without_running_it(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    (folder / "model.safetensors").unlink()
+    torch.save({"transformer.wte.weight": Malicious()}, folder / "pytorch_model.bin")
+    with pytest.raises(UserError, match="pytorch_model.bin"):
+        from_gpt2(folder)
+    assert not (folder / "executed").exists()
