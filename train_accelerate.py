@@ -39,6 +39,7 @@ from gpt2repro.recipe import Recipe, differences, parse_recipe
 from gpt2repro.schedule import lr_at
 from gpt2repro.telemetry import Telemetry, plot_losses, provenance, read_metrics
 from gpt2repro.tokenization import padded_vocab_size
+from gpt2repro.unwrap import unwrapped
 from gpt2repro.validation import validation_loss
 from modeling_gpt2repro import GPT2ReproConfig, GPT2ReproForCausalLM, register_auto_classes
 
@@ -112,6 +113,7 @@ def main(argv: list[str]) -> None:
             if due(recipe.checkpoint_every):
                 checkpoint.save(accelerator, recipe.output_dir, {"step": step}, recipe.keep_last, config, tokenizer)
     telemetry.close()
+    raw_model = unwrapped(raw_model)  # where it is sharded, all processes gather
     if accelerator.is_main_process:
         finish(recipe, manifest, raw_model, tokenizer, train_data)
 

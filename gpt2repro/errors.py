@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Iterator
 
 import torch.distributed
+from huggingface_hub.errors import HfHubHTTPError
 from safetensors import SafetensorError
 
 
@@ -15,6 +16,8 @@ class UserError(Exception):
 
 def first_line(error: Exception) -> str:
     """What an exception says, without the rest of a page; its type where it says nothing."""
+    if isinstance(error, HfHubHTTPError) and error.server_message:  # the Hub's own words come last on its page
+        return f"the Hub says {error.response.status_code}: {error.server_message.splitlines()[0]}"
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
@@ -24,6 +27,10 @@ def explained(problem: str, remedy: str) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        cause = error.__cause__
+        if isinstance(cause, HfHubHTTPError) and cause.response.status_code in (401, 403, 404):
+            remedy = "check the name, log in with `hf auth login`, and if the model is gated ask for access on its page"
+            error = cause
         raise UserError(f"{problem} ({first_line(error)}); {remedy}") from error
 
 

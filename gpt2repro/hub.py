@@ -15,7 +15,8 @@ def create_repository(repo_id: str, private: bool | None = None, revision: str |
     """
     try:
         api = HfApi()
-        api.create_repo(repo_id, private=private, exist_ok=True)
+        api.create_repo(repo_id, private=private, exist_ok=True)  # which another's public repository passes
+        api.auth_check(repo_id, write=True)
         if revision:
             api.create_branch(repo_id, branch=revision, exist_ok=True)
     except Exception as error:  # network, permission and name errors share no base class

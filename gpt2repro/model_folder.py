@@ -5,10 +5,7 @@ import shutil
 from pathlib import Path
 
 import torch
-from accelerate.utils import extract_model_from_parallel
 from huggingface_hub import ModelCard
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-from torch.distributed.fsdp import FSDPModule
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -53,8 +50,7 @@ def save_model_folder(
     picture: Path | None = None,
 ) -> None:
     """Write weights, code, tokenizer, generation defaults, model card and the picture of the loss, complete or not at
-    all. The model may be wrapped or compiled; under FSDP all processes call."""
-    model = unwrapped(model)
+    all. The model is a plain one: see `unwrapped`."""
     temporary = folder.with_name("writing_" + folder.name)
     shutil.rmtree(temporary, ignore_errors=True)
     config = model.config
@@ -77,26 +73,6 @@ def save_model_folder(
     temporary.rename(folder)
 
 
-def unwrapped(model: torch.nn.Module) -> PreTrainedModel:
-    """The plain model inside DDP, torch.compile or FSDP2, whose shards are gathered: all processes call, and the main
-    one gets the weights, on the CPU.
-
-    A model that fully_shard has changed is not saved as it is: its class is one of torch's by then, and
-    save_pretrained would write torch's files as the model's code.
-    """
-    model = extract_model_from_parallel(model, keep_torch_compile=False)
-    if not isinstance(model, FSDPModule):
-        return model
-    state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
-    plain_class = next(c for c in type(model).__mro__ if not issubclass(c, FSDPModule))
-    with torch.device("meta"):
-        plain = plain_class(model.config)
-    if state:  # only the main process has it
-        plain.load_state_dict(state, assign=True)
-        plain.tie_weights()
-    return plain
-
-
 def load_tokenizer(name: str | Path, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """The tokenizer of a folder or Hub id.
 
@@ -105,7 +81,7 @@ def load_tokenizer(name: str | Path, trust_remote_code: bool = False) -> PreTrai
     """
     with explained(f"{name}: no tokenizer can be loaded from there", "save one there with tokenizer.save_pretrained"):
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
-        if not tokenizer("a", add_special_tokens=False)["input_ids"]:
+        if not tokenizer.get_vocab().keys() - set(tokenizer.all_special_tokens):
             raise ValueError("the vocabulary is empty")  # what transformers makes of a folder without tokenizer files
     return tokenizer
 

@@ -19,6 +19,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedConfig, PreTrain
 from gpt2repro.errors import UserError, explained, first_line
 from gpt2repro.foreign_checkpoints import check_tensors, read_checkpoint_file
 from gpt2repro.tokenization import padded_vocab_size
+from gpt2repro.unwrap import unwrapped
 from modeling_gpt2repro import GPT2ReproConfig, GPT2ReproForCausalLM
 
 
@@ -96,12 +97,14 @@ def to_gpt2(model: PreTrainedModel) -> GPT2LMHeadModel:
 
     Biases that our model does not have (bias=False) become zeros, which is the same function.
     """
+    model = unwrapped(model)
     fields = {name: getattr(model.config, name) for name in SHARED_FIELDS}
     with torch.device("meta"):
         gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=model.config.unpadded_vocab_size, dtype=model.dtype, **fields))
     ours, state = model.state_dict(), {}
     for name, theirs in gpt2.named_parameters():
-        tensor = ours[name] if name in ours else torch.zeros(theirs.shape, dtype=model.dtype)
+        absent = name.endswith(".bias") and not model.config.bias
+        tensor = torch.zeros(theirs.shape, dtype=model.dtype) if absent else ours[name]
         tensor = tensor.T if name.endswith(PROJECTIONS) else tensor
         state[name] = tensor[: len(theirs)].cpu().clone(memory_format=torch.contiguous_format)
     gpt2.load_state_dict(state, assign=True, strict=not gpt2.config.tie_word_embeddings)

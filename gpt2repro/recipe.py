@@ -102,7 +102,7 @@ class Recipe:
             found.append(
                 f"warmup_steps={self.warmup_steps} must be below max_steps={self.max_steps}; change one of them"
             )
-        if self.push_to_hub and not self.hub_model_id:
+        if self.push_to_hub and (self.hub_model_id or "").count("/") != 1:
             found.append("push_to_hub needs a repository: add --hub_model_id owner/name")
         return found
 

@@ -531,7 +531,7 @@ def run_main(folder, monkeypatch):
 @pytest.mark.parametrize(
     "flags, complaint",
     [
-        (["items.jsonl"], "items.jsonl is a file"),
+        (["items.jsonl"], "items.jsonl is not a checkpoint"),
         (["no/such/folder"], "no/such/folder does not exist"),
         (["model", "--limit", "-1"], "--limit -1: must be 1 or more"),
         (["model", "--batch_size", "0"], "--batch_size 0: must be 1 or more"),

@@ -1,0 +1,260 @@
+"""publish.py to folders: from runs, checkpoints, model folders and other trainers' files, in both formats."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+import yaml
+from huggingface_hub import ModelCard
+from torch.testing import assert_close
+from transformers import AutoModelForCausalLM, GPT2LMHeadModel
+
+import publish
+from gpt2repro.errors import UserError
+from gpt2repro.model_card import OPENAI_GPT2, model_card
+from gpt2repro.model_folder import save_model_folder
+from gpt2repro.tokenization import build_tokenizer
+from gpt2repro.unwrap import unwrapped
+from modeling_gpt2repro import GPT2ReproConfig, GPT2ReproForCausalLM
+
+
+SIZES = dict(n_positions=32, n_embd=32, n_layer=2, n_head=2, vocab_size=320, unpadded_vocab_size=300)
+SIZES |= dict(bos_token_id=299, eos_token_id=299)
+RECIPE = {
+    "data_dir": "/home/ada/data",
+    "init_from": "gpt2-medium",
+    "max_steps": 20,
+    "global_batch_tokens": 1000,
+    "data": {
+        "manifest_sha256": "f" * 64,
+        "corpus": {
+            "name": "fineweb-edu",
+            "hub_id": "HuggingFaceFW/fineweb-edu",
+            "config": "sample-10BT",
+            "revision": "0a1",
+        },
+        "tokenizer": {"name": "bpe:300"},
+        "splits": {"train": {"tokens": 123456}, "val": {"tokens": 1000, "bytes": 4000}},
+    },
+    "hardware": "8 x NVIDIA H200",
+    "versions": {"torch": "2.13.0", "git_commit": None},
+}
+METRICS = [
+    {"step": 10, "tokens": 10_000, "loss": 4.5},
+    {"step": 10, "tokens": 10_000, "val_loss": 4.0},
+    {"step": 20, "tokens": 20_000, "loss": 3.5},
+    {"step": 20, "tokens": 20_000, "val_loss": 3.0},
+    {"step": 20, "tokens": 20_000, "hellaswag_acc": 0.26, "hellaswag_acc_stderr": 0.0044, "hellaswag_acc_norm": 0.28,
+     "hellaswag_acc_norm_stderr": 0.0045, "hellaswag_items": 10042},
+]  # fmt: skip
+
+
+def make_model(seed: int) -> GPT2ReproForCausalLM:
+    torch.manual_seed(seed)
+    return GPT2ReproForCausalLM(GPT2ReproConfig(**SIZES)).eval()
+
+
+@pytest.fixture(scope="module")
+def tokenizer(python_docs):
+    return build_tokenizer("bpe:300", python_docs[:20]).fast
+
+
+@pytest.fixture
+def run_dir(tmp_path, tokenizer):
+    """A run of 20 steps with a checkpoint at step 10, as the trainer leaves it."""
+    run_dir = tmp_path / "run"
+    checkpoint = run_dir / "checkpoints" / "step_00000010"
+    checkpoint.mkdir(parents=True)
+    (run_dir / "recipe.yaml").write_text(yaml.safe_dump(RECIPE))
+    (run_dir / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in METRICS))
+    model = make_model(2)
+    save_model_folder(run_dir / "model", model, tokenizer, model_card(model, "run", None, run_dir))
+    make_model(1).save_pretrained(checkpoint)
+    tokenizer.save_pretrained(checkpoint)
+    (checkpoint / "trainer_state.json").write_text('{"step": 10}')
+    return run_dir
+
+
+@pytest.fixture
+def ids():
+    return torch.arange(20).view(2, 10)
+
+
+# ---- what is published ----
+
+
+@pytest.mark.parametrize("source, seed", [("", 2), ("model", 2), ("checkpoints/step_00000010", 1)])
+def test_both_formats_have_the_sources_function(run_dir, tmp_path, ids, source, seed):
+    expected = make_model(seed)(ids).logits
+    publish.main([str(run_dir / source), "--to", str(tmp_path / "ours")])
+    ours = AutoModelForCausalLM.from_pretrained(tmp_path / "ours", trust_remote_code=True)
+    assert torch.equal(ours(ids).logits, expected)
+    publish.main([str(run_dir / source), "--to", str(tmp_path / "gpt2"), "--format", "gpt2"])
+    gpt2 = GPT2LMHeadModel.from_pretrained(tmp_path / "gpt2")
+    assert_close(gpt2(ids).logits, expected[..., :300], atol=1e-5, rtol=1e-5)
+    files = {path.name for path in (tmp_path / "gpt2").iterdir()}
+    assert files == {"README.md", "config.json", "generation_config.json", "loss.png", "model.safetensors",
+                     "tokenizer.json", "tokenizer_config.json"}  # fmt: skip
+    assert {path.name for path in (tmp_path / "ours").iterdir()} == files | {"modeling_gpt2repro.py"}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["gpt2", "ours", "run"], "nothing else is left behind"
+
+
+def test_another_trainers_file_is_converted(tmp_path, tokenizer, ids):
+    """nanoGPT's form: see tests/test_foreign_checkpoints.py for the files themselves."""
+    model = make_model(3)
+    args = dict(n_layer=2, n_head=2, n_embd=32, block_size=32, bias=True, vocab_size=300, dropout=0.0)
+    state = {
+        name: t[:300] if name.endswith(("wte.weight", "lm_head.weight")) else t
+        for name, t in model.state_dict().items()
+    }
+    torch.save({"model": state, "model_args": args}, tmp_path / "ckpt.pt")
+    with pytest.raises(UserError, match="--tokenizer"):
+        publish.main([str(tmp_path / "ckpt.pt"), "--to", str(tmp_path / "out")])
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    publish.main([str(tmp_path / "ckpt.pt"), "--to", str(tmp_path / "out"), "--tokenizer", str(tmp_path / "tokenizer")])
+    converted = AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True)
+    assert converted.config.activation_function == "gelu"
+    assert torch.equal(converted.transformer.wte.weight, model.transformer.wte.weight)
+
+
+# ---- the model card ----
+
+
+def test_the_card_says_what_was_measured(run_dir):
+    card = ModelCard.load(run_dir / "model" / "README.md")
+    assert card.data.license == "apache-2.0" and card.data.pipeline_tag == "text-generation"
+    assert (
+        card.data.datasets == ["HuggingFaceFW/fineweb-edu"] and card.data.base_model == "openai-community/gpt2-medium"
+    )
+    results = {result.metric_type: result.metric_value for result in card.data.eval_results}
+    assert results == {
+        "val_loss": 3.0,
+        "perplexity": pytest.approx(20.085537),
+        "bits_per_byte": pytest.approx(3.0 / 0.6931472 / 4, abs=1e-5),
+        "acc": 0.26,
+        "acc_norm": 0.28,
+    }
+    for fact in ("123,456 training tokens", "f" * 64, "20 steps of 1,000 tokens", "8 x NVIDIA H200", "torch 2.13.0"):
+        assert fact in card.text, fact
+    assert f"| HellaSwag acc_norm | 0.2800 ± 0.0045 | {OPENAI_GPT2['hellaswag_acc_norm']} |" in card.text
+    assert "10,042 items" in card.text and "loss.png" in card.text
+    assert "/home/ada" not in card.text and "None" not in card.text
+
+
+def test_a_checkpoints_card_ends_at_its_step(run_dir, tmp_path):
+    publish.main([str(run_dir / "checkpoints" / "step_00000010"), "--to", str(tmp_path / "out"), "--license", "mit"])
+    card = ModelCard.load(tmp_path / "out" / "README.md")
+    results = {result.metric_type: result.metric_value for result in card.data.eval_results}
+    assert results["val_loss"] == 4.0 and "acc" not in results and "HellaSwag" not in card.text
+    assert "10 steps of 1,000 tokens, 10,000 in all" in card.text and card.data.license == "mit"
+
+
+def test_without_a_record_the_card_claims_nothing(run_dir, tmp_path):
+    shutil.copytree(run_dir / "model", tmp_path / "moved")
+    publish.main([str(tmp_path / "moved"), "--to", str(tmp_path / "out"), "--format", "gpt2"])
+    card = ModelCard.load(tmp_path / "out" / "README.md")
+    assert card.data.eval_results is None and card.data.datasets is None
+    for absent in ("Evaluation", "loss.png", "trust_remote_code", "training", "Recipe"):
+        assert absent not in card.text, absent
+    assert "2 layers" in card.text
+
+
+# ---- wrapped models ----
+
+WRAPPED = """
+import sys
+from pathlib import Path
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from transformers import AutoTokenizer
+from gpt2repro.model_card import model_card
+from gpt2repro.model_folder import save_model_folder
+from gpt2repro.unwrap import unwrapped
+from modeling_gpt2repro import GPT2ReproForCausalLM
+
+folder, kind, rank = sys.argv[1], sys.argv[2], int(sys.argv[3])
+dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous_{kind}", rank=rank, world_size=2)
+model = GPT2ReproForCausalLM.from_pretrained(f"{folder}/plain")
+if kind == "fsdp2":
+    mesh = init_device_mesh("cpu", (2,))
+    for block in model.transformer.h:
+        fully_shard(block, mesh=mesh)
+    fully_shard([model.transformer.wte, model.transformer.ln_f, model.lm_head], mesh=mesh)
+    model = fully_shard(model, mesh=mesh)
+elif kind == "ddp of compiled":
+    model = torch.nn.parallel.DistributedDataParallel(torch.compile(model))
+plain = unwrapped(model)
+if rank == 0:
+    tokenizer = AutoTokenizer.from_pretrained(f"{folder}/plain")
+    save_model_folder(Path(folder) / kind, plain, tokenizer, model_card(plain, "plain"))
+dist.destroy_process_group()
+"""
+
+
+@pytest.mark.parametrize("kind", ["fsdp2", "ddp of compiled"])
+def test_a_wrapped_model_is_saved_as_the_plain_one(kind, tmp_path, tokenizer):
+    model = make_model(4)
+    save_model_folder(tmp_path / "plain", model, tokenizer, model_card(model, "plain"))
+    command = [sys.executable, "-c", WRAPPED, str(tmp_path), kind]
+    processes = [subprocess.Popen([*command, str(rank)], stderr=subprocess.PIPE, text=True) for rank in range(2)]
+    for process in processes:
+        assert process.wait(120) == 0, process.stderr.read()
+    for path in (tmp_path / "plain").iterdir():
+        name = path.name
+        assert (tmp_path / kind / name).read_bytes() == (tmp_path / "plain" / name).read_bytes(), name
+    assert {path.name for path in (tmp_path / kind).iterdir()} == {path.name for path in (tmp_path / "plain").iterdir()}
+
+
+def test_a_compiled_model_is_unwrapped_and_stays_compiled(tokenizer):
+    model = make_model(4)
+    compiled = torch.compile(model)
+    assert unwrapped(compiled) is model and compiled._orig_mod is model
+
+
+# ---- mistakes ----
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["nowhere/at/all", "--to", "./out"], "does not exist"),
+        ([".", "--to", "./out"], "holds no model"),
+        (["run", "--to", "out"], "a folder starts with ./"),
+        (["run", "--to", "a/b/c"], "is not owner/name"),
+        (["run", "--to", "./run"], "exists already"),
+        (["run", "--to", "./out", "--private"], "are for the Hub"),
+        (["run", "--to", "./out", "--tokenizer", "gpt2_folder"], "no tokenizer can be loaded"),
+    ],
+)
+def test_mistakes_are_one_line_and_leave_nothing(run_dir, tmp_path, monkeypatch, flags, message):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(UserError, match=message) as caught:
+        publish.main(flags)
+    assert len(str(caught.value).splitlines()) == 1
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_tokenizer_of_another_size_is_refused(run_dir, tmp_path, python_docs):
+    build_tokenizer("bpe:290", python_docs[:20]).fast.save_pretrained(tmp_path / "tokenizer")
+    with pytest.raises(UserError, match="has 290 tokens, the model 300"):
+        publish.main([str(run_dir), "--to", str(tmp_path / "out"), "--tokenizer", str(tmp_path / "tokenizer")])
+
+
+@pytest.mark.parametrize("damage", ["missing key", "truncated"])
+def test_a_damaged_model_folder_is_refused(run_dir, tmp_path, damage):
+    from safetensors.torch import load_file, save_file
+
+    path = run_dir / "model" / "model.safetensors"
+    if damage == "truncated":
+        path.write_bytes(path.read_bytes()[:-10])
+    else:
+        save_file({k: v for k, v in load_file(path).items() if "h.1.ln_2.bias" not in k}, path, {"format": "pt"})
+    with pytest.raises(UserError, match="h.1.ln_2.bias" if damage == "missing key" else "damaged"):
+        publish.main([str(run_dir), "--to", str(tmp_path / "out")])
