@@ -451,3 +451,44 @@ def test_a_run_that_may_not_push_is_refused_before_training(unpushed, case):
     outcome, run = unpushed[case]
     assert REFUSED_REPOS[case][2] in error_line(*outcome)
     assert not run.exists()
+
+
+# ---- publish.py ----
+
+
+def test_publish_makes_one_commit_on_a_branch_of_a_private_repository(hub, folder, python, tmp_path):
+    """And after the Hub has failed, the folder is there to be uploaded."""
+    flags = ("--to", "ada/plain", "--format", "gpt2", "--private", "--revision", "v2")
+    command = (ROOT / "publish.py", folder, *flags)
+    hub.fail("POST /api/models/ada/plain/commit", 500)
+    done = python(*command, token=ADA, check=False, cwd=tmp_path)
+    line = error_line(done.returncode, done.stderr)
+    assert "publish/ada--plain is complete" in line and "hf upload ada/plain publish/ada--plain --revision v2" in line
+    left = contents(tmp_path / "publish" / "ada--plain")
+
+    done = python(*command, token=ADA, cwd=tmp_path)
+    assert "pushed to" in done.stdout and not any((tmp_path / "publish").iterdir())
+    assert hub.repos["ada/plain"].private
+    assert [commit.title for commit in hub.commits("ada/plain", "v2")] == ["initial commit", "Upload model"]
+    files = hub.files("ada/plain", "v2")
+    del files[".gitattributes"]
+    assert files == left and "modeling_gpt2repro.py" not in files
+
+    code = """
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+model = AutoModelForCausalLM.from_pretrained("ada/plain", revision="v2")
+tokens = AutoTokenizer.from_pretrained("ada/plain", revision="v2")("A cat").input_ids
+torch.save((type(model).__name__, tokens, model(torch.arange(8)[None]).logits.detach()), "result.pt")
+"""
+    python("-I", "-c", code, token=ADA, cwd=tmp_path)
+    name, tokens, logits = torch.load(tmp_path / "result.pt")
+    ours = GPT2ReproForCausalLM.from_pretrained(folder)
+    assert name == "GPT2LMHeadModel" and len(tokens) == 5
+    torch.testing.assert_close(logits, ours(torch.arange(8)[None]).logits[..., : ours.config.unpadded_vocab_size])
+
+
+def test_publish_notices_at_once_that_it_may_not_write(hub, folder, python, tmp_path):
+    hub.create("ada/not-bobs")
+    done = python(ROOT / "publish.py", folder, "--to", "ada/not-bobs", token=BOB, check=False, cwd=tmp_path)
+    assert "ada/not-bobs" in error_line(done.returncode, done.stderr) and not (tmp_path / "publish").exists()
