@@ -14,13 +14,20 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, initialization
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    initialization,
+)
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.generation import GenerationMixin
+from transformers.loss.loss_utils import fixed_cross_entropy
 from transformers.masking_utils import create_causal_mask
-from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_layers import GenericForSequenceClassification, GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 from transformers.utils import can_return_tuple
@@ -94,6 +101,7 @@ class GPT2ReproConfig(PreTrainedConfig):
                 "AutoConfig": "modeling_gpt2repro.GPT2ReproConfig",
                 "AutoModel": "modeling_gpt2repro.GPT2ReproModel",
                 "AutoModelForCausalLM": "modeling_gpt2repro.GPT2ReproForCausalLM",
+                "AutoModelForSequenceClassification": "modeling_gpt2repro.GPT2ReproForSequenceClassification",
             },
         )
         super().__post_init__(**kwargs)
@@ -113,9 +121,10 @@ class _ChunkedLinearCrossEntropy(torch.autograd.Function):
         chunk_rows = max(1, LOGITS_PER_CHUNK // len(w))
         loss = torch.zeros((), dtype=torch.float32, device=x.device)
         grad_x = torch.empty_like(x) if with_gradients else None
-        grad_w = torch.zeros_like(w, dtype=torch.float32) if with_gradients else None
-        for start in range(0, len(x), chunk_rows):
-            rows = slice(start, start + chunk_rows)
+        with_weight = with_gradients and ctx.needs_input_grad[1]  # not where adapters are trained around it
+        grad_w = torch.zeros_like(w, dtype=torch.float32) if with_weight else None
+        for chunk in range(-(-len(x) // chunk_rows)):  # torch.compile then assumes the chunks' number, not len(x)
+            rows = slice(chunk * chunk_rows, (chunk + 1) * chunk_rows)
             logits = x[rows] @ w.T
             logits[:, unpadded_vocab_size:] = -torch.inf
             log_probs = F.log_softmax(logits, dim=-1, dtype=torch.float32)
@@ -127,7 +136,8 @@ class _ChunkedLinearCrossEntropy(torch.autograd.Function):
                 grad_logits = log_probs.exp_().scatter_add_(1, target, -torch.ones_like(target, dtype=torch.float32))
                 grad_logits = grad_logits.mul_(counted).to(dtype)
                 grad_x[rows] = grad_logits @ w
-                grad_w += grad_logits.T @ x[rows]
+                if with_weight:
+                    grad_w += grad_logits.T @ x[rows]
         if with_gradients:
             ctx.save_for_backward(grad_x, grad_w)
         return loss
@@ -137,7 +147,8 @@ class _ChunkedLinearCrossEntropy(torch.autograd.Function):
     def backward(ctx, grad_loss):
         grad_x, grad_w = ctx.saved_tensors
         grad_hidden = (grad_x * grad_loss).to(ctx.hidden_dtype)
-        return grad_hidden, (grad_w * grad_loss).to(ctx.weight_dtype), None, None, None, None
+        grad_weight = None if grad_w is None else (grad_w * grad_loss).to(ctx.weight_dtype)
+        return grad_hidden, grad_weight, None, None, None, None
 
 
 def linear_cross_entropy(hidden, weight, labels, unpadded_vocab_size, num_items_in_batch=None):
@@ -286,6 +297,14 @@ class GPT2ReproPreTrainedModel(PreTrainedModel):
         if getattr(module, "has_padding_rows", False) and not getattr(module.weight, "_is_hf_initialized", False):
             initialization.zeros_(module.weight[self.config.unpadded_vocab_size :])
 
+    def check_length(self, length: int) -> None:
+        """Raise a ValueError for a sequence that has more tokens than there are positions."""
+        if length > self.config.n_positions:
+            raise ValueError(
+                f"a sequence of {length} tokens is longer than the model's n_positions={self.config.n_positions}; "
+                "shorten the prompt or generate fewer new tokens"
+            )
+
     def resize_token_embeddings(self, new_num_tokens=None, pad_to_multiple_of=None, mean_resizing=True):
         """As in transformers; the real vocabulary becomes new_num_tokens, the rows that pad_to_multiple_of adds stay
         padding."""
@@ -345,27 +364,27 @@ class GPT2ReproModel(GPT2ReproPreTrainedModel):
 
         T = inputs_embeds.shape[1]
         past = 0 if past_key_values is None else past_key_values.get_seq_length()
-        if isinstance(past, int) and past + T > self.config.n_positions:
-            raise ValueError(
-                f"a sequence of {past + T} tokens is longer than the model's n_positions={self.config.n_positions}; "
-                "shorten the prompt or generate fewer new tokens"
-            )
         positions = position_ids
         if positions is None:
+            if isinstance(past, int):  # a static cache counts on the device; `generate` checks beforehand
+                self.check_length(past + T)
             positions = torch.arange(T, device=inputs_embeds.device)[None] + past
 
-        # Only position_ids that the user gave go into the mask: while torch.compile traces, transformers cannot tell
-        # our own arange from packed sequences, and would build a mask tensor instead of passing is_causal=True.
-        causal_mask = create_causal_mask(
-            config=self.config,
-            inputs_embeds=inputs_embeds,
-            attention_mask=attention_mask,
-            past_key_values=past_key_values,
-            position_ids=position_ids,
-        )
+        causal_mask = None
+        # Without padding, packing and cache, SDPA's own is_causal=True is the whole mask. transformers knows that too,
+        # but while torch.compile traces it would build a mask tensor, for our own arange of position_ids as well.
+        only_causal = attention_mask is None and position_ids is None and past_key_values is None
+        if not (only_causal and self.config._attn_implementation == "sdpa"):
+            causal_mask = create_causal_mask(
+                config=self.config,
+                inputs_embeds=inputs_embeds,
+                attention_mask=attention_mask,
+                past_key_values=past_key_values,
+                position_ids=position_ids,
+            )
         hidden_states = self.drop(inputs_embeds + self.wpe(positions))
         for block in self.h:
-            hidden_states = block(hidden_states, causal_mask, past_key_values, **kwargs)
+            hidden_states = block(hidden_states, causal_mask, past_key_values, position_ids=position_ids, **kwargs)
         return BaseModelOutputWithPast(last_hidden_state=self.ln_f(hidden_states), past_key_values=past_key_values)
 
 
@@ -384,6 +403,14 @@ class GPT2ReproForCausalLM(GPT2ReproPreTrainedModel, GenerationMixin):
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.lm_head.has_padding_rows = True
         self.post_init()
+
+    def prepare_inputs_for_generation(self, input_ids, inputs_embeds=None, position_ids=None, **kwargs):
+        """As in transformers; here a sequence that grows too long is an error with a static cache too, whose length
+        the forward pass cannot see. (`generate` looks for inputs_embeds in this signature.)"""
+        self.check_length(input_ids.shape[1] if position_ids is None else position_ids.shape[-1])
+        return super().prepare_inputs_for_generation(
+            input_ids, inputs_embeds=inputs_embeds, position_ids=position_ids, **kwargs
+        )
 
     @can_return_tuple
     def forward(
@@ -427,13 +454,12 @@ class GPT2ReproForCausalLM(GPT2ReproPreTrainedModel, GenerationMixin):
         if shift_labels is None and labels is not None:
             shift_labels = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
         if shift_labels is not None:
-            loss = linear_cross_entropy(
-                hidden_states.flatten(0, 1),
-                self.lm_head.weight,
-                shift_labels.flatten().to(hidden_states.device),
-                self.config.unpadded_vocab_size,
-                num_items_in_batch,
-            )
+            hidden, targets = hidden_states.flatten(0, 1), shift_labels.flatten().to(hidden_states.device)
+            real = self.config.unpadded_vocab_size
+            if type(self.lm_head) is nn.Linear and not hasattr(self.lm_head, "_hf_hook"):
+                loss = linear_cross_entropy(hidden, self.lm_head.weight, targets, real, num_items_in_batch)
+            else:  # with an adapter (PEFT) or offloaded weights (accelerate), only the head itself knows its logits
+                loss = fixed_cross_entropy(self.lm_head(hidden)[:, :real].float(), targets, num_items_in_batch)
         if shift_labels is None or not self.training:
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             logits = self.lm_head(hidden_states[:, kept])
@@ -448,10 +474,25 @@ class GPT2ReproForCausalLM(GPT2ReproPreTrainedModel, GenerationMixin):
         )
 
 
+class GPT2ReproForSequenceClassification(GenericForSequenceClassification, GPT2ReproPreTrainedModel):
+    """A linear layer on the last real token's hidden state, as GPT2ForSequenceClassification."""
+
+    base_model_prefix = "transformer"
+
+    def __init__(self, config: GPT2ReproConfig):
+        # Not the mixin's: that asks AutoModel for the trunk, which AutoModel does not know if this file is remote code.
+        GPT2ReproPreTrainedModel.__init__(self, config)
+        self.num_labels = config.num_labels
+        self.transformer = GPT2ReproModel(config)
+        self.score = nn.Linear(config.n_embd, config.num_labels, bias=False)
+        self.post_init()
+
+
 # This makes save_pretrained and push_to_hub put a copy of this file beside the weights.
 GPT2ReproConfig.register_for_auto_class()
 GPT2ReproModel.register_for_auto_class("AutoModel")
 GPT2ReproForCausalLM.register_for_auto_class("AutoModelForCausalLM")
+GPT2ReproForSequenceClassification.register_for_auto_class("AutoModelForSequenceClassification")
 
 
 def register_auto_classes() -> None:
@@ -459,3 +500,4 @@ def register_auto_classes() -> None:
     AutoConfig.register(GPT2ReproConfig.model_type, GPT2ReproConfig, exist_ok=True)
     AutoModel.register(GPT2ReproConfig, GPT2ReproModel, exist_ok=True)
     AutoModelForCausalLM.register(GPT2ReproConfig, GPT2ReproForCausalLM, exist_ok=True)
+    AutoModelForSequenceClassification.register(GPT2ReproConfig, GPT2ReproForSequenceClassification, exist_ok=True)

@@ -99,8 +99,10 @@ def to_gpt2(model: PreTrainedModel) -> GPT2LMHeadModel:
     """
     model = unwrapped(model)
     fields = {name: getattr(model.config, name) for name in SHARED_FIELDS}
+    fields |= {"vocab_size": model.config.unpadded_vocab_size, "dtype": model.dtype}
+    fields["n_ctx"] = fields["n_positions"]  # an old name of it, by which llama.cpp's converter asks
     with torch.device("meta"):
-        gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=model.config.unpadded_vocab_size, dtype=model.dtype, **fields))
+        gpt2 = GPT2LMHeadModel(GPT2Config(**fields))
     ours, state = model.state_dict(), {}
     for name, theirs in gpt2.named_parameters():
         absent = name.endswith(".bias") and not model.config.bias

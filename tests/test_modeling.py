@@ -532,6 +532,7 @@ def test_saved_folder_carries_the_code_and_names_the_auto_classes(model, tmp_pat
         "AutoConfig": "modeling_gpt2repro.GPT2ReproConfig",
         "AutoModel": "modeling_gpt2repro.GPT2ReproModel",
         "AutoModelForCausalLM": "modeling_gpt2repro.GPT2ReproForCausalLM",
+        "AutoModelForSequenceClassification": "modeling_gpt2repro.GPT2ReproForSequenceClassification",
     }
 
 
