@@ -18,7 +18,7 @@ import torch
 from accelerate import Accelerator
 
 from gpt2repro.devices import cpu_asked
-from gpt2repro.errors import UserError, run_script
+from gpt2repro.errors import Parser, UserError, run_script
 from gpt2repro.hellaswag import FULL_SET, HUB_ID, encode_item, evaluate_hellaswag, load_items, predict
 from gpt2repro.model_folder import find_model, open_model
 from modeling_gpt2repro import register_auto_classes
@@ -61,7 +61,7 @@ def main(argv: list[str]) -> None:
 
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("model", help="folder or Hub id of a causal language model with its tokenizer")
     parser.add_argument("--data", help="local hellaswag_val.jsonl or .jsonl.gz; the default is the Hub's copy")
     parser.add_argument("--limit", type=int, help="score only the first so many items")

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from gpt2repro import shards
 from gpt2repro.corpora import HUB_CORPORA, LOCAL_CORPORA, Corpus, open_corpus
-from gpt2repro.errors import UserError, run_script
+from gpt2repro.errors import Parser, UserError, run_script
 from gpt2repro.tokenization import Tokenizer, build_tokenizer
 
 
@@ -63,9 +63,7 @@ def main(argv: list[str]) -> None:
 
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = Parser(__doc__)
     corpora = ", ".join([*LOCAL_CORPORA, *HUB_CORPORA])
     parser.add_argument("corpus", nargs="?", help=f"{corpora}, or the Hub id of any dataset")
     parser.add_argument("--output_dir", help="where the shards go")

@@ -18,7 +18,7 @@ from pathlib import Path
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 from gpt2repro import checkpoint
-from gpt2repro.errors import UserError, run_script
+from gpt2repro.errors import Parser, UserError, run_script
 from gpt2repro.hub import create_repository, upload
 from gpt2repro.model_card import model_card
 from gpt2repro.model_folder import find_model, load_tokenizer, save_model_folder, tokenizer_for
@@ -82,9 +82,7 @@ def draw(run_dir: Path, last_step: float, path: Path, title: str) -> Path:
 
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = Parser(__doc__)
     parser.add_argument("source", help="run, checkpoint, model folder, Hub id, or another trainer's file")
     parser.add_argument("--to", required=True, metavar="REPO_OR_FOLDER", help="owner/name, or a new folder: ./name")
     parser.add_argument(

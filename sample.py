@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from transformers import TextStreamer
 
 from gpt2repro.devices import cpu_asked
-from gpt2repro.errors import UserError, run_script
+from gpt2repro.errors import Parser, UserError, run_script
 from gpt2repro.model_folder import generate, open_model
 from modeling_gpt2repro import register_auto_classes
 
@@ -36,9 +36,7 @@ def main(argv: list[str]) -> None:
 
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = Parser(__doc__)
     parser.add_argument("model", help="run, model folder or Hub id")
     parser.add_argument("--prompt", default="", help="what to continue (default: the beginning of a document)")
     parser.add_argument("--num_samples", type=int, default=3, help="continuations (default: %(default)s)")

@@ -19,7 +19,7 @@ from accelerate import Accelerator
 from gpt2repro.compare import as_table, compare_models
 from gpt2repro.corpora import python_docs
 from gpt2repro.devices import cpu_asked
-from gpt2repro.errors import UserError, run_script
+from gpt2repro.errors import Parser, UserError, run_script
 from gpt2repro.model_folder import open_model
 from modeling_gpt2repro import register_auto_classes
 
@@ -60,9 +60,7 @@ def read_text(path: Path | None, tokens: int) -> str:
 
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = Parser(__doc__)
     parser.add_argument("--weights-only", nargs=2, metavar=("A", "B"), required=True, help="the two models")
     parser.add_argument("--text", type=Path, help="text file (default: documentation that Python carries)")
     parser.add_argument("--tokens", type=int, default=8192, help="of the text that are read (default: %(default)s)")

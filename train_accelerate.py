@@ -22,6 +22,7 @@ import torch
 import yaml
 from accelerate import Accelerator, PartialState
 from accelerate.utils import GradientAccumulationPlugin, set_seed
+from transformers import PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
 from gpt2repro import checkpoint, shards
@@ -51,7 +52,7 @@ DEMO = HERE / "recipes" / "demo.yaml"
 def main(argv: list[str]) -> None:
     logging.getLogger("accelerate.utils.other").setLevel(logging.ERROR)  # "Removed shared tensor": the head is tied
     disable_progress_bar()  # of reading and writing weights; the training bar stays
-    recipe, manifest, config = settle(argv)
+    recipe, manifest, config, tokenizer = settle(argv)
     accelerator = Accelerator(
         cpu=cpu_asked(),
         gradient_accumulation_plugin=GradientAccumulationPlugin(
@@ -69,7 +70,6 @@ def main(argv: list[str]) -> None:
     if accelerator.device.type == "cpu":
         use_all_cores()
     torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in float32
-    tokenizer = load_tokenizer(Path(recipe.data_dir) / "tokenizer")
     with accelerator.main_process_first():  # the others find in the cache what the first has downloaded
         hellaswag = load_hellaswag(recipe, tokenizer, config)
     begin_run(recipe, manifest, accelerator)
@@ -156,8 +156,9 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
-def settle(argv: list[str]) -> tuple[Recipe, dict, GPT2ReproConfig]:
-    """Recipe, data manifest and model configuration of a run, checked against each other before anything expensive.
+def settle(argv: list[str]) -> tuple[Recipe, dict, GPT2ReproConfig, PreTrainedTokenizerBase]:
+    """Recipe, data manifest, model configuration and tokenizer of a run, checked against each other before anything
+    expensive.
 
     Raises:
         UserError: one line for each mistake.
@@ -172,12 +173,13 @@ def settle(argv: list[str]) -> tuple[Recipe, dict, GPT2ReproConfig]:
     try:
         manifest = read_data(recipe)
         config = model_config(recipe, manifest)
-        problems += config_problems(recipe, manifest, config)
+        tokenizer = load_tokenizer(Path(recipe.data_dir) / "tokenizer")
+        problems += config_problems(recipe, manifest, config, tokenizer)
     except (UserError, ValueError) as error:
         problems.append(str(error))
     if problems:
         raise UserError("\n".join(problems))
-    return recipe, manifest, config
+    return recipe, manifest, config, tokenizer
 
 
 def prepare_demo(recipe: Recipe) -> None:
@@ -229,23 +231,24 @@ def model_config(recipe: Recipe, manifest: dict) -> GPT2ReproConfig:
     return config
 
 
-def config_problems(recipe: Recipe, manifest: dict, config: GPT2ReproConfig) -> list[str]:
+def config_problems(
+    recipe: Recipe, manifest: dict, config: GPT2ReproConfig, tokenizer: PreTrainedTokenizerBase
+) -> list[str]:
     """What does not fit between recipe, data and model."""
     problems = []
-    tokenizer = manifest["tokenizer"]
-    if config.unpadded_vocab_size != tokenizer["vocab_size"]:
+    recorded = manifest["tokenizer"]
+    if config.unpadded_vocab_size != recorded["vocab_size"]:
         problems.append(
             f"the model has unpadded_vocab_size={config.unpadded_vocab_size}, but {recipe.data_dir} was tokenized with "
-            f"{tokenizer['name']}, {tokenizer['vocab_size']} ids; choose the data or the model that fits the other"
+            f"{recorded['name']}, {recorded['vocab_size']} ids; choose the data or the model that fits the other"
         )
     if recipe.sequence_length > config.n_positions:
         problems.append(
             f"sequence_length={recipe.sequence_length} is longer than n_positions={config.n_positions}; "
             "lower the one or, training from scratch, raise --model.n_positions"
         )
-    tokens_of = load_tokenizer(Path(recipe.data_dir) / "tokenizer")
     for prompt in recipe.sample_prompts:
-        length = len(tokens_of(prompt or tokens_of.bos_token or "\n").input_ids)
+        length = len(tokenizer(prompt or tokenizer.bos_token or "\n").input_ids)
         if not 0 < length < config.n_positions:
             problems.append(
                 f"sample_prompts: {prompt!r} is {length} tokens long; the model takes 1 to {config.n_positions - 1}"

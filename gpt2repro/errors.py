@@ -1,9 +1,11 @@
 """How a user's mistake ends: one line, exit code 2, no traceback."""
 
+import argparse
 import contextlib
 import os
 import sys
 from collections.abc import Callable, Iterator
+from typing import NoReturn
 
 import torch.distributed
 from huggingface_hub.errors import HfHubHTTPError
@@ -32,6 +34,17 @@ def explained(problem: str, remedy: str) -> Iterator[None]:
             remedy = "check the name, log in with `hf auth login`, and if the model is gated ask for access on its page"
             error = cause
         raise UserError(f"{problem} ({first_line(error)}); {remedy}") from error
+
+
+class Parser(argparse.ArgumentParser):
+    """A command line whose mistakes are UserErrors; its description is shown as it is written."""
+
+    def __init__(self, description: str):
+        formatter = argparse.RawDescriptionHelpFormatter
+        super().__init__(description=description, formatter_class=formatter, allow_abbrev=False)
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; `python {self.prog} --help` lists the flags")
 
 
 def run_script(main: Callable[[list[str]], None]) -> None:

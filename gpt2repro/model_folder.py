@@ -106,11 +106,18 @@ def open_model(
     tokenizer = load_tokenizer(path, trust_remote_code)  # before the weights, so that mistakes show early
     with explained(f"{name}: not a causal language model with weights", "give one that AutoModelForCausalLM can load"):
         model, found = AutoModelForCausalLM.from_pretrained(
-            path, dtype=dtype, trust_remote_code=trust_remote_code, output_loading_info=True
+            path,
+            dtype=dtype,
+            trust_remote_code=trust_remote_code,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
         )
-    if missing := sorted(found["missing_keys"]):  # transformers would only warn, and draw them at random
+    # transformers would warn, and draw these at random
+    absent = sorted(found["missing_keys"]) + sorted(key for key, *_ in found["mismatched_keys"])
+    if absent:
         raise UserError(
-            f"{name} lacks {len(missing)} of the model's tensors ({', '.join(missing[:3])}...); save it again"
+            f"{name} lacks {len(absent)} of the model's tensors, or has them in other shapes "
+            f"({', '.join(absent[:3])}{', ...' if len(absent) > 3 else ''}); save it again"
         )
     return model, tokenizer
 

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import yaml
 
 from gpt2repro.data_order import SAMPLING
-from gpt2repro.errors import UserError
+from gpt2repro.errors import Parser, UserError
 
 
 def option(default: Any, help: str, *, changeable: bool = False) -> Any:
@@ -165,7 +165,11 @@ def parse_recipe(argv: list[str], default_config: Path, config_class: type) -> t
     flags, unknown = _parser(hints).parse_known_args(argv)
     values = _read_yaml(Path(flags.config or default_config))
     problems = [_unknown(word, [f"--{name}" for name in hints]) for word in unknown if word.startswith("-")]
-    problems += [f"unexpected argument {word!r}; flags are --field value" for word in unknown if word[0] != "-"]
+    problems += [
+        f"unexpected argument {word!r}; flags are --field value"
+        for before, word in zip(["", *unknown], unknown)
+        if not word.startswith("-") and not before.startswith("-")  # else it is the unknown field's value
+    ]
 
     model = values.pop("model", None) or {}
     if isinstance(model, dict):
@@ -201,16 +205,9 @@ def differences(recipe: Recipe, other: dict) -> list[str]:
     ]
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> typing.NoReturn:
-        raise UserError(f"{message}; `python {self.prog} --help` lists the flags")
-
-
 def _parser(hints: dict) -> argparse.ArgumentParser:
     """A flag for each field, all as text: their values are read as those of the YAML file are."""
-    parser = _Parser(
-        allow_abbrev=False, description="Train GPT-2. Flags override the recipe; so do --model.FIELD flags."
-    )
+    parser = Parser("Train GPT-2. Flags override the recipe; so do --model.FIELD flags.")
     parser.add_argument("--config", help="recipe file, one of recipes/ or your own")
     described = {f.name: f"{f.metadata['help']} (default: {_default(f)})" for f in dataclasses.fields(Recipe)}
     for name, hint in hints.items():

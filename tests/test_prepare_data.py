@@ -326,11 +326,8 @@ def test_fractions_lie_between_0_and_1(fraction):
     assert "must lie between 0 and 1" in mistake("files", "--output_dir", "x", "--val_fraction", fraction)
 
 
-def test_an_unknown_flag_is_not_guessed(capsys):
-    with pytest.raises(SystemExit) as caught:
-        prepare("files", "--output_dir", "x", "--val_frac", "0.1")
-    assert caught.value.code == 2
-    assert "--val_frac" in capsys.readouterr().err
+def test_an_unknown_flag_is_not_guessed():
+    assert "--val_frac" in mistake("files", "--output_dir", "x", "--val_frac", "0.1")
 
 
 @pytest.mark.parametrize("inside", ["out", "deep/er/out"])

@@ -72,10 +72,8 @@ def test_a_wrong_field_is_one_line(tmp_path, text, message):
 
 
 def test_unknown_flags_are_named_with_the_nearest(tmp_path):
-    assert parse(tmp_path, "", "--max_step", "3")[1] == [
-        "unknown recipe field --max_step; did you mean --max_steps?",
-        "unexpected argument '3'; flags are --field value",
-    ]
+    assert parse(tmp_path, "", "--max_step", "3")[1] == ["unknown recipe field --max_step; did you mean --max_steps?"]
+    assert parse(tmp_path, "", "--max_steps", "3", "4")[1] == ["unexpected argument '4'; flags are --field value"]
 
 
 @pytest.mark.parametrize("text", ["- a\n- b", "a: [", "just text"])

@@ -284,7 +284,7 @@ def test_all_mistakes_come_at_once_and_end_in_exit_code_2(train, tmp_path):
     done = train(tmp_path / "run", "--max_stepz", 3, "--sequence_length", 64, "--sampling", "often", check=False)
     assert done.returncode == 2
     lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert len(lines) == 4 and "Traceback" not in done.stderr  # 3 is an argument that belongs to no flag
+    assert len(lines) == 3 and "Traceback" not in done.stderr
     assert not (tmp_path / "run").exists()
 
 
