@@ -11,22 +11,26 @@ The output directory is described in gpt2repro/shards.py; train_accelerate.py re
 """
 
 import argparse
-import hashlib
+import contextlib
 import json
+import math
+import shutil
+import time
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 
+from filelock import FileLock, Timeout
 from tqdm import tqdm
 
-from gpt2repro import shards
+from gpt2repro import preparation, shards
 from gpt2repro.corpora import HUB_CORPORA, LOCAL_CORPORA, Corpus, open_corpus
 from gpt2repro.errors import Parser, UserError, run_script
-from gpt2repro.tokenization import Tokenizer, build_tokenizer
+from gpt2repro.tokenization import build_tokenizer
 
 
 SETTINGS = "preparing.json"  # stands in an unfinished directory: what is being prepared there
-BATCH_DOCUMENTS = 512
+LOCK = ".lock"
 
 
 def main(argv: list[str]) -> None:
@@ -38,27 +42,50 @@ def main(argv: list[str]) -> None:
 
     output_dir = Path(args.output_dir)
     settings = {name: value for name, value in vars(args).items() if name not in ("output_dir", "num_workers")}
-    if is_prepared(output_dir, settings):
+    prepared = is_prepared(output_dir, settings)
+    if not prepared or args.corpus == "files":  # local files may have changed since
+        corpus = open_corpus(args.corpus, args.source, args.text_column, args.hub_config, args.split, args.revision)
+        refuse_another_corpus(output_dir, corpus)
+    if prepared:
+        preparation.clean_up(output_dir)
         print(f"already prepared: {summary(output_dir, shards.read_manifest(output_dir))}")
         return
-    corpus = open_corpus(args.corpus, args.source, args.text_column, args.hub_config, args.split, args.revision)
     split = split_settings(args, corpus)
-    tokenizer = build_tokenizer(args.tokenizer or corpus.default_tokenizer, corpus.documents(), args.num_workers)
+    tokenizer_name = args.tokenizer or corpus.default_tokenizer
+    check_space(output_dir, corpus, tokenizer_name, args.max_tokens)
 
     output_dir.mkdir(parents=True, exist_ok=True)
-    shards.write_json(output_dir / SETTINGS, settings)
-    manifest = {
-        "format_version": shards.FORMAT_VERSION,
-        "corpus": {"name": args.corpus, **corpus.facts},
-        "tokenizer": tokenizer.describe(),
-        "deduplication": None,
-        "split": split,
-        "settings": settings,
-        "splits": write_shards(output_dir, corpus, tokenizer, split, args.shard_tokens),
-    }
-    tokenizer.fast.save_pretrained(output_dir / "tokenizer")
-    shards.write_json(output_dir / shards.MANIFEST, manifest)
-    (output_dir / SETTINGS).unlink()
+    with locked(output_dir):
+        shards.write_json(output_dir / SETTINGS, settings | {"corpus_facts": corpus.facts})
+        tokenizer = build_tokenizer(tokenizer_name, islice(corpus.documents(), args.tokenizer_documents))
+        tokenizer.fast.save_pretrained(output_dir / "tokenizer")
+        common = preparation.Settings(
+            output_dir=output_dir,
+            tokenizer=tokenizer_name,
+            vocab_size=tokenizer.vocab_size,
+            eot_id=tokenizer.eot_id,
+            shard_tokens=args.shard_tokens,
+            val_fraction=split.get("val_fraction", 0.0),
+            single_text=corpus.single_text,
+        )
+        quota = preparation.Quota(split.get("val_tokens", 0), args.max_tokens, args.max_documents)
+        parts = corpus.parts()
+        with Progress(corpus, args.num_workers) as progress:
+            records = preparation.prepare_parts(parts, common, quota, args.num_workers, progress.show)
+        refuse_an_empty_split(output_dir, records, split)
+        manifest = {
+            "format_version": shards.FORMAT_VERSION,
+            "corpus": {"name": args.corpus, **corpus.facts},
+            "tokenizer": tokenizer.describe(),
+            "deduplication": None,
+            "split": split,
+            "settings": settings,
+            "repaired_documents": sum(record["repaired"] for record in records),
+            "splits": preparation.put_together(records, common),
+        }
+        shards.write_json(output_dir / shards.MANIFEST, manifest)
+        preparation.clean_up(output_dir)
+        (output_dir / SETTINGS).unlink()
     print(summary(output_dir, manifest))
 
 
@@ -80,7 +107,15 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--hub_config", help="configuration of a Hub dataset, e.g. sample-10BT")
     parser.add_argument("--split", default="train", help="split of a Hub dataset (default: train)")
     parser.add_argument("--revision", help="commit, branch or tag of a Hub dataset")
-    parser.add_argument("--num_workers", type=int, default=1, help="threads of the gpt2 tokenizer (default: 1)")
+    parser.add_argument("--max_tokens", type=int, help="stop before the document with which there would be more")
+    parser.add_argument("--max_documents", type=int, help="stop after so many documents")
+    parser.add_argument(
+        "--tokenizer_documents",
+        type=int,
+        default=1_000_000,
+        help="bpe:N and char learn from the first so many documents (default: %(default)s)",
+    )
+    parser.add_argument("--num_workers", type=int, default=1, help="processes (default: 1)")
     parser.add_argument("--verify", metavar="DIR", help="check a prepared directory against its manifest")
     args = parser.parse_args(argv)
 
@@ -92,14 +127,11 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
             f"--output_dir {args.output_dir} lies inside --source {args.source}, where its files would be taken for "
             "documents; choose one outside"
         )
-    if args.shard_tokens < 1:
-        problems.append(f"--shard_tokens {args.shard_tokens} must be at least 1")
-    if args.num_workers < 1:
-        problems.append(f"--num_workers {args.num_workers} must be at least 1")
+    for name in ("shard_tokens", "num_workers", "tokenizer_documents", "max_tokens", "max_documents", "val_tokens"):
+        if (value := getattr(args, name)) is not None and value < 1:
+            problems.append(f"--{name} {value} must be at least 1")
     if args.val_tokens is not None and args.val_fraction is not None:
         problems.append("--val_tokens and --val_fraction exclude each other; give one")
-    if args.val_tokens is not None and args.val_tokens < 1:
-        problems.append(f"--val_tokens {args.val_tokens} must be at least 1")
     if args.val_fraction is not None and not 0 < args.val_fraction < 1:
         problems.append(f"--val_fraction {args.val_fraction} must lie between 0 and 1")
     if problems:
@@ -115,18 +147,29 @@ def is_prepared(output_dir: Path, settings: dict) -> bool:
     """
     if not output_dir.exists():
         return False
-    if output_dir.is_dir() and {path.name for path in output_dir.iterdir()} <= {SETTINGS + ".tmp"}:
+    if output_dir.is_dir() and {path.name for path in output_dir.iterdir()} <= {SETTINGS + ".tmp", LOCK}:
         return False  # empty, or interrupted while the first file was written
     for name in (shards.MANIFEST, SETTINGS):
         if (found := recorded_settings(output_dir / name)) is not None:
-            if found == settings:
+            differences = [key for key in settings if key in found and found[key] != settings[key]]
+            if not differences:
                 return name == shards.MANIFEST
-            differences = [k for k in settings if found.get(k) != settings[k]]
             raise UserError(
                 f"{output_dir} holds data prepared with other settings ({', '.join(differences)}); "
                 "choose another --output_dir, or delete it"
             )
     raise UserError(f"{output_dir} exists and was not made by prepare_data.py; choose another --output_dir")
+
+
+def refuse_another_corpus(output_dir: Path, corpus: Corpus) -> None:
+    for name, key in ((shards.MANIFEST, "corpus"), (SETTINGS, "corpus_facts")):
+        if (path := output_dir / name).exists():
+            recorded = json.loads(path.read_text()).get(key, {})
+            if changed := [fact for fact, value in corpus.facts.items() if recorded.get(fact) != value]:
+                raise UserError(
+                    f"the corpus is not the one that {output_dir} was begun with: its {' and '.join(changed)} changed; "
+                    "choose another --output_dir, or delete it"
+                )
 
 
 def recorded_settings(path: Path) -> dict | None:
@@ -149,49 +192,69 @@ def split_settings(args: argparse.Namespace, corpus: Corpus) -> dict:
     return {"val_tokens": args.val_tokens}
 
 
-def write_shards(output_dir: Path, corpus: Corpus, tokenizer: Tokenizer, split: dict, shard_tokens: int) -> dict:
-    """Tokenize every document into its split's shards; returns the manifest's record of each split."""
-    dtype = shards.token_dtype(tokenizer.vocab_size)
-    writers = {
-        name: shards.ShardWriter(output_dir, name, dtype, shard_tokens, tokenizer.eot_id) for name in shards.SPLITS
-    }
-    documents = divided(corpus, split.get("val_fraction"))
-    with tqdm(unit=" tokens", unit_scale=True, desc=corpus.facts.get("hub_id", output_dir.name)) as progress:
-        while batch := list(islice(documents, BATCH_DOCUMENTS)):
-            for (name, text), tokens in zip(batch, tokenizer.encode_batch([text for _, text in batch])):
-                if "val_tokens" in split:
-                    name = "val" if writers["val"].tokens < split["val_tokens"] else "train"
-                writers[name].add(tokens, len(text.encode()))
-            progress.update(sum(writer.tokens for writer in writers.values()) - progress.n)
-            progress.set_postfix(documents=sum(writer.documents for writer in writers.values()))
-    for name, writer in writers.items():
-        if not writer.tokens:
+@contextlib.contextmanager
+def locked(output_dir: Path) -> Iterator[None]:
+    """Hold the directory against another preparation; a process that dies lets it go."""
+    lock = FileLock(output_dir / LOCK, blocking=False)
+    try:
+        lock.acquire()
+    except Timeout as error:
+        raise UserError(
+            f"{output_dir} is being prepared by another process; wait for it, or choose another --output_dir"
+        ) from error
+    try:
+        yield
+    finally:
+        (output_dir / LOCK).unlink(missing_ok=True)
+        lock.release()
+
+
+def check_space(output_dir: Path, corpus: Corpus, tokenizer_name: str, max_tokens: int | None) -> None:
+    """Say how much disk the shards will need, and refuse what cannot fit."""
+    bytes_per_token = 1 if tokenizer_name == "char" else 4  # of UTF-8; English text has 4.2 to 4.8 with GPT-2's
+    tokens = min(sum(piece.bytes for piece in corpus.pieces) // bytes_per_token, max_tokens or math.inf)
+    existing = next(path for path in (output_dir, *output_dir.absolute().parents) if path.exists())
+    made = sum(path.stat().st_size for path in output_dir.rglob("*.npy"))
+    need, free = tokens * 2 / 1e9, (shutil.disk_usage(existing).free + made) / 1e9
+    if tokens:
+        print(f"needs about {need:,.1f} GB of disk, {free:,.1f} GB are free", flush=True)
+    if need > free:
+        raise UserError(
+            f"{output_dir} needs about {need:,.1f} GB, but only {free:,.1f} GB are free; choose another disk, or fewer "
+            "tokens with --max_tokens"
+        )
+
+
+class Progress(tqdm):
+    """A bar of the text that is tokenized, with documents, tokens and tokens per second over all processes."""
+
+    def __init__(self, corpus: Corpus, num_workers: int):
+        super().__init__(
+            desc=f"{num_workers} process{'es' if num_workers > 1 else ''}",
+            total=sum(piece.bytes for piece in corpus.pieces) or None,
+            unit="B",
+            unit_scale=True,
+        )
+        self.began: tuple[float, int] | None = None
+
+    def show(self, documents: int, tokens: int, text_bytes: int) -> None:
+        now = time.perf_counter()
+        self.began = self.began or (now, tokens)
+        rate = (tokens - self.began[1]) / max(now - self.began[0], 1e-9)
+        self.total = max(self.total or 0, text_bytes)  # an estimate, for compressed files
+        self.update(text_bytes - self.n)
+        self.set_postfix_str(f"{documents:,} documents, {tokens:,} tokens, {rate:,.0f} tokens/s", refresh=False)
+
+
+def refuse_an_empty_split(output_dir: Path, records: list[dict], split: dict) -> None:
+    for name in shards.SPLITS:
+        if not any(record["splits"][name]["tokens"] for record in records):
+            preparation.clean_up(output_dir)
+            shutil.rmtree(output_dir / "tokenizer")
             (output_dir / SETTINGS).unlink()  # so that the same directory takes the other setting
-            for path in output_dir.glob("*.npy"):
-                path.unlink()
             raise UserError(
                 f"the {name} split got no document ({split}); choose another --val_tokens or --val_fraction"
             )
-    return {name: writer.finish() for name, writer in writers.items()}
-
-
-def divided(corpus: Corpus, val_fraction: float | None) -> Iterator[tuple[str, str]]:
-    """(split, text) of every document; without a fraction all are of the train split.
-
-    One long text is cut by position, as nanoGPT's data/shakespeare*/prepare.py cut it. Of many documents those are
-    held out whose hash falls below the fraction, so that a document keeps its place when the corpus grows, and its
-    exact copies go where it goes.
-    """
-    for text in corpus.documents():
-        if val_fraction is None:
-            yield "train", text
-        elif corpus.single_text:
-            cut = int(len(text) * (1 - val_fraction))
-            yield "train", text[:cut]
-            yield "val", text[cut:]
-        else:
-            digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
-            yield "val" if int.from_bytes(digest) < val_fraction * 2**64 else "train", text
 
 
 def summary(directory: str | Path, manifest: dict) -> str:

@@ -1,15 +1,19 @@
-"""Corpora: where documents come from. A corpus is an iterator of texts and the facts that its manifest records."""
+"""Corpora: where documents come from. A corpus is a list of parts, which processes read independently of each other,
+and the facts that its manifest records."""
 
 import ast
 import difflib
 import glob
 import gzip
+import json
 import sys
 import sysconfig
 import urllib.request
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from hashlib import sha256
+from itertools import chain
 from pathlib import Path
 
 from gpt2repro.errors import UserError, first_line
@@ -28,22 +32,65 @@ TEXT_SUFFIXES = {".txt"}
 TABLE_SUFFIXES = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}  # suffix -> builder of datasets
 
 
+PART_BYTES = 2**28  # of text in a part: a minute of tokenizing, which is what a failure costs
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A stretch of one file.
+
+    reader: name of the function in READERS that turns it into texts.
+    path: the file: local, or a URL that fsspec opens (hf://datasets/...).
+    bytes: of its text, or an estimate of them.
+    start, stop: row groups of a parquet file, or bytes of a .jsonl file; None: the whole file.
+    column: of the texts, in tables.
+    builder: of datasets, for formats that it reads.
+    """
+
+    reader: str
+    path: str = ""
+    bytes: int = 0
+    start: int | None = None
+    stop: int | None = None
+    column: str = "text"
+    builder: str = ""
+
+    def texts(self) -> Iterator[str]:
+        return READERS[self.reader](self)
+
+
 @dataclass(frozen=True)
 class Corpus:
     """Documents and what is known of them.
 
-    documents: starts a fresh pass over the texts, always in the same order.
+    pieces: the files in their order, cut where they can be cut.
     facts: what the manifest records of the origin (Hub id, configuration, commit; or files and their sizes).
     single_text: the corpus is one long text, which is split for validation by position, not by document.
     default_split: val_tokens or val_fraction where the user asks for neither, as the best-known recipe on it has it.
     default_tokenizer: as build_tokenizer names it.
     """
 
-    documents: Callable[[], Iterator[str]]
+    pieces: list[Piece]
     facts: dict
     single_text: bool = False
     default_split: dict = field(default_factory=lambda: {"val_fraction": 0.005})
     default_tokenizer: str = "gpt2"
+
+    def documents(self) -> Iterator[str]:
+        """All texts, in order; every call starts a fresh pass."""
+        return chain.from_iterable(piece.texts() for piece in self.pieces)
+
+    def parts(self) -> list[tuple[Piece, ...]]:
+        """Neighbouring pieces put together until a part has about PART_BYTES of text; the division is a function of
+        the corpus alone, whoever works on it."""
+        parts, size = [[]], 0
+        for piece in self.pieces:
+            if parts[-1] and size + piece.bytes > PART_BYTES:
+                parts.append([])
+                size = 0
+            parts[-1].append(piece)
+            size += piece.bytes
+        return [tuple(part) for part in parts]
 
 
 def open_corpus(
@@ -65,12 +112,13 @@ def open_corpus(
         UserError: unknown name, missing source, unreadable or unreachable data.
     """
     if name == "python-docs":
-        return Corpus(python_docs, {"python": sys.version.split()[0]}, False, {"val_fraction": 0.1}, "bpe:2048")
+        facts = {"python": sys.version.split()[0]}
+        return Corpus([Piece("python-docs")], facts, False, {"val_fraction": 0.1}, "bpe:2048")
     if name in ("shakespeare", "shakespeare-char"):
-        text = _shakespeare(source)
+        _shakespeare(source)  # whether it can be had
         tokenizer = "char" if name == "shakespeare-char" else "gpt2"
         facts = {"url": SHAKESPEARE_URL, "sha256": SHAKESPEARE_SHA256}
-        return Corpus(lambda: iter([text]), facts, True, {"val_fraction": 0.1}, tokenizer)
+        return Corpus([Piece("shakespeare", source or "")], facts, True, {"val_fraction": 0.1}, tokenizer)
     if name == "files":
         return _files(source, text_column)
     if name in HUB_CORPORA:
@@ -142,7 +190,7 @@ def _entries(node: ast.AST, indent: str) -> Iterator[str]:
 def _shakespeare(source: str | None) -> str:
     """Tiny Shakespeare's text, from a local copy or by download; its hash is checked either way."""
     try:
-        if source is not None:
+        if source:
             data = Path(source).read_bytes()
         else:
             with urllib.request.urlopen(SHAKESPEARE_URL, timeout=60) as response:
@@ -176,13 +224,10 @@ def _files(source: str | None, text_column: str) -> Corpus:
             f"--source {source} holds no file that ends in .txt, .jsonl, .json or .parquet (or those + .gz)"
         )
 
-    def documents() -> Iterator[str]:
-        for path in files:
-            yield from _file_documents(path, text_column)
-
+    pieces = [piece for path in files for piece in _pieces_of_file(path, text_column)]
     facts = {"files": [{"name": path.name, "bytes": path.stat().st_size} for path in files]}
     single_text = len(files) == 1 and _suffix(files[0]) in TEXT_SUFFIXES
-    return Corpus(documents, facts, single_text, {"val_fraction": 0.1 if single_text else 0.005})
+    return Corpus(pieces, facts, single_text, {"val_fraction": 0.1 if single_text else 0.005})
 
 
 def _suffix(path: Path) -> str:
@@ -190,33 +235,145 @@ def _suffix(path: Path) -> str:
     return Path(path.stem).suffix.lower() if path.suffix.lower() == ".gz" else path.suffix.lower()
 
 
-def _file_documents(path: Path, text_column: str) -> Iterator[str]:
-    import datasets
-
-    if _suffix(path) in TEXT_SUFFIXES:
-        yield _reading(str(path), _read_text, path)
-        return
-    if not path.stat().st_size:  # no rows; datasets takes it for a broken file
-        return
-    builder, pattern = TABLE_SUFFIXES[_suffix(path)], glob.escape(str(path))
-    rows = _reading(str(path), datasets.load_dataset, builder, data_files=pattern, split="train", streaming=True)
-    yield from _texts(rows, str(path), text_column)
-
-
-def _read_text(path: Path) -> str:
-    data = path.read_bytes()
-    return (gzip.decompress(data) if path.suffix.lower() == ".gz" else data).decode()
+def _pieces_of_file(path: Path, column: str) -> list[Piece]:
+    suffix, size = _suffix(path), path.stat().st_size
+    compressed = path.suffix.lower() == ".gz"
+    if suffix in TEXT_SUFFIXES:
+        return [Piece("text", str(path), size * (4 if compressed else 1))]
+    if suffix == ".jsonl":
+        if compressed:
+            return [Piece("json lines", str(path), size * 4, column=column)]
+        cuts = [*range(0, max(size, 1), PART_BYTES), size]
+        return [Piece("json lines", str(path), b - a, a, b, column) for a, b in zip(cuts, cuts[1:])]
+    if suffix == ".parquet" and not compressed:
+        return _row_groups(str(path), column) if size else []
+    return [Piece("table", glob.escape(str(path)), size, column=column, builder=TABLE_SUFFIXES[suffix])]
 
 
-def _hub(hub_id, config, split, revision, text_column, default_split) -> Corpus:
+def _hub(hub_id, config, split, revision, column, default_split) -> Corpus:
     import datasets
     from huggingface_hub import HfApi
 
     if not Path(hub_id).is_dir():  # pin the commit, so that the manifest says exactly what was read
         revision = _reading(hub_id, HfApi().dataset_info, hub_id, revision=revision).sha
-    rows = _reading(hub_id, datasets.load_dataset, hub_id, config, split=split, revision=revision, streaming=True)
-    facts = {"hub_id": hub_id, "config": config, "split": split, "revision": revision, "text_column": text_column}
-    return Corpus(lambda: _texts(rows, hub_id, text_column), facts, False, default_split)
+    builder = _reading(hub_id, datasets.load_dataset_builder, hub_id, config, revision=revision)
+    files = builder.config.data_files or {}
+    if split not in files:
+        raise UserError(f"{hub_id} has no split {split!r} but {', '.join(files)}; choose with --split")
+    kind = type(builder).__module__.split(".")[-1]  # of datasets.packaged_modules
+    if kind == "parquet":
+        with ThreadPoolExecutor(16) as pool:  # the footer of each file says where it can be cut
+            pieces = list(chain.from_iterable(pool.map(lambda path: _row_groups(path, column), files[split])))
+    else:
+        pieces = [Piece("table", path, PART_BYTES, column=column, builder=kind) for path in files[split]]
+    facts = {"hub_id": hub_id, "config": config, "split": split, "revision": revision, "text_column": column}
+    return Corpus(pieces, facts, False, default_split)
+
+
+def _row_groups(path: str, column: str) -> list[Piece]:
+    """A parquet file cut between row groups into pieces of about PART_BYTES."""
+    with _reading(path, _open_parquet, path) as file:
+        _check_column(path, column, file.schema_arrow)
+        index = file.schema_arrow.names.index(column)
+        sizes = [file.metadata.row_group(i).column(index).total_uncompressed_size for i in range(file.num_row_groups)]
+    pieces, start = [], 0
+    for stop in range(1, len(sizes) + 1):
+        if stop == len(sizes) or sum(sizes[start : stop + 1]) > PART_BYTES:
+            pieces.append(Piece("parquet", path, sum(sizes[start:stop]), start, stop, column))
+            start = stop
+    return pieces
+
+
+def _open_parquet(path: str):
+    import fsspec
+    import pyarrow.parquet
+
+    return pyarrow.parquet.ParquetFile(fsspec.open(path, "rb").open(), pre_buffer=True)
+
+
+def _check_column(path: str, column: str, schema) -> None:
+    import pyarrow
+
+    if column not in schema.names:
+        raise UserError(f"{path} has no column {column!r} but {', '.join(schema.names)}; choose with --text_column")
+    kind = schema.field(column).type
+    if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind) or pyarrow.types.is_string_view(kind)):
+        raise UserError(f"{path}: column {column!r} holds {kind}, not text; choose with --text_column")
+
+
+# ---- readers of pieces ----
+
+
+def _read_text(piece: Piece) -> Iterator[str]:
+    path = Path(piece.path)
+    data = _reading(piece.path, path.read_bytes)
+    yield _reading(piece.path, lambda: (gzip.decompress(data) if path.suffix.lower() == ".gz" else data).decode())
+
+
+def _read_parquet(piece: Piece) -> Iterator[str]:
+    with _reading(piece.path, _open_parquet, piece.path) as file:
+        batches = file.iter_batches(
+            256, row_groups=range(piece.start, piece.stop), columns=[piece.column], use_threads=False
+        )
+        while (batch := _reading(piece.path, next, batches, None)) is not None:
+            for text in batch.column(0).to_pylist():
+                yield _text(piece, text)
+
+
+def _read_json_lines(piece: Piece) -> Iterator[str]:
+    """The lines that begin in the piece's bytes; a line that reaches over its end belongs to it."""
+    opener = gzip.open if piece.start is None else open
+    with _reading(piece.path, opener, piece.path, "rb") as file:
+        if piece.start:
+            file.seek(piece.start - 1)
+            file.readline()  # the rest of a line that began before
+        while piece.stop is None or file.tell() < piece.stop:
+            where = f"{piece.path}, the line at byte {file.tell():,}"
+            line = _reading(where, file.readline)
+            if not line:
+                return
+            if line.strip():
+                yield _text(piece, _column(piece, _reading(where, json.loads, line)))
+
+
+def _read_table(piece: Piece) -> Iterator[str]:
+    import datasets
+
+    if piece.builder == "json" and not piece.bytes:  # no rows; datasets takes it for a broken file
+        return
+    rows = _reading(
+        piece.path, datasets.load_dataset, piece.builder, data_files=piece.path, split="train", streaming=True
+    )
+    iterator = iter(rows)
+    while (row := _reading(piece.path, next, iterator, None)) is not None:
+        yield _text(piece, _column(piece, row))
+
+
+def _column(piece: Piece, row: dict) -> object:
+    if not isinstance(row, dict) or piece.column not in row:
+        names = ", ".join(row) if isinstance(row, dict) else f"a {type(row).__name__}"
+        raise UserError(f"{piece.path} has no column {piece.column!r} but {names}; choose with --text_column")
+    return row[piece.column]
+
+
+def _text(piece: Piece, value: object) -> str:
+    if not isinstance(value, str):
+        raise UserError(f"{piece.path}: column {piece.column!r} holds {type(value).__name__}, not text")
+    return value
+
+
+READERS: dict[str, Callable[[Piece], Iterator[str]]] = {
+    "python-docs": lambda piece: python_docs(),
+    "shakespeare": lambda piece: iter([_shakespeare(piece.path)]),
+    "text": _read_text,
+    "json lines": _read_json_lines,
+    "parquet": _read_parquet,
+    "table": _read_table,
+}
+
+
+class SourceError(UserError):
+    """A remote source could not be read, which may pass."""
 
 
 def _reading(origin: str, function: Callable, *args, **kwargs):
@@ -224,18 +381,8 @@ def _reading(origin: str, function: Callable, *args, **kwargs):
     try:
         return function(*args, **kwargs)
     except Exception as error:  # network, Hub, format and configuration errors share no base class
-        reason = first_line(error)
-        raise UserError(
-            f"cannot read {origin}: {reason}; check the name, --hub_config, --split, --revision and the network "
-            "(a folder that holds a copy of the data does as well)"
+        kind = SourceError if "://" in origin else UserError
+        raise kind(
+            f"cannot read {origin}: {first_line(error)}; check the name, --hub_config, --split, --revision and the "
+            "network (a folder that holds a copy of the data does as well)"
         ) from error
-
-
-def _texts(rows, origin: str, text_column: str) -> Iterator[str]:
-    iterator = iter(rows)
-    while (row := _reading(origin, next, iterator, None)) is not None:
-        if text_column not in row:
-            raise UserError(f"{origin} has no column {text_column!r} but {', '.join(row)}; choose with --text_column")
-        if not isinstance(row[text_column], str):
-            raise UserError(f"{origin}: column {text_column!r} holds {type(row[text_column]).__name__}, not text")
-        yield row[text_column]

@@ -5,9 +5,11 @@ manifest.json, which is written last: a directory without one is unfinished. Eve
 `<|endoftext|>`, where the tokenizer has such a token, and may run on into the next shard.
 """
 
+import contextlib
 import hashlib
 import json
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -36,57 +38,125 @@ def write_json(path: Path, content: dict) -> None:
     """Write a JSON file that is complete or absent."""
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(json.dumps(content, indent=2) + "\n")
+    flush(temporary)
     temporary.replace(path)
+    flush(path.parent)
+
+
+def flush(path: Path) -> None:
+    """See to it that a file, or the names in a directory, are on disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 class ShardWriter:
-    """Writes the tokens of one split, shard after shard.
+    """Writes tokens to `{name}_00000.npy`, ..., as numpy.save would, through a small buffer.
+
+    A shard has another name until it is complete and on disk. Whoever does not finish() must discard().
 
     Args:
-        directory: where `{split}_{number}.npy` go.
+        directory: where the shards go.
+        name: what their names begin with.
         shard_tokens: tokens in each shard but the last.
         eot_id: the id that opens each document, or None.
     """
 
-    def __init__(self, directory: Path, split: str, dtype: np.dtype, shard_tokens: int, eot_id: int | None):
-        self.directory, self.split, self.eot_id = directory, split, eot_id
-        self.buffer = np.empty(shard_tokens, dtype)
-        self.filled = 0  # tokens in the buffer
-        self.starts = 0  # documents that start in the buffer
+    BUFFER_TOKENS = 2**20
+
+    def __init__(self, directory: Path, name: str, dtype: np.dtype, shard_tokens: int, eot_id: int | None):
+        self.directory, self.name, self.dtype, self.shard_tokens = directory, name, dtype, shard_tokens
+        self.opening = np.array([] if eot_id is None else [eot_id], dtype)
+        self.file = None  # the shard that is being written
+        self.buffer: list[np.ndarray] = []
+        self.buffered = self.filled = self.starts = (
+            0  # tokens in the buffer; tokens, and documents' starts, of the shard
+        )
         self.shards: list[dict] = []
         self.tokens = self.documents = self.bytes = 0
 
-    def add(self, tokens: list[int], text_bytes: int) -> None:
+    def add(self, tokens: Sequence[int], text_bytes: int) -> None:
         """Append one document of that many bytes of UTF-8."""
-        if self.eot_id is not None:
-            tokens = [self.eot_id, *tokens]
-        self.tokens += len(tokens)
+        if self.filled == self.shard_tokens and len(self.opening) + len(tokens):
+            self._close()  # so that the document counts for the shard that holds its first token
+        self.starts += 1
         self.documents += 1
         self.bytes += text_bytes
-        array = np.asarray(tokens, self.buffer.dtype)
-        if len(array) and self.filled == len(self.buffer):
-            self._write()  # so that the document counts for the shard that holds its first token
-        self.starts += 1
+        self._append(self.opening)
+        self._append(np.asarray(tokens, self.dtype))
+
+    def add_documents(self, tokens: np.ndarray) -> None:
+        """Append documents that lie in a row, their opening ids included."""
+        for start in range(0, len(tokens), self.BUFFER_TOKENS):
+            part = np.array(tokens[start : start + self.BUFFER_TOKENS])
+            while len(part):
+                if self.filled == self.shard_tokens:
+                    self._close()
+                here = part[: self.shard_tokens - self.filled]
+                self.starts += int(np.isin(here, self.opening).sum())
+                self._append(here)
+                part = part[len(here) :]
+
+    def _append(self, array: np.ndarray) -> None:
+        self.tokens += len(array)
         while len(array):
-            if self.filled == len(self.buffer):
-                self._write()
-            part = array[: len(self.buffer) - self.filled]
-            self.buffer[self.filled : self.filled + len(part)] = part
+            if self.filled == self.shard_tokens:
+                self._close()
+            part = array[: self.shard_tokens - self.filled]
+            self.buffer.append(part)
+            self.buffered += len(part)
             self.filled += len(part)
+            if self.buffered >= self.BUFFER_TOKENS:
+                self._write()
             array = array[len(part) :]
 
+    @property
+    def _path(self) -> Path:
+        return self.directory / f"{self.name}_{len(self.shards):05d}.npy"
+
     def _write(self) -> None:
-        path = self.directory / f"{self.split}_{len(self.shards):05d}.npy"
-        np.save(path, self.buffer[: self.filled])
-        shard = {"file": path.name, "tokens": self.filled, "documents": self.starts, "sha256": file_sha256(path)}
+        if self.file is None:
+            self.file = self._path.with_name(f"{self._path.name}.{os.getpid()}.tmp").open("w+b")
+            self._write_header(0)
+        if self.buffer:
+            self.file.write(np.concatenate(self.buffer).tobytes())
+        self.buffer, self.buffered = [], 0
+
+    def _write_header(self, tokens: int) -> None:
+        """numpy leaves room in it, so that a header with another number of tokens has the same length."""
+        header = {"descr": np.lib.format.dtype_to_descr(self.dtype), "fortran_order": False, "shape": (tokens,)}
+        self.file.seek(0)
+        np.lib.format.write_array_header_1_0(self.file, header)
+
+    def _close(self) -> None:
+        self._write()
+        self._write_header(self.filled)
+        self.file.flush()
+        os.fsync(self.file.fileno())
+        self.file.seek(0)
+        sha256 = hashlib.file_digest(self.file, "sha256").hexdigest()
+        self.file.close()
+        Path(self.file.name).replace(self._path)
+        shard = {"file": self._path.name, "tokens": self.filled, "documents": self.starts, "sha256": sha256}
+        self.file = None
         self.shards.append(shard)
         self.filled = self.starts = 0
 
     def finish(self) -> dict:
         """Write what is left; returns the manifest's record of the split."""
         if self.filled:
-            self._write()
+            self._close()
         return {"tokens": self.tokens, "documents": self.documents, "bytes": self.bytes, "shards": self.shards}
+
+    def discard(self) -> None:
+        """Remove a shard that is not complete."""
+        if self.file is not None:
+            Path(self.file.name).unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # no space for what is still buffered
+                self.file.close()
+            self.file = None
 
 
 def read_manifest(data_dir: str | Path) -> dict:

@@ -3,7 +3,7 @@
 import importlib.util
 import json
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from hashlib import sha256
@@ -30,14 +30,15 @@ class Tokenizer:
     name: what the user called it: gpt2, char, bpe:N, or a folder or Hub id.
     vocab_size: number of token ids, end-of-text included.
     eot_id: id of `<|endoftext|>`, which opens each document; None for characters, which have no such symbol.
-    encode_batch: texts -> token ids of each. Special tokens that are written in a text are ordinary text.
+    encode_batch: texts -> token ids of each, as a list or an array. Special tokens that are written in a text are
+        ordinary text.
     fast: the transformers tokenizer that travels with the data and the model; equal to encode_batch id for id.
     """
 
     name: str
     vocab_size: int
     eot_id: int | None
-    encode_batch: Callable[[list[str]], list[list[int]]]
+    encode_batch: Callable[[list[str]], list[Sequence[int]]]
     fast: PreTrainedTokenizerBase
 
     def describe(self) -> dict:
@@ -56,20 +57,20 @@ def padded_vocab_size(vocab_size: int) -> int:
     return math.ceil(vocab_size / 64) * 64
 
 
-def build_tokenizer(name: str, texts: Iterable[str], num_threads: int = 1) -> Tokenizer:
+def build_tokenizer(name: str, texts: Iterable[str]) -> Tokenizer:
     """The tokenizer that `name` asks for.
 
     Args:
         name: `gpt2`, `char`, `bpe:N` with N token ids in all, or a folder or Hub id of a saved tokenizer.
         texts: what char and bpe are built from; not read for the others.
-        num_threads: threads of tiktoken's batch encoding.
     Raises:
         UserError: no such tokenizer, N too small, or a vocabulary that cannot be had.
     """
     if name == "gpt2":
         encoding = gpt2_encoding()
-        encode_batch = partial(encoding.encode_ordinary_batch, num_threads=num_threads)
-        return Tokenizer(name, encoding.n_vocab, encoding.eot_token, encode_batch, fast_from_tiktoken(encoding))
+        return Tokenizer(
+            name, encoding.n_vocab, encoding.eot_token, _gpt2_encode_batch(encoding), fast_from_tiktoken(encoding)
+        )
     if name == "char":
         return _from_fast(name, _character_tokenizer(texts))
     if name.startswith("bpe:"):
@@ -87,14 +88,26 @@ def _from_fast(name: str, fast: PreTrainedTokenizerBase) -> Tokenizer:
     if not fast.is_fast:
         raise UserError(f"--tokenizer {name}: a slow tokenizer; only those with a tokenizer.json are supported")
     backend = tokenizers.Tokenizer.from_str(fast.backend_tokenizer.to_str())
+    return Tokenizer(name, len(fast), fast.eos_token_id, _fast_encode_batch(backend), fast)
+
+
+def load_encoder(name: str, folder: Path) -> Callable[[list[str]], list[Sequence[int]]]:
+    """`Tokenizer.encode_batch` of a tokenizer that was built before and saved in the folder."""
+    if name == "gpt2":
+        return _gpt2_encode_batch(gpt2_encoding())
+    return _fast_encode_batch(tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json")))
+
+
+def _gpt2_encode_batch(encoding: tiktoken.Encoding) -> Callable[[list[str]], list[Sequence[int]]]:
+    encode = partial(encoding.encode_to_numpy, disallowed_special=())  # as encode_ordinary, without a list of ints
+    return lambda batch: [encode(text) for text in batch]
+
+
+def _fast_encode_batch(backend: tokenizers.Tokenizer) -> Callable[[list[str]], list[Sequence[int]]]:
     backend.encode_special_tokens = True  # `<|endoftext|>` written in a document is text, not a token
     backend.no_truncation()
     backend.no_padding()
-
-    def encode_batch(batch: list[str]) -> list[list[int]]:
-        return [encoding.ids for encoding in backend.encode_batch_fast(batch, add_special_tokens=False)]
-
-    return Tokenizer(name, len(fast), fast.eos_token_id, encode_batch, fast)
+    return lambda batch: [encoding.ids for encoding in backend.encode_batch_fast(batch, add_special_tokens=False)]
 
 
 def gpt2_encoding() -> tiktoken.Encoding:

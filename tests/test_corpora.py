@@ -169,7 +169,7 @@ UNREADABLE = {
     "broken line": (
         "a.jsonl",
         b'{"text": "x"}\n{"text": "y"\n{"text": "z"}\n',
-        ["a.jsonl", "JSON parse error", "row 1"],
+        ["a.jsonl, the line at byte 14", "Expecting ',' delimiter"],
     ),
     "no UTF-8": ("a.jsonl", b'{"text": "x\xff"}\n', ["a.jsonl", "utf-8"]),
     "no UTF-8 text": ("a.txt", b"abc\xff", ["a.txt", "'utf-8' codec can't decode byte 0xff in position 3"]),

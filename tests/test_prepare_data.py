@@ -309,8 +309,8 @@ def test_all_bad_flags_are_reported_at_once(run_script, tmp_path):
     assert process.stderr.splitlines() == [
         "error: --shard_tokens 0 must be at least 1",
         "error: --num_workers -1 must be at least 1",
-        "error: --val_tokens and --val_fraction exclude each other; give one",
         "error: --val_tokens 0 must be at least 1",
+        "error: --val_tokens and --val_fraction exclude each other; give one",
         "error: --val_fraction 1.5 must lie between 0 and 1",
     ]
     assert not (tmp_path / "out").exists()

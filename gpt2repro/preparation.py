@@ -1,0 +1,353 @@
+"""Preparing a corpus with many processes: each takes a part, reads, tokenizes and writes its shards by itself, so no
+token crosses a process border. A finished part is recorded; what was interrupted is done again by the same command, and
+the result is the same, byte for byte, whatever the number of processes and interruptions.
+
+`parts/` of the output directory holds part_00003.json, ... with the shards that they name. In the end the shards of
+the train split are renamed to their place and those of the validation split, which are small, are put together.
+"""
+
+import dataclasses
+import errno
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from hashlib import blake2b
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+
+from gpt2repro import shards
+from gpt2repro.corpora import Piece, SourceError
+from gpt2repro.errors import UserError
+from gpt2repro.tokenization import load_encoder
+
+
+BATCH_DOCUMENTS = 64
+ATTEMPTS = 6  # at a part, where the network fails; a part that is tried again starts anew
+FIRST_DELAY = 1.0  # seconds before the second attempt; it doubles with each
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What all parts have in common.
+
+    output_dir: the directory that is prepared; its tokenizer/ is there already.
+    tokenizer, vocab_size, eot_id: as build_tokenizer made it.
+    shard_tokens: tokens in a shard, at most.
+    val_fraction: share of the documents that go to validation, chosen by hash; 0: none.
+    single_text: the only document is cut by position instead.
+    """
+
+    output_dir: Path
+    tokenizer: str
+    vocab_size: int
+    eot_id: int | None
+    shard_tokens: int
+    val_fraction: float = 0.0
+    single_text: bool = False
+
+
+@dataclass(frozen=True)
+class Quota:
+    """What is still to be had when a part begins.
+
+    val_tokens: documents go to validation until it has so many tokens more.
+    tokens, documents: at most so many, of both splits; None: no limit.
+    """
+
+    val_tokens: int = 0
+    tokens: int | None = None
+    documents: int | None = None
+
+    def after(self, record: dict) -> "Quota":
+        """What is left after a part."""
+        val, train = record["splits"]["val"], record["splits"]["train"]
+        return Quota(
+            max(0, self.val_tokens - val["tokens"]),
+            None if self.tokens is None else self.tokens - val["tokens"] - train["tokens"],
+            None if self.documents is None else self.documents - val["documents"] - train["documents"],
+        )
+
+    def fits(self, record: dict) -> bool:
+        """Whether a part that was made under another quota would come out the same under this one."""
+        made = Quota(**record["quota"])
+        left = self.after(record)
+        unlimited = record["complete"] and (left.tokens or 0) >= 0 and (left.documents or 0) >= 0
+        return made == self or (made.val_tokens == self.val_tokens and unlimited)
+
+
+# ---- one part, in a process of its own ----
+
+
+def prepare_part(
+    number: int, pieces: tuple[Piece, ...], settings: Settings, quota: Quota, counter: Callable[[int, int, int], None]
+) -> dict:
+    """Tokenize a part, write its shards and record them; returns the record.
+
+    Args:
+        counter: is told of documents, tokens and bytes of text as they are done.
+    Raises:
+        UserError: the source holds something else than text, or the disk is full.
+    """
+    folder = settings.output_dir / "parts"
+    marker = folder / f"part_{number:05d}.json"
+    marker.unlink(missing_ok=True)
+    encode = load_encoder(settings.tokenizer, settings.output_dir / "tokenizer")
+    dtype = shards.token_dtype(settings.vocab_size)
+    writers = {
+        split: shards.ShardWriter(folder, f"part_{number:05d}_{split}", dtype, settings.shard_tokens, settings.eot_id)
+        for split in shards.SPLITS
+    }
+    complete, repaired = True, 0
+    try:
+        documents = _divided(pieces, settings)
+        while batch := list(islice(documents, BATCH_DOCUMENTS)):
+            texts = [_encodable(text) for _, text in batch]
+            repaired += sum(text is not original for text, (_, original) in zip(texts, batch))
+            counted = [0, 0, 0]
+            for (split, _), text, tokens in zip(batch, texts, encode(texts)):
+                size = len(tokens) + (settings.eot_id is not None)
+                if quota.val_tokens > writers["val"].tokens:
+                    split = "val"
+                done = sum(w.tokens for w in writers.values()), sum(w.documents for w in writers.values())
+                if (quota.tokens is not None and done[0] + size > quota.tokens) or done[1] == quota.documents:
+                    complete = False
+                    break
+                text_bytes = len(text.encode())
+                writers[split].add(tokens, text_bytes)
+                counted = [counted[0] + 1, counted[1] + size, counted[2] + text_bytes]
+            counter(*counted)
+            if not complete:
+                break
+        record = {
+            "quota": dataclasses.asdict(quota),
+            "complete": complete,
+            "repaired": repaired,
+            "splits": {split: writer.finish() for split, writer in writers.items()},
+        }
+        shards.write_json(marker, record)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise UserError(
+                f"no space is left for {settings.output_dir}; finished parts are kept: make space, repeat the command"
+            ) from error
+        raise
+    finally:
+        for writer in writers.values():
+            writer.discard()  # what is not finished
+    return record
+
+
+def _divided(pieces: tuple[Piece, ...], settings: Settings) -> Iterator[tuple[str, str]]:
+    """(split, text) of every document.
+
+    One long text is cut by position, as nanoGPT's data/shakespeare*/prepare.py cut it. Of many documents those are
+    held out whose hash falls below the fraction, so that a document keeps its place when the corpus grows, and its
+    exact copies go where it goes.
+    """
+    for piece in pieces:
+        for text in piece.texts():
+            if not settings.val_fraction:
+                yield "train", text
+            elif settings.single_text:
+                cut = int(len(text) * (1 - settings.val_fraction))
+                yield "train", text[:cut]
+                yield "val", text[cut:]
+            else:
+                digest = blake2b(_encodable(text).encode(), digest_size=8).digest()
+                yield "val" if int.from_bytes(digest) < settings.val_fraction * 2**64 else "train", text
+
+
+def _encodable(text: str) -> str:
+    """The text itself; or with U+FFFD for halves of surrogate pairs, which UTF-8 cannot hold, as tiktoken does it."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text
+
+
+# ---- all parts ----
+
+
+def prepare_parts(
+    parts: list[tuple[Piece, ...]],
+    settings: Settings,
+    quota: Quota,
+    num_workers: int,
+    progress: Callable[[int, int, int], None],
+) -> list[dict]:
+    """Make what is not there yet; returns the records of the parts that count, in order.
+
+    Args:
+        progress: is told, about twice a second, of the documents, tokens and bytes of text that are done in all.
+    Raises:
+        UserError: as prepare_part; parts that are finished stay.
+    """
+    folder = settings.output_dir / "parts"
+    folder.mkdir(exist_ok=True)
+    for unfinished in folder.glob("*.tmp"):
+        unfinished.unlink()
+    records = {int(path.stem.split("_")[1]): json.loads(path.read_text()) for path in folder.glob("part_*.json")}
+    totals = [sum(split[unit] for r in records.values() for split in r["splits"].values()) for unit in UNITS]
+    if num_workers == 1:
+
+        def count(*more: int) -> None:
+            totals[:] = [total + n for total, n in zip(totals, more)]
+            progress(*totals)
+
+        while (state := plan(len(parts), records, quota))[1]:
+            number, part_quota = state[1][0]
+            records[number] = _attempt(number, parts[number], settings, part_quota, count)
+        return [records[number] for number in range(state[0])]
+
+    context = multiprocessing.get_context("spawn")  # a forked process may inherit locks that nobody will open
+    counts = [context.Value("q", total) for total in totals]
+    running: dict[Future, int] = {}
+    executor = ProcessPoolExecutor(num_workers, context, _start_worker, (counts,))
+    try:
+        while True:
+            used, todo = plan(len(parts), records, quota)
+            if not todo:
+                return [records[number] for number in range(used)]
+            for number, part_quota in todo:
+                if len(running) < num_workers and number not in running.values():
+                    running[executor.submit(_work, number, parts[number], settings, part_quota)] = number
+            done, _ = wait(running, timeout=0.5, return_when=FIRST_COMPLETED)
+            progress(*(count.value for count in counts))
+            for future in done:
+                records[running.pop(future)] = future.result()
+    except BrokenProcessPool as error:
+        raise UserError(
+            "a process was ended from outside, perhaps for want of memory; finished parts are kept: repeat the "
+            "command, with fewer --num_workers"
+        ) from error
+    finally:
+        _stop(executor)
+
+
+UNITS = ("documents", "tokens", "bytes")
+
+
+def plan(n_parts: int, records: dict[int, dict], quota: Quota) -> tuple[int, list[tuple[int, Quota]]]:
+    """What is to be done next.
+
+    Which documents are for validation, and where the limits end the corpus, depends on all parts before; so only the
+    first part that is missing knows its quota. The others are made on trial, under the quota that is the most likely
+    one, from the end if validation takes the beginning; they are made again if it was wrong.
+
+    Returns:
+        How many parts count; and the parts to make with their quotas, the most urgent first. None: all is done.
+    """
+    for number in range(n_parts):
+        if quota.tokens == 0 or quota.documents == 0:
+            return number, []
+        record = records.get(number)
+        if record is None or not quota.fits(record):
+            later = [n for n in range(number + 1, n_parts) if n not in records]
+            on_trial = dataclasses.replace(quota, val_tokens=0)
+            order = later[::-1] if quota.val_tokens and quota.tokens is quota.documents is None else later
+            return n_parts, [(number, quota), *((n, on_trial) for n in order)]
+        if not record["complete"]:
+            return number + 1, []
+        quota = quota.after(record)
+    return n_parts, []
+
+
+_counts: list = []  # of a worker process: what all of them have done
+
+
+def _start_worker(counts: list) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the main process's business
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
+    _counts.extend(counts)
+
+
+def _work(number: int, pieces: tuple[Piece, ...], settings: Settings, quota: Quota) -> dict:
+    def count(*more: int) -> None:
+        if os.getppid() != multiprocessing.parent_process().pid:
+            os._exit(1)  # the command was killed, and perhaps started again: the directory is not ours any more
+        for total, n in zip(_counts, more):
+            with total:
+                total.value += n
+
+    return _attempt(number, pieces, settings, quota, count)
+
+
+def _attempt(number: int, pieces: tuple[Piece, ...], settings: Settings, quota: Quota, count: Callable) -> dict:
+    """prepare_part, tried again where a remote source fails for reasons that may pass."""
+    for attempt in range(1, ATTEMPTS + 1):
+        counted = np.zeros(len(UNITS), int)
+
+        def add(*more: int) -> None:
+            counted[:] += more  # noqa: B023 (called in this round only)
+            count(*more)
+
+        try:
+            return prepare_part(number, pieces, settings, quota, add)
+        except SourceError as error:
+            if attempt == ATTEMPTS:
+                raise UserError(
+                    f"{error}; tried {ATTEMPTS} times. Finished parts are kept: repeat the command"
+                ) from error
+            count(*(-counted).tolist())
+            time.sleep(FIRST_DELAY * 2 ** (attempt - 1))
+    raise AssertionError
+
+
+def _stop(executor: ProcessPoolExecutor) -> None:
+    """End the processes, also in the middle of a part: what they leave is removed the next time."""
+    processes = list((executor._processes or {}).values())
+    executor.shutdown(wait=False, cancel_futures=True)
+    for process in processes:
+        process.terminate()
+    for process in processes:
+        process.join()
+
+
+# ---- the whole ----
+
+
+def put_together(records: list[dict], settings: Settings) -> dict:
+    """Give the shards of all parts their final names; returns the manifest's record of each split.
+
+    It can be interrupted and repeated: a shard lies under its old name or under its new one.
+    """
+    folder, output_dir = settings.output_dir / "parts", settings.output_dir
+    splits = {}
+    for split in shards.SPLITS:
+        parts = [record["splits"][split] for record in records]
+        pieces = [shard for part in parts for shard in part["shards"]]
+        if split == "val" and len(pieces) > 1:  # one small piece of each part
+            pieces = _merged([folder / piece["file"] for piece in pieces], settings)
+        for number, shard in enumerate(pieces):
+            final = output_dir / f"{split}_{number:05d}.npy"
+            if (folder / shard["file"]).exists():
+                (folder / shard["file"]).replace(final)
+            pieces[number] = shard | {"file": final.name}
+        splits[split] = {unit: sum(part[unit] for part in parts) for unit in ("tokens", "documents", "bytes")}
+        splits[split]["shards"] = pieces
+    shards.flush(output_dir)
+    return splits
+
+
+def _merged(paths: list[Path], settings: Settings) -> list[dict]:
+    """The same tokens in as few shards as can be; the pieces stay until the manifest is written."""
+    dtype = shards.token_dtype(settings.vocab_size)
+    writer = shards.ShardWriter(paths[0].parent, "val", dtype, settings.shard_tokens, settings.eot_id)
+    for path in paths:
+        writer.add_documents(np.load(path, mmap_mode="r"))
+    return writer.finish()["shards"]
+
+
+def clean_up(output_dir: Path) -> None:
+    """Remove what only an unfinished directory needs."""
+    shutil.rmtree(output_dir / "parts", ignore_errors=True)
