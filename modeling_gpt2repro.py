@@ -407,7 +407,10 @@ class GPT2ReproForCausalLM(GPT2ReproPreTrainedModel, GenerationMixin):
     def prepare_inputs_for_generation(self, input_ids, inputs_embeds=None, position_ids=None, **kwargs):
         """As in transformers; here a sequence that grows too long is an error with a static cache too, whose length
         the forward pass cannot see. (`generate` looks for inputs_embeds in this signature.)"""
-        self.check_length(input_ids.shape[1] if position_ids is None else position_ids.shape[-1])
+        length = input_ids.shape[1] if position_ids is None else position_ids.shape[-1]
+        if position_ids is not None and length > self.config.n_positions:
+            length = int(position_ids.max()) + 1  # left padding takes no position
+        self.check_length(length)
         return super().prepare_inputs_for_generation(
             input_ids, inputs_embeds=inputs_embeds, position_ids=position_ids, **kwargs
         )

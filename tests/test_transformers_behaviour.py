@@ -10,7 +10,6 @@ import json
 import os
 import subprocess
 import sys
-from importlib.util import find_spec
 
 import pytest
 import torch
@@ -31,7 +30,12 @@ from transformers import (
     pipeline,
 )
 from transformers.masking_utils import flash_attention_mask
-from transformers.utils import is_flash_attn_2_available, is_kernels_available
+from transformers.utils import (
+    is_flash_attn_2_available,
+    is_hqq_available,
+    is_kernels_available,
+    is_optimum_quanto_available,
+)
 
 from gpt2repro.openai_weights import to_gpt2
 from modeling_gpt2repro import (
@@ -138,17 +142,16 @@ def quantized(backend, nbits):
     return dict(cache_implementation="quantized", cache_config=config)
 
 
-def needs(*modules):
-    missing = [name for name in modules if find_spec(name.split(".")[0]) is None or find_spec(name) is None]
-    return pytest.mark.skipif(bool(missing), reason=f"{' and '.join(missing)} not installed")
+QUANTO = pytest.mark.skipif(not is_optimum_quanto_available(), reason="optimum-quanto is not installed")
+HQQ = pytest.mark.skipif(not is_hqq_available(), reason="hqq is not installed")
 
 
 @pytest.mark.parametrize(
-    "nbits, backend",
+    "backend, nbits",
     [
-        pytest.param(4, "quanto", marks=needs("optimum.quanto")),
-        pytest.param(2, "quanto", marks=needs("optimum.quanto")),
-        pytest.param(4, "hqq", marks=needs("hqq")),
+        pytest.param("quanto", 4, marks=QUANTO),
+        pytest.param("quanto", 2, marks=QUANTO),
+        pytest.param("hqq", 4, marks=HQQ),
     ],
 )
 def test_quantized_cache_generates_as_in_gpt2(model, reference, ids, backend, nbits):
@@ -212,7 +215,7 @@ def test_assisted_generation_is_greedy_generation_in_fewer_calls(model, referenc
     assert torch.equal(model.generate(prompt, **GREEDY, assistant_model=assistant), expected)
     assert drafts
     if not fields:  # every draft is right; the smaller model's are wrong, and the cache must forget them
-        assert len(calls) < 6
+        assert len(calls) < 12
 
 
 def test_assisted_sampling_draws_as_gpt2_does(ids):
@@ -276,7 +279,6 @@ LONG = {
     "static": {"cache_implementation": "static"},
     "beams": {"num_beams": 2},
     "static beams": {"cache_implementation": "static", "num_beams": 2},
-    "prompt lookup": {"prompt_lookup_num_tokens": 3},
 }
 
 
@@ -284,8 +286,6 @@ LONG = {
 @pytest.mark.parametrize("kwargs", LONG.values(), ids=LONG)
 def test_generation_ends_at_n_positions(model, reference, ids, long_ids, kwargs, inputs):
     """The last token generated is no input, so it needs no position: 60 + 5 tokens fit into 64 positions."""
-    if inputs == "inputs_embeds" and "prompt_lookup_num_tokens" in kwargs:
-        pytest.skip("prompts are looked up as tokens")
     prompt = long_ids[:, :60]
     given = {inputs: prompt if inputs == "input_ids" else model.get_input_embeddings()(prompt)}
     full = model.generate(**given, **kwargs, max_new_tokens=5, do_sample=False)
@@ -295,6 +295,15 @@ def test_generation_ends_at_n_positions(model, reference, ids, long_ids, kwargs,
 
     again = model.generate(ids, **GREEDY, cache_implementation="static")
     assert torch.equal(again, reference.generate(ids, **GREEDY)), "the refused call left something behind"
+
+
+@pytest.mark.parametrize("kwargs", LONG.values(), ids=LONG)
+def test_left_padding_takes_no_position(model, reference, long_ids, kwargs):
+    """A batch padded to more than n_positions is fine while its real tokens are not more."""
+    kwargs = kwargs | dict(max_new_tokens=12, do_sample=False)
+    prompt = F.pad(long_ids[:, :40], (30, 0))  # 0 is the padding token
+    got = model.generate(prompt, attention_mask=(prompt != 0).long(), **kwargs)
+    assert torch.equal(got[:, 30:], reference.generate(long_ids[:, :40], **kwargs))
 
 
 # ---- Attention ----
@@ -313,7 +322,7 @@ def kernel(request):
     if request.param != "flex_attention":
         yield request.param
         return
-    # As plain operations, compiling its kernel would take half a minute; on the CPU it has no backward pass.
+    # Run as plain operations: compiling the kernel takes half a minute. On the CPU it has no backward pass.
     with torch.compiler.set_stance("force_eager"), torch.no_grad():
         yield request.param
 
@@ -358,6 +367,7 @@ def test_packed_sequences_do_not_see_each_other(kernel, lengths):
     assert_close(logits[..., :V_REAL], alone, **CLOSE)
 
 
+@pytest.mark.filterwarnings("ignore:.*activation_checkpointing_enable:FutureWarning")  # transformers 6 renames it
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["", "gradient checkpointing"])
 @pytest.mark.parametrize("attention", ["sdpa", "eager", "variable_length"])
 def test_training_on_a_packed_row_is_training_on_its_sequences(attention, checkpointing, variable_length):
@@ -426,10 +436,10 @@ def test_flash_attention_is_asked_for_and_reported_missing_as_for_gpt2(model, re
 # ---- The loss goes through the head that is there ----
 
 
-def with_lora(model, targets, **kwargs):
+def with_lora(model, targets):
     """LoRA with random weights, so that neither half is 0; lora_B of an unpadded head is cut to the real tokens."""
     peft = pytest.importorskip("peft")
-    config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=targets, task_type="CAUSAL_LM", **kwargs)
+    config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=targets, task_type="CAUSAL_LM")
     adapted, generator = peft.get_peft_model(model, config), torch.Generator().manual_seed(5)
     for name, parameter in adapted.named_parameters():
         if "lora_" in name:
@@ -439,15 +449,16 @@ def with_lora(model, targets, **kwargs):
     return adapted.train()
 
 
+QUIET_PEFT = pytest.mark.filterwarnings(  # of a tied head, of Conv1D; and it asks transformers by an older name
+    "ignore::UserWarning:peft", "ignore:.*is_gradient_checkpointing:FutureWarning"
+)
 LORA = {"head": ["lm_head"], "blocks": ["c_attn", "c_proj", "c_fc"], "both": ["c_attn", "lm_head"]}
-# PEFT warns of a tied head; and that it corrects fan_in_fan_out, which GPT-2's Conv1D needs.
-PEFT_WARNINGS = pytest.mark.filterwarnings("ignore:.*(tie|tied|fan_in_fan_out):UserWarning")
 
 
-@PEFT_WARNINGS
+@QUIET_PEFT
 @pytest.mark.parametrize("targets", LORA.values(), ids=LORA)
 def test_lora_trains_as_on_gpt2(model, reference, ids, targets):
-    ours, theirs = with_lora(model, targets), with_lora(reference, targets, fan_in_fan_out="lm_head" not in targets)
+    ours, theirs = with_lora(model, targets), with_lora(reference, targets)
     losses = []
     optimizers = [torch.optim.AdamW(network.parameters(), lr=1e-2, eps=1e-3) for network in (ours, theirs)]
     for _ in range(4):
@@ -470,7 +481,7 @@ def test_lora_trains_as_on_gpt2(model, reference, ids, targets):
     assert losses == sorted(losses, reverse=True) and losses[0] - losses[-1] > 0.02
 
 
-@PEFT_WARNINGS
+@QUIET_PEFT
 @pytest.mark.parametrize("targets", LORA.values(), ids=LORA)
 def test_lora_survives_saving_and_merging(ids, targets, tmp_path):
     """Untied: merging an adapter into a tied head changes the embedding as well, in GPT-2 too."""
@@ -490,33 +501,23 @@ def test_lora_survives_saving_and_merging(ids, targets, tmp_path):
     assert_close(merged(ids, labels=ids).loss, loss, **CLOSE)
 
 
-OFFLOADED = {
-    "head": {"transformer": "cpu", "lm_head": "disk"},
-    "embedding and head": {"transformer.wte": "disk", "lm_head": "disk", "transformer": "cpu"},
-    "everything": {"": "disk"},
-}
-
-
-def offloaded_by_device_map(model, device_map, folder):
-    model.save_pretrained(folder)
-    children = [f"transformer.{name}" for name, _ in model.transformer.named_children()]
-    if "transformer.wte" in device_map:  # accelerate knows no exceptions: name every child
-        device_map = {name: "cpu" for name in children} | {k: v for k, v in device_map.items() if k != "transformer"}
-    return GPT2ReproForCausalLM.from_pretrained(folder, device_map=device_map, offload_folder=folder / "offload")
+TRUNK_ON_CPU = {f"transformer.{name}": "cpu" for name in ("wte", "wpe", "drop", "h", "ln_f")}
 
 
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "training"])
-@pytest.mark.parametrize("where", ["head", "embedding and head"])
-def test_loss_of_a_head_that_lies_on_disk(ids, where, training, tmp_path):
-    model = make_model(tie_word_embeddings=where != "head").train(training)
-    offloaded = offloaded_by_device_map(model, OFFLOADED[where], tmp_path).train(training)
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_loss_of_a_head_that_lies_on_disk(ids, tied, training, tmp_path):
+    model = make_model(tie_word_embeddings=tied)
+    model.save_pretrained(tmp_path)
+    places = TRUNK_ON_CPU | {"lm_head": "disk"} | ({"transformer.wte": "disk"} if tied else {})
+    kwargs = dict(device_map=places, offload_folder=tmp_path / "offload")
+    offloaded = GPT2ReproForCausalLM.from_pretrained(tmp_path, **kwargs)
     assert offloaded.lm_head.weight.is_meta
     labels = ids.masked_fill(ids < 40, -100)
     for kwargs in ({}, {"num_items_in_batch": 7}):
-        outputs, expected = (network(ids, labels=labels, **kwargs) for network in (offloaded, model))
-        assert_close(outputs.loss, expected.loss, **CLOSE)
-        assert (outputs.logits is None) == training
-    assert offloaded.lm_head.weight.is_meta
+        got, expected = (network.train(training)(ids, labels=labels, **kwargs) for network in (offloaded, model))
+        assert_close(got.loss, expected.loss, **CLOSE)
+        assert (got.logits is None) == training
 
 
 def test_loss_of_a_model_that_lies_on_disk(model, ids, tmp_path):
@@ -527,24 +528,25 @@ def test_loss_of_a_model_that_lies_on_disk(model, ids, tmp_path):
     assert_close((outputs.loss, outputs.logits), (expected.loss, expected.logits), **CLOSE)
 
 
+def head_gradients(model, ids):
+    """The gradients of the parameters and of the hidden states, and the shapes that the loss keeps for them."""
+    shapes, hidden = [], model.transformer(ids).last_hidden_state.detach().flatten(0, 1).requires_grad_()
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: shapes.append(tensor.shape) or tensor, lambda t: t):
+        loss = linear_cross_entropy(hidden, model.lm_head.weight, ids.flatten(), V_REAL)
+    (gradient,) = torch.autograd.grad(loss, hidden)
+    model(ids, labels=ids).loss.backward()
+    return gradients(model), gradient, shapes
+
+
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 def test_a_frozen_head_costs_no_gradient_and_changes_no_other(ids, tied):
-    def gradients_and_saved_shapes(network):
-        saved = []
-        with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append((t.shape, t.dtype)) or t, lambda t: t):
-            hidden = network.transformer(ids).last_hidden_state.detach().requires_grad_()
-            loss = linear_cross_entropy(hidden.flatten(0, 1), network.lm_head.weight, ids.flatten(), V_REAL)
-        (gradient,) = torch.autograd.grad(loss, hidden)
-        network(ids, labels=ids).loss.backward()
-        return gradient, gradients(network), [shape for shape, _ in saved[-2:]]
-
     model = make_model(tie_word_embeddings=tied).train()
-    hidden_gradient, expected, _ = gradients_and_saved_shapes(copy.deepcopy(model))
+    expected, expected_hidden, saved = head_gradients(copy.deepcopy(model), ids)
+    assert (V, D) in saved, "the gradient of the head's weight should be there"
     model.lm_head.weight.requires_grad_(False)
-    frozen_hidden_gradient, got, saved = gradients_and_saved_shapes(model)
-    assert (V, D) not in saved, "a gradient of the head's weight was computed"
-    assert_close(frozen_hidden_gradient, hidden_gradient, atol=0, rtol=0)
-    assert model.lm_head.weight.grad is None
+    got, hidden, saved = head_gradients(model, ids)
+    assert (V, D) not in saved
+    assert torch.equal(hidden, expected_hidden)
     frozen = "transformer.wte.weight" if tied else "lm_head.weight"
     assert got.pop(frozen) is None and expected.pop(frozen).abs().max() > 1e-3
     assert_close(got, expected, atol=0, rtol=0)
@@ -682,10 +684,7 @@ def test_config_survives_every_form_it_is_written_in(tmp_path):
     for form, again in written.items():
         assert {name: getattr(again, name) for name in changed} == changed, form
         assert again.auto_map == config.auto_map, form
-    difference = GPT2ReproConfig(n_layer=3, bias=False).to_diff_dict()
-    defaults = GPT2ReproConfig().to_diff_dict()
-    assert {name: value for name, value in difference.items() if name not in defaults} == {"n_layer": 3, "bias": False}
-    assert not set(GPT2ReproConfig().to_diff_dict()) & set(changed), "a default counts as a difference"
+        assert again.to_dict() == config.to_dict(), form
 
 
 # ---- Sequence classification ----
@@ -740,7 +739,9 @@ def test_classifier_loss_and_gradients_equal_gpt2(ids, num_labels, labels, loss_
     assert_close(outputs.loss, loss_of(outputs.logits, labels), **CLOSE)
     outputs.loss.backward()
     expected.loss.backward()
-    assert_close(as_gpt2_tensors(gradients(ours)), gradients(theirs), atol=1e-5, rtol=1e-5)
+    for name, gradient in as_gpt2_tensors(gradients(ours)).items():
+        wanted = gradients(theirs)[name]
+        assert (gradient - wanted).abs().max() <= 1e-5 * wanted.abs().max(), name
 
 
 def test_classifier_without_a_padding_token_refuses_a_batch_as_gpt2_does(ids):
@@ -824,9 +825,6 @@ def test_pipeline_generates_a_left_padded_batch_as_gpt2_does(model, reference):
 # ---- The size of GPT-2 124M ----
 
 
-# ---- The size of GPT-2 124M ----
-
-
 def full_size():
     """GPT-2 124M, ours and transformers', with the initial spread of the weights and no zero bias; and token ids."""
     with torch.device("meta"):
@@ -854,7 +852,7 @@ def test_full_size_step_equals_gpt2():
     got, wanted = as_gpt2_tensors(gradients(model), 50257), gradients(reference)
     assert got.keys() == wanted.keys()
     for name, gradient in wanted.items():
-        assert_close(got[name], gradient, atol=1e-5 * gradient.abs().max().item(), rtol=0, msg=lambda m: f"{name}: {m}")
+        assert (got[name] - gradient).abs().max() <= 1e-5 * gradient.abs().max(), name
 
     for network in (model, reference):
         # Adam divides a gradient by its own size and so turns the rounding noise of one that is 0, like that of a
