@@ -6,6 +6,7 @@
     python prepare_data.py fineweb-edu      --output_dir data/fineweb-edu
     python prepare_data.py owner/dataset    --output_dir data/theirs --text_column content
     python prepare_data.py --verify data/mine
+    python prepare_data.py --describe data/mine
 
 The output directory is described in gpt2repro/shards.py; train_accelerate.py reads it through `data_dir`.
 """
@@ -25,6 +26,7 @@ from tqdm import tqdm
 
 from gpt2repro import preparation, shards
 from gpt2repro.corpora import HUB_CORPORA, LOCAL_CORPORA, Corpus, open_corpus
+from gpt2repro.describe import describe
 from gpt2repro.errors import Parser, UserError, run_script
 from gpt2repro.tokenization import build_tokenizer
 
@@ -36,8 +38,11 @@ LOCK = ".lock"
 def main(argv: list[str]) -> None:
     args = parse_arguments(argv)
     if args.verify:
-        manifest = shards.verify(args.verify, progress=lambda shards: tqdm(shards, unit=" shards"))
+        manifest = shards.verify(args.verify, args.num_workers, lambda shards: tqdm(shards, unit=" shards"))
         print(summary(args.verify, manifest))
+        return
+    if args.describe:
+        print(describe(args.describe))
         return
 
     output_dir = Path(args.output_dir)
@@ -83,7 +88,7 @@ def main(argv: list[str]) -> None:
             "repaired_documents": sum(record["repaired"] for record in records),
             "splits": preparation.put_together(records, common),
         }
-        shards.write_json(output_dir / shards.MANIFEST, manifest)
+        shards.write_json(output_dir / shards.MANIFEST, shards.seal(manifest))
         preparation.clean_up(output_dir)
         (output_dir / SETTINGS).unlink()
     print(summary(output_dir, manifest))
@@ -117,11 +122,12 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--num_workers", type=int, default=1, help="processes (default: 1)")
     parser.add_argument("--verify", metavar="DIR", help="check a prepared directory against its manifest")
+    parser.add_argument("--describe", metavar="DIR", help="say what a prepared directory holds")
     args = parser.parse_args(argv)
 
     problems = []
-    if not args.verify and not (args.corpus and args.output_dir):
-        problems.append("give a CORPUS and --output_dir DIR, or --verify DIR")
+    if not (args.verify or args.describe or (args.corpus and args.output_dir)):
+        problems.append("give a CORPUS and --output_dir DIR, or --verify DIR, or --describe DIR")
     if args.source and args.output_dir and Path(args.source).resolve() in Path(args.output_dir).resolve().parents:
         problems.append(
             f"--output_dir {args.output_dir} lies inside --source {args.source}, where its files would be taken for "

@@ -26,6 +26,15 @@ HUB_CORPORA = {  # name -> Hub id, configuration
     "fineweb-edu": ("HuggingFaceFW/fineweb-edu", "sample-10BT"),
     "fineweb": ("HuggingFaceFW/fineweb", "sample-10BT"),
     "openwebtext": ("Skylion007/openwebtext", None),
+    "wikitext-103": ("Salesforce/wikitext", "wikitext-103-raw-v1"),
+    "tinystories": ("roneneldan/TinyStories", None),
+}
+DEFAULT_SPLITS = {  # of build-nanogpt and llm.c, nanoGPT; the last two have validation sets of their own on the Hub
+    "fineweb-edu": {"val_tokens": 100_000_000},
+    "fineweb": {"val_tokens": 100_000_000},
+    "openwebtext": {"val_fraction": 0.0005},
+    "wikitext-103": {"val_fraction": 0.005},
+    "tinystories": {"val_fraction": 0.005},
 }
 LOCAL_CORPORA = ("python-docs", "shakespeare", "shakespeare-char", "files")
 TEXT_SUFFIXES = {".txt"}
@@ -123,8 +132,7 @@ def open_corpus(
         return _files(source, text_column)
     if name in HUB_CORPORA:
         hub_id, default_config = HUB_CORPORA[name]
-        corpus_split = {"val_fraction": 0.0005} if name == "openwebtext" else {"val_tokens": 100_000_000}
-        return _hub(hub_id, hub_config or default_config, split, revision, text_column, corpus_split)
+        return _hub(hub_id, hub_config or default_config, split, revision, text_column, DEFAULT_SPLITS[name])
     if "/" in name or Path(name).is_dir():
         return _hub(name, hub_config, split, revision, text_column, {"val_fraction": 0.005})
     known = [*LOCAL_CORPORA, *HUB_CORPORA]

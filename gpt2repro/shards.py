@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -185,10 +186,17 @@ def read_manifest(data_dir: str | Path) -> dict:
     return manifest
 
 
-def verify(data_dir: str | Path, progress: Callable = iter) -> dict:
-    """Compare every shard, and the tokenizer, with the manifest, and the manifest's totals with each other.
+def seal(manifest: dict) -> dict:
+    """The manifest with a hash of itself, so that an edit shows."""
+    content = {key: value for key, value in manifest.items() if key != "sha256"}
+    return content | {"sha256": hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()}
+
+
+def verify(data_dir: str | Path, num_workers: int = 1, progress: Callable = iter) -> dict:
+    """Compare every shard, and the tokenizer, with the manifest, and the manifest with itself.
 
     Args:
+        num_workers: threads; hashing and counting leave them to work side by side.
         progress: wraps the iterable of shards, e.g. tqdm.
     Returns:
         The manifest.
@@ -197,32 +205,43 @@ def verify(data_dir: str | Path, progress: Callable = iter) -> dict:
     """
     root = Path(data_dir)
     manifest = read_manifest(root)
-    problems = []
-    for shard in progress([shard for split in SPLITS for shard in manifest["splits"][split]["shards"]]):
-        path = root / shard["file"]
-        if not path.exists():
-            problems.append(f"{path} is missing")
-        elif file_sha256(path) != shard["sha256"]:
-            problems.append(f"{path} is damaged: its sha256 differs from the manifest's")
-        else:
-            tokens = np.load(path, mmap_mode="r")
-            if len(tokens) != shard["tokens"]:
-                problems.append(f"{path} holds {len(tokens):,} tokens, the manifest says {shard['tokens']:,}")
-            elif tokens.max() >= manifest["tokenizer"]["vocab_size"]:
-                problems.append(f"{path} holds token {tokens.max()}, above the vocabulary")
+    if manifest != seal(manifest):
+        raise UserError(f"{root / MANIFEST} was changed after it was written; prepare the data again")
+    tokenizer = manifest["tokenizer"]
+    listed = [shard for split in SPLITS for shard in manifest["splits"][split]["shards"]]
+    with ThreadPoolExecutor(num_workers) as pool:
+        found = pool.map(lambda shard: _shard_problem(root / shard["file"], shard, tokenizer), listed)
+        problems = [problem for problem in progress(found) if problem]
     for name, split in manifest["splits"].items():
         for unit in ("tokens", "documents"):
             total = sum(shard[unit] for shard in split["shards"])
             if split[unit] != total:
                 problems.append(f"{root / MANIFEST}: {name} has {split[unit]:,} {unit}, its shards have {total:,}")
-    tokenizer = root / "tokenizer" / "tokenizer.json"
-    if not tokenizer.exists():
-        problems.append(f"{tokenizer} is missing")
-    elif file_sha256(tokenizer) != manifest["tokenizer"]["sha256"]:
-        problems.append(f"{tokenizer} is damaged: its sha256 differs from the manifest's")
+    path = root / "tokenizer" / "tokenizer.json"
+    if not path.exists():
+        problems.append(f"{path} is missing")
+    elif file_sha256(path) != tokenizer["sha256"]:
+        problems.append(f"{path} is damaged: its sha256 differs from the manifest's")
     if problems:
         raise UserError("\n".join(f"{problem}; prepare the data again" for problem in problems))
     return manifest
+
+
+def _shard_problem(path: Path, shard: dict, tokenizer: dict) -> str | None:
+    if not path.exists():
+        return f"{path} is missing"
+    if file_sha256(path) != shard["sha256"]:
+        return f"{path} is damaged: its sha256 differs from the manifest's"
+    tokens = np.load(path, mmap_mode="r")
+    if len(tokens) != shard["tokens"]:
+        return f"{path} holds {len(tokens):,} tokens, the manifest says {shard['tokens']:,}"
+    if (largest := int(tokens.max(initial=0))) >= tokenizer["vocab_size"]:
+        return f"{path} holds token {largest}, above the vocabulary"
+    if tokenizer["eot_id"] is not None:  # it stands nowhere else: in a document's text it is ordinary text
+        starts = int(np.count_nonzero(tokens == tokenizer["eot_id"]))
+        if starts != shard["documents"]:
+            return f"{path}: {starts:,} documents start there, the manifest says {shard['documents']:,}"
+    return None
 
 
 @dataclass(frozen=True)
@@ -241,7 +260,7 @@ class TokenStream:
         """
         shards = read_manifest(data_dir)["splits"][split]["shards"]
         stream = cls(tuple(Path(data_dir) / s["file"] for s in shards), tuple(s["tokens"] for s in shards))
-        for path, expected, tokens in zip(stream.paths, stream.lengths, stream._arrays):
+        for path, expected, tokens in zip(stream.paths, stream.lengths, stream.arrays):
             if len(tokens) != expected:
                 raise UserError(
                     f"{path} holds {len(tokens):,} tokens, the manifest says {expected:,}; prepare it again"
@@ -249,7 +268,7 @@ class TokenStream:
         return stream
 
     @cached_property
-    def _arrays(self) -> list[np.ndarray]:
+    def arrays(self) -> list[np.ndarray]:
         try:
             return [np.load(path, mmap_mode="r") for path in self.paths]
         except (OSError, ValueError) as error:
@@ -276,7 +295,7 @@ class TokenStream:
         shard = int(np.searchsorted(self._ends, start, side="right"))
         while done < length:
             offset = start + done - (int(self._ends[shard]) - self.lengths[shard])
-            part = self._arrays[shard][offset : offset + length - done]
+            part = self.arrays[shard][offset : offset + length - done]
             out[done : done + len(part)] = part
             done += len(part)
             shard += 1
@@ -284,7 +303,7 @@ class TokenStream:
 
     def counts(self, vocab_size: int) -> np.ndarray:
         """(vocab_size,) int64: how often each token occurs."""
-        return sum(np.bincount(tokens, minlength=vocab_size) for tokens in self._arrays)
+        return sum(np.bincount(tokens, minlength=vocab_size) for tokens in self.arrays)
 
 
 def unigram_entropy(counts: np.ndarray) -> float:
