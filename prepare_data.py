@@ -18,6 +18,7 @@ import math
 import shutil
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
@@ -26,6 +27,7 @@ from tqdm import tqdm
 
 from gpt2repro import preparation, shards
 from gpt2repro.corpora import HUB_CORPORA, LOCAL_CORPORA, Corpus, open_corpus
+from gpt2repro.deduplication import EXECUTORS, deduplicate
 from gpt2repro.describe import describe
 from gpt2repro.errors import Parser, UserError, run_script
 from gpt2repro.tokenization import build_tokenizer
@@ -33,6 +35,8 @@ from gpt2repro.tokenization import build_tokenizer
 
 SETTINGS = "preparing.json"  # stands in an unfinished directory: what is being prepared there
 LOCK = ".lock"
+DEDUPLICATED = "deduplicated"  # the folder in the output directory that the deduplication writes
+NOT_SETTINGS = ("output_dir", "num_workers", "executor", "verify", "describe")  # change nothing in the result
 
 
 def main(argv: list[str]) -> None:
@@ -46,7 +50,7 @@ def main(argv: list[str]) -> None:
         return
 
     output_dir = Path(args.output_dir)
-    settings = {name: value for name, value in vars(args).items() if name not in ("output_dir", "num_workers")}
+    settings = {name: value for name, value in vars(args).items() if name not in NOT_SETTINGS}
     prepared = is_prepared(output_dir, settings)
     if not prepared or args.corpus == "files":  # local files may have changed since
         corpus = open_corpus(args.corpus, args.source, args.text_column, args.hub_config, args.split, args.revision)
@@ -56,6 +60,14 @@ def main(argv: list[str]) -> None:
         print(f"already prepared: {summary(output_dir, shards.read_manifest(output_dir))}")
         return
     split = split_settings(args, corpus)
+    report = None
+    if args.dedup:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        shards.write_json(output_dir / SETTINGS, settings | {"corpus_facts": corpus.facts})
+        if (report := deduplicated(args, corpus)) is None:
+            print("Slurm has the jobs; repeat this command when they are done, to tokenize what is kept")
+            return
+        corpus = replace(corpus, pieces=open_corpus("files", str(output_dir / DEDUPLICATED / "documents")).pieces)
     tokenizer_name = args.tokenizer or corpus.default_tokenizer
     check_space(output_dir, corpus, tokenizer_name, args.max_tokens)
 
@@ -82,7 +94,7 @@ def main(argv: list[str]) -> None:
             "format_version": shards.FORMAT_VERSION,
             "corpus": {"name": args.corpus, **corpus.facts},
             "tokenizer": tokenizer.describe(),
-            "deduplication": None,
+            "deduplication": report,
             "split": split,
             "settings": settings,
             "repaired_documents": sum(record["repaired"] for record in records),
@@ -92,6 +104,22 @@ def main(argv: list[str]) -> None:
         preparation.clean_up(output_dir)
         (output_dir / SETTINGS).unlink()
     print(summary(output_dir, manifest))
+
+
+def deduplicated(args: argparse.Namespace, corpus: Corpus) -> dict | None:
+    """Run the deduplication, whose statistics the manifest records; None while Slurm is at it."""
+    files = list(dict.fromkeys(piece.path for piece in corpus.pieces))
+    if not all(piece.reader in ("json lines", "parquet") for piece in corpus.pieces):
+        raise UserError("--dedup reads .jsonl, .jsonl.gz and .parquet files; this corpus has others")
+    return deduplicate(
+        files,
+        Path(args.output_dir) / DEDUPLICATED,
+        args.dedup.split(","),
+        args.executor,
+        args.num_workers,
+        args.text_column,
+        args.url_column,
+    )
 
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
@@ -120,6 +148,9 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
         default=1_000_000,
         help="bpe:N and char learn from the first so many documents (default: %(default)s)",
     )
+    parser.add_argument("--dedup", metavar="METHODS", help="remove duplicates first: url, minhash, or url,minhash")
+    parser.add_argument("--url_column", default="url", help="column of the documents' URLs (default: url)")
+    parser.add_argument("--executor", choices=EXECUTORS, default="local", help="of the deduplication (default: local)")
     parser.add_argument("--num_workers", type=int, default=1, help="processes (default: 1)")
     parser.add_argument("--verify", metavar="DIR", help="check a prepared directory against its manifest")
     parser.add_argument("--describe", metavar="DIR", help="say what a prepared directory holds")

@@ -6,6 +6,7 @@ the result is the same, byte for byte, whatever the number of processes and inte
 the train split are renamed to their place and those of the validation split, which are small, are put together.
 """
 
+import contextlib
 import dataclasses
 import errno
 import json
@@ -13,8 +14,9 @@ import multiprocessing
 import os
 import shutil
 import signal
+import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -106,14 +108,13 @@ def prepare_part(
         split: shards.ShardWriter(folder, f"part_{number:05d}_{split}", dtype, settings.shard_tokens, settings.eot_id)
         for split in shards.SPLITS
     }
-    complete, repaired = True, 0
-    try:
+    complete, repaired, val_lengths = True, 0, []
+    with no_space(settings.output_dir), _discarding(writers.values()):
         documents = _divided(pieces, settings)
         while batch := list(islice(documents, BATCH_DOCUMENTS)):
             texts = [_encodable(text) for _, text in batch]
-            repaired += sum(text is not original for text, (_, original) in zip(texts, batch))
             counted = [0, 0, 0]
-            for (split, _), text, tokens in zip(batch, texts, encode(texts)):
+            for (split, original), text, tokens in zip(batch, texts, encode(texts)):
                 size = len(tokens) + (settings.eot_id is not None)
                 if quota.val_tokens > writers["val"].tokens:
                     split = "val"
@@ -123,6 +124,9 @@ def prepare_part(
                     break
                 text_bytes = len(text.encode())
                 writers[split].add(tokens, text_bytes)
+                repaired += text is not original
+                if split == "val":
+                    val_lengths.append(size)
                 counted = [counted[0] + 1, counted[1] + size, counted[2] + text_bytes]
             counter(*counted)
             if not complete:
@@ -132,18 +136,35 @@ def prepare_part(
             "complete": complete,
             "repaired": repaired,
             "splits": {split: writer.finish() for split, writer in writers.items()},
+            "val_lengths": val_lengths,  # tokens of each document, for `_merged`
         }
         shards.write_json(marker, record)
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+    return record
+
+
+@contextlib.contextmanager
+def no_space(output_dir: Path) -> Iterator[None]:
+    """Turn a full disk into a UserError."""
+    try:
+        yield
+    except Exception as error:
+        number = getattr(error, "errno", None)
+        in_rust = f"(os error {errno.ENOSPC})" in str(error)  # tokenizers raises no OSError
+        if in_rust or number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise UserError(
-                f"no space is left for {settings.output_dir}; finished parts are kept: make space, repeat the command"
+                f"no space is left for {output_dir}; finished parts are kept: make space, repeat the command"
             ) from error
         raise
+
+
+@contextlib.contextmanager
+def _discarding(writers: Iterable[shards.ShardWriter]) -> Iterator[None]:
+    """Remove what the writers have not finished."""
+    try:
+        yield
     finally:
-        for writer in writers.values():
-            writer.discard()  # what is not finished
-    return record
+        for writer in writers:
+            writer.discard()
 
 
 def _divided(pieces: tuple[Piece, ...], settings: Settings) -> Iterator[tuple[str, str]]:
@@ -197,22 +218,23 @@ def prepare_parts(
     for unfinished in folder.glob("*.tmp"):
         unfinished.unlink()
     records = {int(path.stem.split("_")[1]): json.loads(path.read_text()) for path in folder.glob("part_*.json")}
-    totals = [sum(split[unit] for r in records.values() for split in r["splits"].values()) for unit in UNITS]
+    context = multiprocessing.get_context("spawn")  # a forked process may inherit locks that nobody will open
+    shared = context.RawArray("q", len(parts) * len(UNITS))  # without a lock: who holds it may be killed
+    counts = np.frombuffer(shared, np.int64).reshape(-1, len(UNITS))  # what is done of each part
+    for number, record in records.items():
+        counts[number] = [sum(split[unit] for split in record["splits"].values()) for unit in UNITS]
+
+    def show() -> None:
+        progress(*counts.sum(axis=0).tolist())
+
     if num_workers == 1:
-
-        def count(*more: int) -> None:
-            totals[:] = [total + n for total, n in zip(totals, more)]
-            progress(*totals)
-
         while (state := plan(len(parts), records, quota))[1]:
             number, part_quota = state[1][0]
-            records[number] = _attempt(number, parts[number], settings, part_quota, count)
+            records[number] = _attempt(number, parts[number], settings, part_quota, counts[number], show)
         return [records[number] for number in range(state[0])]
 
-    context = multiprocessing.get_context("spawn")  # a forked process may inherit locks that nobody will open
-    counts = [context.Value("q", total) for total in totals]
     running: dict[Future, int] = {}
-    executor = ProcessPoolExecutor(num_workers, context, _start_worker, (counts,))
+    executor = ProcessPoolExecutor(num_workers, context, _start_worker, (shared,))
     try:
         while True:
             used, todo = plan(len(parts), records, quota)
@@ -220,9 +242,10 @@ def prepare_parts(
                 return [records[number] for number in range(used)]
             for number, part_quota in todo:
                 if len(running) < num_workers and number not in running.values():
-                    running[executor.submit(_work, number, parts[number], settings, part_quota)] = number
+                    with _no_interrupts():
+                        running[executor.submit(_work, number, parts[number], settings, part_quota)] = number
             done, _ = wait(running, timeout=0.5, return_when=FIRST_COMPLETED)
-            progress(*(count.value for count in counts))
+            show()
             for future in done:
                 records[running.pop(future)] = future.result()
     except BrokenProcessPool as error:
@@ -262,43 +285,63 @@ def plan(n_parts: int, records: dict[int, dict], quota: Quota) -> tuple[int, lis
     return n_parts, []
 
 
-_counts: list = []  # of a worker process: what all of them have done
+@contextlib.contextmanager
+def _no_interrupts() -> Iterator[None]:
+    """Ctrl-C waits until the end; a process that is started here never hears of it: it is the main one's business."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _start_worker(counts: list) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the main process's business
+_counts: list[np.ndarray] = []  # of a worker process: what all of them have done of each part
+
+
+def _start_worker(shared) -> None:
+    threading.Thread(target=_end_with_the_command, daemon=True).start()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
-    _counts.extend(counts)
+    _counts.append(np.frombuffer(shared, np.int64).reshape(-1, len(UNITS)))
+
+
+def _end_with_the_command() -> None:
+    """The command was killed, and is perhaps started again: the directory is not ours any more."""
+    multiprocessing.parent_process().join()
+    os._exit(1)
 
 
 def _work(number: int, pieces: tuple[Piece, ...], settings: Settings, quota: Quota) -> dict:
+    return _attempt(number, pieces, settings, quota, _counts[0][number])
+
+
+def _attempt(
+    number: int,
+    pieces: tuple[Piece, ...],
+    settings: Settings,
+    quota: Quota,
+    done: np.ndarray,
+    show: Callable[[], None] = lambda: None,
+) -> dict:
+    """prepare_part, tried again where a remote source fails for reasons that may pass.
+
+    Args:
+        done: (3,), the part's UNITS, kept up to date.
+        show: is called after each change.
+    """
+
     def count(*more: int) -> None:
-        if os.getppid() != multiprocessing.parent_process().pid:
-            os._exit(1)  # the command was killed, and perhaps started again: the directory is not ours any more
-        for total, n in zip(_counts, more):
-            with total:
-                total.value += n
+        done[:] += more
+        show()
 
-    return _attempt(number, pieces, settings, quota, count)
-
-
-def _attempt(number: int, pieces: tuple[Piece, ...], settings: Settings, quota: Quota, count: Callable) -> dict:
-    """prepare_part, tried again where a remote source fails for reasons that may pass."""
     for attempt in range(1, ATTEMPTS + 1):
-        counted = np.zeros(len(UNITS), int)
-
-        def add(*more: int) -> None:
-            counted[:] += more  # noqa: B023 (called in this round only)
-            count(*more)
-
+        done[:] = 0
         try:
-            return prepare_part(number, pieces, settings, quota, add)
+            return prepare_part(number, pieces, settings, quota, count)
         except SourceError as error:
             if attempt == ATTEMPTS:
                 raise UserError(
                     f"{error}; tried {ATTEMPTS} times. Finished parts are kept: repeat the command"
                 ) from error
-            count(*(-counted).tolist())
             time.sleep(FIRST_DELAY * 2 ** (attempt - 1))
     raise AssertionError
 
@@ -326,8 +369,8 @@ def put_together(records: list[dict], settings: Settings) -> dict:
     for split in shards.SPLITS:
         parts = [record["splits"][split] for record in records]
         pieces = [shard for part in parts for shard in part["shards"]]
-        if split == "val" and len(pieces) > 1:  # one small piece of each part
-            pieces = _merged([folder / piece["file"] for piece in pieces], settings)
+        if split == "val" and sum(part["documents"] > 0 for part in parts) > 1:  # one small piece of each part
+            pieces = _merged(records, settings)
         for number, shard in enumerate(pieces):
             final = output_dir / f"{split}_{number:05d}.npy"
             if (folder / shard["file"]).exists():
@@ -339,13 +382,18 @@ def put_together(records: list[dict], settings: Settings) -> dict:
     return splits
 
 
-def _merged(paths: list[Path], settings: Settings) -> list[dict]:
-    """The same tokens in as few shards as can be; the pieces stay until the manifest is written."""
-    dtype = shards.token_dtype(settings.vocab_size)
-    writer = shards.ShardWriter(paths[0].parent, "val", dtype, settings.shard_tokens, settings.eot_id)
-    for path in paths:
-        writer.add_documents(np.load(path, mmap_mode="r"))
-    return writer.finish()["shards"]
+def _merged(records: list[dict], settings: Settings) -> list[dict]:
+    """The validation documents in as few shards as can be; the pieces stay until the manifest is written."""
+    folder, dtype = settings.output_dir / "parts", shards.token_dtype(settings.vocab_size)
+    writer = shards.ShardWriter(folder, "val", dtype, settings.shard_tokens, settings.eot_id)
+    opening = len(writer.opening)
+    with no_space(settings.output_dir), _discarding([writer]):
+        for record in records:
+            pieces = [np.load(folder / shard["file"], mmap_mode="r") for shard in record["splits"]["val"]["shards"]]
+            tokens = np.concatenate([np.empty(0, dtype), *pieces])
+            for length, end in zip(record["val_lengths"], np.cumsum(record["val_lengths"])):
+                writer.add(tokens[end - length + opening : end], text_bytes=0)
+        return writer.finish()["shards"]
 
 
 def clean_up(output_dir: Path) -> None:

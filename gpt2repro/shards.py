@@ -88,18 +88,6 @@ class ShardWriter:
         self._append(self.opening)
         self._append(np.asarray(tokens, self.dtype))
 
-    def add_documents(self, tokens: np.ndarray) -> None:
-        """Append documents that lie in a row, their opening ids included."""
-        for start in range(0, len(tokens), self.BUFFER_TOKENS):
-            part = np.array(tokens[start : start + self.BUFFER_TOKENS])
-            while len(part):
-                if self.filled == self.shard_tokens:
-                    self._close()
-                here = part[: self.shard_tokens - self.filled]
-                self.starts += int(np.isin(here, self.opening).sum())
-                self._append(here)
-                part = part[len(here) :]
-
     def _append(self, array: np.ndarray) -> None:
         self.tokens += len(array)
         while len(array):

@@ -1,4 +1,5 @@
-"""A Hugging Face Hub on the loopback interface, for tests: what huggingface_hub asks of model repositories, in memory.
+"""A Hugging Face Hub on the loopback interface, for tests, in memory: what huggingface_hub asks of model repositories,
+and what datasets and HfFileSystem ask of data set repositories, which go by the name datasets/owner/name here.
 
 Spoken: whoami, creating a repository, access checks, information, branches, tags, history, file listings, downloads
 (HEAD, GET, byte ranges) and uploads: validation of the model card, the choice between a regular file and LFS, LFS
@@ -6,7 +7,7 @@ with the "basic" transfer, and commits. As on the Hub, a new repository has one 
 and pictures are LFS files, an unchanged file is told by its id, and errors are named by the header X-Error-Code.
 
 Not spoken: Xet (clients run with HF_HUB_DISABLE_XET=1, see `HubServer.environment`), redirects to other hosts,
-listings of more than a page, deleting folders, pull requests, data sets, multipart LFS.
+listings of more than a page, deleting folders, pull requests, multipart LFS.
 """
 
 import base64
@@ -19,7 +20,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs, unquote, urlsplit
 
 
-LFS_SUFFIXES = (".safetensors", ".bin", ".png")
+LFS_SUFFIXES = (".safetensors", ".bin", ".png", ".parquet")
 GITATTRIBUTES = "".join(f"*{suffix} filter=lfs diff=lfs merge=lfs -text\n" for suffix in LFS_SUFFIXES).encode()
 DATE = "2026-01-01T00:00:00.000Z"
 
@@ -33,7 +34,7 @@ class Commit:
 
 @dataclass
 class Repo:
-    """A model repository. `readers` are the users whose request for access to a gated one was granted."""
+    """A repository. `readers` are the users whose request for access to a gated one was granted."""
 
     private: bool = False
     gated: bool = False
@@ -64,6 +65,10 @@ class Refusal(Exception):
 
     def __init__(self, status: int, code: str = "", message: str = "", **body):
         self.status, self.code, self.message, self.body = status, code, message, {"error": message} | body
+
+
+def owner(repo_id: str) -> str:
+    return repo_id.removeprefix("datasets/").split("/")[0]
 
 
 def file_id(path: str, content: bytes) -> str:
@@ -133,23 +138,34 @@ class HubServer:
     def files(self, repo_id: str, revision: str = "main") -> dict[str, bytes]:
         return dict(self.repos[repo_id].find(revision).files)
 
-    def fail(self, pattern: str, status: int | None, times: int = 1) -> None:
+    def fail(self, pattern: str, status: int | str | None, times: int = 1, after: int = 0) -> None:
         """Let the next requests "METHOD /path" that match a regular expression fail.
 
         Args:
-            status: of the answers; None cuts the connection without one.
+            status: of the answers; None cuts the connection without one; "cut" cuts it in the middle of the answer;
+                "stall" stops there, with the connection open.
+            after: how many matching requests succeed before.
         """
-        self._failures.append([re.compile(pattern), status, times])
+        self._failures.append([re.compile(pattern), status, times, after])
 
-    def _answer(self, method: str, target: str, headers, body: bytes) -> tuple[int, dict, bytes] | None:
-        """Status, headers and body of the answer to a request; None: no answer."""
-        url = urlsplit(target)
-        path = unquote(url.path)
-        self.requests.append(f"{method} {path}")
+    def heal(self) -> None:
+        """No request fails any more."""
+        self._failures.clear()
+
+    def _fault(self, method: str, target: str) -> tuple:
+        """The status that `fail` prescribes for a request, if any."""
+        self.requests.append(f"{method} {unquote(urlsplit(target).path)}")
         for failure in self._failures:
-            if failure[2] and failure[0].search(self.requests[-1]):
-                failure[2] -= 1
-                return failure[1] and (failure[1], {"Content-Type": "text/plain"}, b"injected failure")
+            pattern, status, times, after = failure
+            if times and pattern.search(self.requests[-1]):
+                failure[3 if after else 2] -= 1
+                if not after:
+                    return (status,)
+        return ()
+
+    def _answer(self, method: str, target: str, headers, body: bytes) -> tuple[int, dict, bytes]:
+        """Status, headers and body of the answer to a request."""
+        url = urlsplit(target)
         token = headers.get("Authorization", "").removeprefix("Bearer ")
         try:
             if token and token not in self.users:
@@ -182,16 +198,25 @@ class _Handler(BaseHTTPRequestHandler):
         else:
             body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         with self.hub._lock:
-            answer = self.hub._answer(self.command, self.path, self.headers, body)
-        if answer is None:
-            self.close_connection = True
-            return
-        status, headers, content = answer
+            fault = self.hub._fault(self.command, self.path)
+            if fault == (None,):
+                self.close_connection = True
+                return
+            if fault and isinstance(fault[0], int):
+                status, headers, content = fault[0], {"Content-Type": "text/plain"}, b"injected failure"
+            else:
+                status, headers, content = self.hub._answer(self.command, self.path, self.headers, body)
         self.send_response(status)
         for name, value in ({"Content-Type": "application/json", "Content-Length": len(content)} | headers).items():
             self.send_header(name, str(value))
         self.end_headers()
-        if self.command != "HEAD":
+        if fault in (("cut",), ("stall",)):
+            self.wfile.write(content[: len(content) // 2])
+            self.wfile.flush()
+            if fault == ("stall",):
+                self.rfile.read(1)  # until the client hangs up
+            self.close_connection = True
+        elif self.command != "HEAD":
             self.wfile.write(content)
 
     do_GET = do_HEAD = do_POST = do_PUT = handle_any
@@ -213,7 +238,7 @@ class _Request:
     def readable(self, repo_id: str) -> Repo:
         """The repository, where the user may know of it."""
         repo = self.hub.repos.get(repo_id)
-        if repo and (not repo.private or self.user == repo_id.split("/")[0]):
+        if repo and (not repo.private or self.user == owner(repo_id)):
             return repo
         if self.user is None:
             raise Refusal(401, "RepoNotFound", "Invalid username or password.")
@@ -223,15 +248,16 @@ class _Request:
         repo = self.readable(repo_id)
         if self.user is None:
             raise Refusal(401, "", "Invalid username or password.")
-        if self.user != repo_id.split("/")[0]:
+        if self.user != owner(repo_id):
             raise Refusal(403, "", "Forbidden: pass `create_pr=1` as a query parameter to create a Pull Request")
         return repo
 
     def open_to_user(self, repo_id: str) -> Repo:
         """The repository, where the user may have its files."""
         repo = self.readable(repo_id)
-        if repo.gated and self.user not in repo.readers | {repo_id.split("/")[0]}:
-            message = f"Access to model {repo_id} is restricted and you are not in the authorized list."
+        if repo.gated and self.user not in repo.readers | {owner(repo_id)}:
+            name = repo_id.replace("datasets/", "dataset ") if "datasets/" in repo_id else f"model {repo_id}"
+            message = f"Access to {name} is restricted and you are not in the authorized list."
             raise Refusal(403 if self.user else 401, "GatedRepo", message)
         return repo
 
@@ -244,12 +270,12 @@ class _Request:
 
     def create_repo(self):
         asked = json.loads(self.body)
-        owner = asked.get("organization") or self.user
-        repo_id = f"{owner}/{asked['name']}"
+        namespace = asked.get("organization") or self.user
+        repo_id = f"{namespace}/{asked['name']}"
         if self.user is None:
             raise Refusal(401, "", "Invalid username or password.")
-        if owner != self.user:
-            raise Refusal(403, "", f'You don\'t have the rights to create a model under the namespace "{owner}"')
+        if namespace != self.user:
+            raise Refusal(403, "", f'You don\'t have the rights to create a model under the namespace "{namespace}"')
         url = f"{self.hub.url}/{repo_id}"
         if repo_id in self.hub.repos:
             raise Refusal(409, "", "You already created this model repo", url=url)
@@ -264,7 +290,7 @@ class _Request:
         repo = self.readable(repo_id)
         commit = repo.find(revision or "main")
         return {
-            "id": repo_id,
+            "id": repo_id.removeprefix("datasets/"),
             "sha": commit.sha,
             "private": repo.private,
             "gated": "manual" if repo.gated else False,
@@ -418,24 +444,24 @@ class _Request:
         return {"success": True, "commitOid": sha, "commitUrl": f"{self.hub.url}/{repo_id}/commit/{sha}"}
 
 
-_REPO = r"(?P<repo_id>[^/]+(?:/[^/]+)?)"
+_REPO = r"(?P<repo_id>(?:datasets/)?[^/]+(?:/[^/]+)?)"
 _REVISION = r"(?P<revision>[^/]+)"
-_MODEL = rf"/api/models/{_REPO}"
+_API = rf"/api/(?:models/|(?=datasets/)){_REPO}"
 _ROUTES = [
     ("GET", r"/api/whoami-v2", _Request.whoami),
     ("POST", r"/api/repos/create", _Request.create_repo),
     ("POST", r"/api/validate-yaml", _Request.validate_yaml),
-    ("GET", rf"{_MODEL}/auth-check(?P<write>/write)?", _Request.auth_check),
-    ("GET", rf"{_MODEL}/refs", _Request.refs),
-    ("GET", rf"{_MODEL}/commits/{_REVISION}", _Request.history),
-    ("GET", rf"{_MODEL}/tree/{_REVISION}(?P<path>/.+)?", _Request.tree),
-    ("GET", rf"{_MODEL}/revision/{_REVISION}", _Request.info),
-    ("GET", _MODEL, _Request.info),
-    ("POST", rf"{_MODEL}/paths-info/{_REVISION}", _Request.paths_info),
-    ("POST", rf"{_MODEL}/branch/{_REVISION}", _Request.create_branch),
-    ("POST", rf"{_MODEL}/tag/{_REVISION}", _Request.create_tag),
-    ("POST", rf"{_MODEL}/preupload/{_REVISION}", _Request.preupload),
-    ("POST", rf"{_MODEL}/commit/{_REVISION}", _Request.commit),
+    ("GET", rf"{_API}/auth-check(?P<write>/write)?", _Request.auth_check),
+    ("GET", rf"{_API}/refs", _Request.refs),
+    ("GET", rf"{_API}/commits/{_REVISION}", _Request.history),
+    ("GET", rf"{_API}/tree/{_REVISION}(?P<path>/.+)?", _Request.tree),
+    ("GET", rf"{_API}/revision/{_REVISION}", _Request.info),
+    ("GET", _API, _Request.info),
+    ("POST", rf"{_API}/paths-info/{_REVISION}", _Request.paths_info),
+    ("POST", rf"{_API}/branch/{_REVISION}", _Request.create_branch),
+    ("POST", rf"{_API}/tag/{_REVISION}", _Request.create_tag),
+    ("POST", rf"{_API}/preupload/{_REVISION}", _Request.preupload),
+    ("POST", rf"{_API}/commit/{_REVISION}", _Request.commit),
     ("POST", rf"/{_REPO}\.git/info/lfs/objects/batch", _Request.lfs_batch),
     ("POST", rf"/{_REPO}\.git/info/lfs/objects/verify", _Request.lfs_verify),
     ("PUT", r"/lfs/(?P<oid>[0-9a-f]{64})", _Request.lfs_upload),

@@ -4,10 +4,6 @@ import gzip
 import hashlib
 import json
 import os
-import signal
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pyarrow
@@ -19,7 +15,6 @@ from gpt2repro import corpora
 from gpt2repro.errors import UserError
 
 
-ROOT = Path(__file__).resolve().parents[1]
 EOT = 50_256
 
 
@@ -180,29 +175,7 @@ def test_shakespeare_bpe_is_nanogpts(shared, tmp_path, encoding):
         assert tokens.tolist() == [EOT, *encoding.encode_ordinary(text)]
 
 
-# ---- interruptions ----
-
-DIE = """
-import os, pathlib, signal, sys
-import numpy as np
-import prepare_data
-
-def die_in_call(owner, name, number):
-    original = getattr(owner, name)
-    def dying(path, *args):
-        nonlocal number
-        number -= 1
-        if not number:
-            if name == "save":
-                pathlib.Path(path).write_bytes(b"half a shard")
-            os.kill(os.getpid(), signal.SIGKILL)
-        return original(path, *args)
-    setattr(owner, name, dying)
-
-owner = {"save": np, "replace": pathlib.Path}[sys.argv[1]]
-die_in_call(owner, sys.argv[1], int(sys.argv[2]))
-prepare_data.main(sys.argv[3:])
-"""
+# ---- unfinished and finished directories; tests/test_preparation.py interrupts them ----
 
 
 @pytest.fixture(scope="module")
@@ -215,27 +188,6 @@ def uninterrupted(command, tmp_path_factory):
     directory = tmp_path_factory.mktemp("uninterrupted")
     prepare(*command, "--output_dir", directory)
     return directory
-
-
-@pytest.mark.parametrize(
-    "call",
-    [("replace", 1), ("save", 4), ("replace", 2)],
-    ids=["before the first file is complete", "in a shard", "before the manifest is complete"],
-)
-def test_a_killed_preparation_is_finished_by_the_same_command(command, uninterrupted, tmp_path, call):
-    output_dir = tmp_path / "out"
-    command = [*map(str, command), "--output_dir", str(output_dir)]
-    process = subprocess.run(
-        [sys.executable, "-c", DIE, call[0], str(call[1]), *command], cwd=ROOT, capture_output=True
-    )
-    assert process.returncode == -signal.SIGKILL
-    assert any(output_dir.iterdir()) and not (output_dir / "manifest.json").exists()
-    assert "unfinished" in mistake("--verify", output_dir)
-
-    prepare(*command)
-    finished, expected = contents(output_dir), contents(uninterrupted)
-    assert {name: data for name, (data, _) in finished.items()} == {name: data for name, (data, _) in expected.items()}
-    prepare("--verify", output_dir)
 
 
 def test_training_refuses_an_unfinished_directory(uninterrupted, tmp_path, run_script):
@@ -318,7 +270,7 @@ def test_all_bad_flags_are_reported_at_once(run_script, tmp_path):
 
 @pytest.mark.parametrize("args", [[], ["files"], ["--output_dir", "x"]])
 def test_corpus_and_output_directory_are_needed(args):
-    assert mistake(*args) == "give a CORPUS and --output_dir DIR, or --verify DIR"
+    assert mistake(*args) == "give a CORPUS and --output_dir DIR, or --verify DIR, or --describe DIR"
 
 
 @pytest.mark.parametrize("fraction", ["0", "1", "-0.1", "nan"])

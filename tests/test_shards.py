@@ -1,8 +1,10 @@
 """Shards against the arrays they were made from, their manifest against a recount, `verify` against each damage."""
 
+import errno
 import hashlib
 import json
 import math
+import os
 import pickle
 import shutil
 
@@ -41,7 +43,7 @@ def write_prepared(directory, shard_tokens=50):
     tokenizer.fast.save_pretrained(directory / "tokenizer")
     facts = tokenizer.describe() | {"eot_id": EOT}
     manifest = {"format_version": shards.FORMAT_VERSION, "tokenizer": facts, "splits": splits}
-    shards.write_json(directory / shards.MANIFEST, manifest)
+    shards.write_json(directory / shards.MANIFEST, shards.seal(manifest))
     return directory
 
 
@@ -87,6 +89,42 @@ def test_without_an_end_of_text_token_documents_follow_each_other(tmp_path):
 
 def test_no_documents_make_no_shard(tmp_path):
     assert write(tmp_path, [], 10) == {"tokens": 0, "documents": 0, "bytes": 0, "shards": []}
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("buffer_tokens", [1, 7, 64, 10**6])
+@pytest.mark.parametrize("dtype", [np.uint16, np.uint32])
+def test_files_are_those_of_numpy(tmp_path, monkeypatch, buffer_tokens, dtype):
+    """Byte for byte, through buffers smaller and larger than a document and a shard."""
+    monkeypatch.setattr(ShardWriter, "BUFFER_TOKENS", buffer_tokens)
+    record = write(tmp_path, make_documents(), 50, dtype=dtype)
+    tokens = np.array(flat(make_documents()), dtype)
+    for number, shard in enumerate(record["shards"]):
+        np.save(tmp_path / "expected.npy", tokens[50 * number : 50 * (number + 1)])
+        assert (tmp_path / shard["file"]).read_bytes() == (tmp_path / "expected.npy").read_bytes()
+
+
+def test_a_shard_has_its_name_when_it_is_complete(tmp_path, monkeypatch):
+    monkeypatch.setattr(ShardWriter, "BUFFER_TOKENS", 1)
+    writer = ShardWriter(tmp_path, "train", np.dtype(np.uint16), 10, EOT)
+    writer.add(range(14), 0)
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {"train_00000.npy", f"train_00001.npy.{os.getpid()}.tmp"}
+    writer.discard()
+    assert [path.name for path in tmp_path.iterdir()] == ["train_00000.npy"]
+    assert np.load(tmp_path / "train_00000.npy").tolist() == [EOT, *range(9)]
+    writer.discard()
+
+
+def test_a_disk_that_fills_up_leaves_no_part_of_a_shard(tmp_path, monkeypatch):
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    writer = ShardWriter(tmp_path, "train", np.dtype(np.uint16), 10, EOT)
+    monkeypatch.setattr(shards.os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        writer.add(range(14), 0)
+    writer.discard()
     assert not list(tmp_path.iterdir())
 
 
@@ -170,11 +208,14 @@ def test_unigram_entropy_is_the_loss_of_the_frequencies(tmp_path):
 # ---- what is wrong with a directory ----
 
 
-def test_verify_returns_the_manifest_of_sound_data(tmp_path):
+@pytest.mark.parametrize("num_workers", [1, 3])
+def test_verify_returns_the_manifest_of_sound_data(tmp_path, num_workers):
     seen = []
-    manifest = shards.verify(write_prepared(tmp_path), progress=lambda items: seen.extend(items) or items)
+    manifest = shards.verify(
+        write_prepared(tmp_path), num_workers, lambda shards: (seen.append(1) or s for s in shards)
+    )
     assert manifest == json.loads((tmp_path / "manifest.json").read_text())
-    assert [shard["file"] for shard in seen] == [f"train_{i:05d}.npy" for i in range(7)] + ["val_00000.npy"]
+    assert len(seen) == 7 + 1 == sum(len(split["shards"]) for split in manifest["splits"].values())
 
 
 def flip_byte(directory):
@@ -198,11 +239,11 @@ def swap_shards(directory):
     a.rename(directory / "aside"), b.rename(a), (directory / "aside").rename(b)
 
 
-def edit_manifest(change):
+def edit_manifest(change, sealed=True):
     def damage(directory):
         manifest = json.loads((directory / "manifest.json").read_text())
         change(manifest)
-        (directory / "manifest.json").write_text(json.dumps(manifest))
+        (directory / "manifest.json").write_text(json.dumps(shards.seal(manifest) if sealed else manifest))
 
     return damage
 
@@ -229,7 +270,12 @@ DAMAGES = {
     "missing shard": (remove_shard, r"train_00002\.npy is missing"),
     "swapped shards": (swap_shards, r"train_00001\.npy .*sha256.*\n.*train_00002\.npy .*sha256"),
     "tokens of a shard": (edit_shard(tokens=49), r"train_00002\.npy holds 50 tokens, the manifest says 49"),
-    "documents of a shard": (edit_shard(documents=77), "train .*documents"),
+    "documents of a shard": (edit_shard(documents=77), r"train_00002\.npy: \d documents start there.* says 77"),
+    "edited manifest": (
+        edit_manifest(lambda manifest: manifest.update(corpus="another"), sealed=False),
+        r"manifest\.json was changed after it was written",
+    ),
+    "removed seal": (edit_manifest(lambda manifest: manifest.pop("sha256"), sealed=False), "was changed after"),
     "tokens of the split": (edit_split(tokens=1), "train .*tokens"),
     "documents of the split": (edit_split(documents=1), "train .*documents"),
     "dropped shard": (edit_manifest(lambda manifest: manifest["splits"]["train"]["shards"].pop()), "train .*tokens"),

@@ -1,0 +1,174 @@
+"""prepare_data.py as a command that starts in milliseconds and can be killed: a process that has imported everything
+forks for each command. What a command prints goes to a file."""
+
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import tokenizers
+
+
+ROOT = Path(__file__).resolve().parents[1]
+
+SERVER = """
+import json, os, sys
+import datasets, fsspec, pyarrow.parquet
+import prepare_data
+from gpt2repro import corpora, preparation, shards
+from gpt2repro.errors import run_script
+
+print(prepare_data.__file__, flush=True)
+for line in sys.stdin:
+    asked = json.loads(line)
+    if "wait" in asked:
+        print(os.waitstatus_to_exitcode(os.waitpid(asked["wait"], 0)[1]), flush=True)
+    elif not (pid := os.fork()):
+        os.setsid()
+        for descriptor in (1, 2):
+            os.dup2(os.open(asked["output"], os.O_WRONLY | os.O_CREAT | os.O_APPEND), descriptor)
+        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+        sys.argv = ["prepare_data.py", *asked["argv"]]
+        exec(asked["before"])
+        status = 0
+        try:
+            run_script(prepare_data.main)
+        except SystemExit as exit:
+            status = exit.code
+        except BaseException:
+            import traceback
+            traceback.print_exc()
+            status = 1
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    else:
+        print(pid, flush=True)
+"""
+
+
+class Preparer:
+    """`with Preparer(folder, environment) as preparer`; `folder` takes what the commands print."""
+
+    def __init__(self, folder: Path, environment: dict | None = None):
+        self.folder, self.commands = folder, 0
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"} | (environment or {})
+        self.server = subprocess.Popen(
+            [sys.executable, "-W", "ignore", "-c", SERVER],
+            cwd=ROOT,
+            env=environment | {"PYTHONPATH": str(ROOT)},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    def __enter__(self):
+        assert Path(self._answer()).parent == ROOT
+        return self
+
+    def __exit__(self, *error):
+        self.server.kill()
+        self.server.communicate()
+
+    def _answer(self) -> str:
+        ready, _, _ = select.select([self.server.stdout], [], [], 120)
+        assert ready, "a command did not end"
+        return self.server.stdout.readline().strip()
+
+    def _ask(self, **question) -> int:
+        self.server.stdin.write(json.dumps(question) + "\n")
+        self.server.stdin.flush()
+        return int(self._answer())
+
+    def start(self, *argv, before: str = "") -> "Command":
+        """Start a command.
+
+        Args:
+            before: Python that its process runs first; corpora, preparation and shards are imported.
+        """
+        self.commands += 1
+        output = self.folder / f"{self.commands}.txt"
+        return Command(self, self._ask(argv=[*map(str, argv)], before=before, output=str(output)), output)
+
+    def run(self, *argv, before: str = "") -> "Command":
+        """Run a command to its end."""
+        command = self.start(*argv, before=before)
+        command.wait()
+        return command
+
+
+class Command:
+    """A command in a process group of its own."""
+
+    def __init__(self, preparer: Preparer, pid: int, output: Path):
+        self.preparer, self.pid, self.output = preparer, pid, output
+        self.status: int | None = None
+
+    def wait(self) -> int:
+        """Its exit status; minus the signal that ended it."""
+        try:
+            self.status = self.preparer._ask(wait=self.pid)
+        except AssertionError:
+            os.killpg(self.pid, signal.SIGKILL)
+            raise
+        return self.status
+
+    def kill(self, signal_number: int = signal.SIGKILL) -> None:
+        os.kill(self.pid, signal_number)
+
+    @property
+    def lines(self) -> list[str]:
+        """What it printed, without the progress bar."""
+        printed = self.output.read_text().replace("\r", "\n").splitlines() if self.output.exists() else []
+        return [line for line in printed if line and "process: " not in line and "processes: " not in line]
+
+    def children(self) -> list[int]:
+        """Its worker processes."""
+        found = []
+        for stat in Path("/proc").glob("[0-9]*/stat"):
+            try:
+                parent = int(stat.read_text().rpartition(")")[2].split()[1])
+                if parent == self.pid and b"spawn_main" in (stat.parent / "cmdline").read_bytes():
+                    found.append(int(stat.parent.name))
+            except OSError:  # it has ended
+                continue
+        return found
+
+
+def until(condition, seconds: float = 60):
+    """Wait until something is so; returns it."""
+    end = time.monotonic() + seconds
+    while not (value := condition()):
+        assert time.monotonic() < end, "it did not happen"
+        time.sleep(0.002)
+    return value
+
+
+# ---- what a prepared directory holds ----
+
+
+def contents(directory: Path) -> dict[str, bytes]:
+    """All files."""
+    return {p.relative_to(directory).as_posix(): p.read_bytes() for p in directory.rglob("*") if p.is_file()}
+
+
+def manifest_of(directory: Path) -> dict:
+    return json.loads((directory / "manifest.json").read_text())
+
+
+def tokens_of(directory: Path, split: str) -> np.ndarray:
+    shards = manifest_of(directory)["splits"][split]["shards"]
+    return np.concatenate([np.load(directory / shard["file"]) for shard in shards] or [np.empty(0, np.uint16)])
+
+
+def documents_of(directory: Path, split: str) -> list[str]:
+    """The texts of a split."""
+    backend = tokenizers.Tokenizer.from_file(str(directory / "tokenizer" / "tokenizer.json"))
+    tokens = tokens_of(directory, split)
+    starts = np.flatnonzero(tokens == manifest_of(directory)["tokenizer"]["eot_id"])
+    return [backend.decode(part[1:].tolist(), skip_special_tokens=False) for part in np.split(tokens, starts)[1:]]

@@ -1,0 +1,269 @@
+"""`prepare_data.py owner/dataset` by the real client, against the server in hub_server.py: what is read, what is said
+when it cannot be had, and what a server that fails, stalls or cuts connections costs."""
+
+import io
+import json
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+from hub_server import HubServer
+from preparer import Preparer, contents, documents_of, manifest_of
+
+import prepare_data
+
+
+TEXTS = [f"document {number} " + "some words " * (number % 9) for number in range(120)]
+CARD = """---
+configs:
+- config_name: default
+  default: true
+  data_files:
+  - split: train
+    path: data/train-*
+  - split: test
+    path: data/test-*
+- config_name: small
+  data_files: small/*.parquet
+---
+"""
+SETUP = """
+import types, time
+import huggingface_hub.utils._http as http
+http.time = types.SimpleNamespace(**vars(time) | {"sleep": lambda seconds: time.sleep(seconds / 1000)})
+datasets.config.STREAMING_READ_MAX_RETRIES = 2
+for name in ("READ_RETRY", "READ_SERVER_UNAVAILABLE_RETRY", "OPEN_RETRY"):
+    setattr(datasets.config, f"STREAMING_{name}_INTERVAL", 0.01)
+preparation.FIRST_DELAY = 0.01
+preparation.ATTEMPTS = 3
+corpora.PART_BYTES = 1500
+"""
+CLIENT_TRIES = 6  # http_backoff of huggingface_hub gives up after so many
+
+
+def parquet(texts):
+    buffer = io.BytesIO()
+    table = pyarrow.table({"id": list(range(len(texts))), "text": texts})
+    pyarrow.parquet.write_table(table, buffer, row_group_size=15)
+    return buffer.getvalue()
+
+
+def jsonl(texts):
+    return "".join(json.dumps({"text": text}) + "\n" for text in texts).encode()
+
+
+FILES = {
+    "README.md": CARD.encode(),
+    "data/train-00000-of-00002.parquet": parquet(TEXTS[:60]),
+    "data/train-00001-of-00002.parquet": parquet(TEXTS[60:]),
+    "data/test-00000-of-00001.parquet": parquet(["a test", "another"]),
+    "small/a.parquet": parquet(["small", "smaller"]),
+}
+
+
+@pytest.fixture(scope="module")
+def hub():
+    with HubServer({"hf_ada": "ada", "hf_bob": "bob"}) as server:
+        server.create("datasets/ada/tables").commit("data", FILES)
+        lines = {"train-0.jsonl": jsonl(TEXTS[:60]), "train-1.jsonl": jsonl(TEXTS[60:])}
+        server.create("datasets/ada/lines").commit("data", lines)
+        gated = server.create("datasets/ada/gated", gated=True, readers={"bob"})
+        gated.commit("data", {"train.parquet": parquet(TEXTS)})
+        server.create("datasets/ada/private", private=True).commit("data", {"train.parquet": parquet(TEXTS)})
+        yield server
+
+
+@pytest.fixture(autouse=True)
+def healed(hub):
+    yield
+    hub.heal()
+
+
+@pytest.fixture(scope="module")
+def preparer(hub, tmp_path_factory):
+    home = tmp_path_factory.mktemp("home")
+    environment = hub.environment(home) | {
+        "HF_DATASETS_OFFLINE": "0",
+        "HF_DATASETS_CACHE": f"{home}/datasets",
+        "HF_HUB_DOWNLOAD_TIMEOUT": "1",
+        "HF_HUB_ETAG_TIMEOUT": "1",
+    }
+    with Preparer(tmp_path_factory.mktemp("printed"), environment) as preparer:
+        yield preparer
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    """A small tokenizer that loads at once."""
+    folder = tmp_path_factory.mktemp("bpe")
+    (folder / "a.jsonl").write_bytes(jsonl(TEXTS))
+    command = ["files", "--source", folder / "a.jsonl", "--output_dir", folder / "out", "--tokenizer", "bpe:300"]
+    prepare_data.main([*map(str, command), "--val_fraction", "0.2"])
+    return folder / "out" / "tokenizer"
+
+
+@pytest.fixture(scope="module")
+def prepare(preparer, tokenizer):
+    """Run prepare_data.py; returns the finished command."""
+
+    def run(*args, before=SETUP):
+        return preparer.run("--tokenizer", tokenizer, "--val_tokens", 400, *args, before=before)
+
+    return run
+
+
+@pytest.fixture(scope="module", params=["tables", "lines"])
+def dataset(request):
+    return f"ada/{request.param}"
+
+
+@pytest.fixture(scope="module")
+def undisturbed(hub, prepare, dataset, tmp_path_factory):
+    """What a server without faults gives, and how often each file is asked for."""
+    directory = tmp_path_factory.mktemp("undisturbed")
+    hub.requests.clear()
+    command = prepare(dataset, "--output_dir", directory)
+    assert command.status == 0, command.lines
+    return contents(directory), downloads(hub)
+
+
+def downloads(hub):
+    """How often each data file was asked for."""
+    names = [request.rpartition("/")[2] for request in hub.requests if request.startswith("GET /datasets/")]
+    return {name: names.count(name) for name in names if name.startswith("train-")}
+
+
+def error_of(command):
+    """The one line that a failed command ends with; the client's own warnings stand before it."""
+    errors = [line for line in command.lines if line.startswith("error: ")]
+    assert command.status == 2 and len(errors) == 1 and command.lines[-1] == errors[0], command.lines
+    assert not [line for line in command.lines if "Traceback" in line]
+    return errors[0]
+
+
+# ---- what is read ----
+
+
+def test_a_dataset_is_prepared(hub, prepare, dataset, undisturbed, tmp_path):
+    command = prepare(dataset, "--output_dir", tmp_path)
+    assert command.status == 0, command.lines
+    val, train = documents_of(tmp_path, "val"), documents_of(tmp_path, "train")
+    assert val + train == TEXTS and len(val) > 5
+    commit = hub.commits(f"datasets/{dataset}")[-1].sha
+    corpus = {"hub_id": dataset, "config": None, "split": "train", "revision": commit, "text_column": "text"}
+    assert manifest_of(tmp_path)["corpus"] == {"name": dataset} | corpus
+    assert contents(tmp_path) == undisturbed[0]
+
+
+def test_tables_are_cut_between_row_groups(prepare, tmp_path):
+    """15 documents of some 80 bytes each are a part of 1500 bytes."""
+    prepare("ada/tables", "--output_dir", tmp_path, "--shard_tokens", 10**6)
+    assert len(manifest_of(tmp_path)["splits"]["train"]["shards"]) > 4
+
+
+@pytest.mark.parametrize(
+    "options, texts", [(["--hub_config", "small"], ["small", "smaller"]), (["--split", "test"], ["a test", "another"])]
+)
+def test_a_configuration_and_a_split(prepare, tmp_path, options, texts):
+    command = prepare("ada/tables", *options, "--output_dir", tmp_path, "--val_tokens", 1)
+    assert command.status == 0, command.lines
+    assert documents_of(tmp_path, "val") + documents_of(tmp_path, "train") == texts
+    corpus = manifest_of(tmp_path)["corpus"]
+    assert options[1] in (corpus["config"], corpus["split"])
+
+
+def test_a_branch_is_pinned_to_its_commit(hub, prepare, tmp_path):
+    repo = hub.repos["datasets/ada/tables"]
+    branch = repo.commit("another branch", FILES | {"data/train-00000-of-00002.parquet": parquet(["new"] * 9)}, "next")
+    command = prepare("ada/tables", "--revision", "next", "--output_dir", tmp_path)
+    assert command.status == 0, command.lines
+    assert manifest_of(tmp_path)["corpus"]["revision"] == branch.sha
+    assert documents_of(tmp_path, "val")[:9] == ["new"] * 9
+    assert documents_of(tmp_path, "val") + documents_of(tmp_path, "train") == ["new"] * 9 + TEXTS[60:]
+
+
+def test_another_process_reads_the_hub_as_well(hub, prepare, undisturbed, dataset, tmp_path):
+    """Spawned processes have the settings of the client; a cut connection makes it ask again."""
+    hub.fail("GET /datasets/.*train-(00001|1)", "cut", after=3)
+    command = prepare(dataset, "--output_dir", tmp_path, "--num_workers", 2)
+    assert command.status == 0, command.lines
+    assert contents(tmp_path) == undisturbed[0]
+
+
+# ---- what cannot be had ----
+
+
+@pytest.mark.parametrize(
+    "dataset, options, words",
+    [
+        ("ada/tables", ["--text_column", "content"], "no column 'content' but id, text; choose with --text_column"),
+        ("ada/lines", ["--text_column", "content"], "no column 'content' but text; choose with --text_column"),
+        ("ada/tables", ["--text_column", "id"], "column 'id' holds int64, not text; choose with --text_column"),
+        ("ada/tables", ["--split", "dev"], "ada/tables has no split 'dev' but train, test; choose with --split"),
+        ("ada/tables", ["--hub_config", "large"], "'large' not found. Available: ['default', 'small']"),
+        ("ada/tables", ["--revision", "v9"], "cannot read ada/tables: the Hub says 404: Invalid rev id: v9"),
+        ("ada/nothing", [], "cannot read ada/nothing: the Hub says 401: "),
+        ("ada/private", [], "cannot read ada/private: the Hub says 401: "),
+        ("ada/gated", [], "cannot read ada/gated: Dataset 'ada/gated' is a gated dataset on the Hub."),
+    ],
+)
+def test_what_cannot_be_had_is_one_line(prepare, tmp_path, dataset, options, words):
+    line = error_of(prepare(dataset, *options, "--output_dir", tmp_path / "out"))
+    assert words in line and len(line) < 600
+    assert not (tmp_path / "out" / "manifest.json").exists()
+
+
+def test_a_gated_dataset_with_access(prepare, tmp_path):
+    log_in = "os.environ['HF_TOKEN'] = 'hf_bob'\n"
+    command = prepare("ada/gated", "--output_dir", tmp_path, before=log_in + SETUP)
+    assert command.status == 0, command.lines
+    assert documents_of(tmp_path, "val") + documents_of(tmp_path, "train") == TEXTS
+
+
+# ---- faults ----
+
+
+@pytest.mark.parametrize(
+    "status, times",
+    [(503, 2), (None, 2), ("cut", 2), ("stall", 1), (503, CLIENT_TRIES + 1), ("cut", CLIENT_TRIES + 1)],
+)
+def test_a_fault_that_passes(hub, prepare, dataset, undisturbed, tmp_path, status, times):
+    """Few are made up for by the client, which asks as often again; more cost one part, not the run."""
+    expected, counts = undisturbed
+    hub.requests.clear()
+    hub.fail("GET /datasets/.*/train-(00001|1)", status, times, after=1)
+    command = prepare(dataset, "--output_dir", tmp_path)
+    assert command.status == 0, command.lines
+    assert contents(tmp_path) == expected
+    more = {name: count - counts[name] for name, count in downloads(hub).items()}
+    first, second = sorted(more)
+    assert more[first] == 0 and times <= more[second] <= times + 3
+
+
+@pytest.mark.parametrize("status", [503, None, 404])
+def test_a_fault_that_stays(hub, prepare, dataset, undisturbed, tmp_path, status):
+    """One line after the attempts; what is finished stays, and the same command goes on when the server is back."""
+    expected, counts = undisturbed
+    hub.fail("GET /datasets/.*/train-(00001|1)", status, 10**6, after=1)
+    line = error_of(prepare(dataset, "--output_dir", tmp_path))
+    assert "cannot read hf://datasets/ada/" in line
+    assert line.endswith("tried 3 times. Finished parts are kept: repeat the command")
+    finished = {path: path.stat().st_mtime_ns for path in (tmp_path / "parts").glob("part_*.json")}
+    assert finished and not (tmp_path / "manifest.json").exists()
+
+    hub.heal()
+    hub.requests.clear()
+    command = prepare(dataset, "--output_dir", tmp_path)
+    assert command.status == 0, command.lines
+    assert contents(tmp_path) == expected
+    first, second = sorted(counts)
+    assert downloads(hub).get(first, 0) < counts[first] and downloads(hub)[second] == counts[second]
+
+
+def test_a_hub_that_is_gone_when_the_command_is_repeated(hub, prepare, tmp_path):
+    hub.fail("GET /datasets/.*/train-00001", 404, 10**6, after=1)
+    error_of(prepare("ada/tables", "--output_dir", tmp_path))
+    before = contents(tmp_path)
+    hub.fail(".*", None, 10**6)
+    assert error_of(prepare("ada/tables", "--output_dir", tmp_path)).startswith("error: cannot read ada/tables: ")
+    assert contents(tmp_path) == before
