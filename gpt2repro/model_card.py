@@ -46,7 +46,7 @@ def model_card(
         library_name="transformers",
         pipeline_tag="text-generation",
         tags=["gpt2", "gpt2repro"],
-        datasets=[data["corpus"]["hub_id"]] if data.get("corpus", {}).get("revision") else None,
+        datasets=[s["corpus"]["hub_id"] for s in _sources(data) if s["corpus"].get("revision")] or None,
         base_model=_base_model(record.get("init_from", "scratch")),
         model_name=name,
         eval_results=[
@@ -102,11 +102,10 @@ def _facts(model: PreTrainedModel, record: dict, metrics: dict) -> dict[str, str
     }
     if not record:
         return facts
-    data, corpus = record["data"], record["data"]["corpus"]
-    source = ", ".join(str(corpus[key]) for key in ("hub_id", "config", "revision") if corpus.get(key))
+    data = record["data"]
     facts["data"] = (
-        f"{source or corpus['name']}: {data['splits']['train']['tokens']:,} training tokens by the tokenizer "
-        f"{data['tokenizer']['name']}; sha256 of the manifest {data['manifest_sha256']}"
+        f"{' + '.join(map(_origin, _sources(data)))}: {data['splits']['train']['tokens']:,} training tokens by the "
+        f"tokenizer {data['tokenizer']['name']}; sha256 of the manifest {data['manifest_sha256']}"
     )
     if "tokens" in metrics:
         facts["training"] = f"{metrics['step']:,} steps of {record['global_batch_tokens']:,} tokens, " + (
@@ -118,6 +117,17 @@ def _facts(model: PreTrainedModel, record: dict, metrics: dict) -> dict[str, str
     return facts
 
 
+def _sources(data: dict) -> list[dict]:
+    """The records of the directories of a mixture, or of the one directory."""
+    return data.get("sources", [data] if data else [])
+
+
+def _origin(source: dict) -> str:
+    corpus = source["corpus"]
+    origin = ", ".join(str(corpus[key]) for key in ("hub_id", "config", "revision") if corpus.get(key))
+    return (f"{100 * source['weight']:g}% " if "weight" in source else "") + (origin or corpus["name"])
+
+
 def _results(metrics: dict, record: dict) -> dict[str, tuple[str, float, str]]:
     """Metric type -> its title, its value, and the value as the table shows it."""
     results = {}
@@ -125,10 +135,14 @@ def _results(metrics: dict, record: dict) -> dict[str, tuple[str, float, str]]:
         results["loss"] = ("training loss, last row, nats per token", metrics["loss"], f"{metrics['loss']:.4f}")
     if "val_loss" in metrics:
         loss, val = metrics["val_loss"], record["data"]["splits"]["val"]
-        bits_per_byte = loss / math.log(2) * val["tokens"] / val["bytes"]
         results["val_loss"] = ("validation loss, nats per token", loss, f"{loss:.4f}")
         results["perplexity"] = ("validation perplexity", math.exp(loss), f"{math.exp(loss):.2f}")
-        results["bits_per_byte"] = ("validation, bits per byte", bits_per_byte, f"{bits_per_byte:.4f}")
+        if val["bytes"]:  # not known of a mixture, nor of other trainers' tokens
+            bits_per_byte = loss / math.log(2) * val["tokens"] / val["bytes"]
+            results["bits_per_byte"] = ("validation, bits per byte", bits_per_byte, f"{bits_per_byte:.4f}")
+    for key, loss in metrics.items():
+        if key.startswith("val_loss_"):  # of one source of a mixture
+            results[key] = (f"validation loss on {key.removeprefix('val_loss_')}, nats per token", loss, f"{loss:.4f}")
     for key in OPENAI_GPT2:
         if key in metrics:
             value, error = metrics[key], metrics[f"{key}_stderr"]
