@@ -230,18 +230,22 @@ def model_config(recipe: Recipe, manifest: dict) -> GPT2ReproConfig:
             "eos_token_id": eot_id,
         }
         return GPT2ReproConfig(**of_data | recipe.model)
-    config = gpt2_config(find_model(recipe.init_from))
+    newest = checkpoint.latest(recipe.output_dir)  # a run that goes on does not need its beginning
+    config = gpt2_config(str(newest) if newest else find_model(recipe.init_from))
     # As nanoGPT's crop_block_size: positions that no sequence of this run reaches are cut off, unless the recipe says
     # otherwise. Dropout is the recipe's choice; the rest of the architecture is the checkpoint's.
-    wanted = {"n_positions": min(recipe.sequence_length, config.n_positions)} | recipe.model
-    for field, value in wanted.items():
-        if field.endswith("_pdrop") or (field == "n_positions" and value <= config.n_positions):
-            setattr(config, field, value)
-        elif getattr(config, field) != value:
-            raise UserError(
-                f"model.{field}={value}, but init_from={recipe.init_from} has {getattr(config, field)}; leave it out"
-            )
-    return config
+    ours = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    ours |= {"n_positions": min(recipe.sequence_length, config.n_positions)}
+    ours |= {name: recipe.model[name] for name in ours.keys() & recipe.model.keys()}
+    problems = [
+        f"model.{name}={value}, but init_from={recipe.init_from} has {getattr(config, name)}; leave it out"
+        for name, value in recipe.model.items()
+        if (name not in ours and getattr(config, name) != value)
+        or (name == "n_positions" and value > config.n_positions)
+    ]
+    if problems:
+        raise UserError("\n".join(problems))
+    return GPT2ReproConfig(**config.to_dict() | ours)
 
 
 def config_problems(
@@ -250,7 +254,7 @@ def config_problems(
     """What does not fit between recipe, data and model."""
     problems = []
     recorded = manifest["tokenizer"]
-    if config.unpadded_vocab_size != recorded["vocab_size"]:
+    if config.unpadded_vocab_size < recorded["vocab_size"]:
         problems.append(
             f"the model has unpadded_vocab_size={config.unpadded_vocab_size}, but {', '.join(recipe.sources)} was "
             f"tokenized with {recorded['name']}, {recorded['vocab_size']} ids; choose the data or the model that fits "
@@ -310,6 +314,8 @@ def begin_run(recipe: Recipe, manifest: dict, accelerator: Accelerator) -> None:
             if not source["tokenizer"]["sha256"]:
                 print(f"{directory} brings no tokenizer along; GPT-2's is assumed", flush=True)
         hardware = f"{accelerator.num_processes} x {device_name(accelerator.device)}"
+        local = recipe.init_from == "scratch" or Path(recipe.init_from).exists()
+        settings["base_model"] = None if local else recipe.init_from  # a Hub id
         record = settings | {"data": data_record(manifest), "hardware": hardware, "versions": provenance()}
         temporary = output_dir / "recipe.yaml.tmp"
         temporary.write_text(yaml.safe_dump(record, sort_keys=False))
@@ -322,7 +328,7 @@ def begin_run(recipe: Recipe, manifest: dict, accelerator: Accelerator) -> None:
 def build_model(recipe: Recipe, config: GPT2ReproConfig) -> GPT2ReproForCausalLM:
     """The model to train, in float32, the same on every process."""
     set_seed(recipe.seed)
-    if recipe.init_from == "scratch":
+    if recipe.init_from == "scratch" or checkpoint.latest(recipe.output_dir):
         return GPT2ReproForCausalLM(config)
     return from_gpt2(find_model(recipe.init_from), config, dtype=torch.float32)
 

@@ -63,9 +63,11 @@ def save_model_folder(
     # transformers 5 names a class that older releases do not know; this one all of them do.
     settings = temporary / "tokenizer_config.json"
     written = json.loads(settings.read_text()) | {"tokenizer_class": "PreTrainedTokenizerFast"}
+    # Else transformers 4 adds token_type_ids, and GPT2LMHeadModel adds the embedding of token 0 to every position.
+    written["model_input_names"] = ["input_ids", "attention_mask"]
     for key in ("backend", "is_local", "local_files_only"):  # its notes to itself
         written.pop(key, None)
-    settings.write_text(json.dumps(written, indent=2) + "\n")
+    settings.write_text(json.dumps(written, indent=2, sort_keys=True) + "\n")
     card.save(temporary / "README.md")
     if picture:
         shutil.copy(picture, temporary / "loss.png")

@@ -80,6 +80,7 @@ class Recipe:
     resume: bool = option(True, "go on from the newest checkpoint in output_dir", changeable=True)
     report_to: Literal["none", "tensorboard", "wandb", "trackio"] = option("none", "tracker", changeable=True)
     push_to_hub: bool = option(False, "upload the model folder at the end", changeable=True)
+    license: str | None = option(None, "of the weights, for the model card, e.g. apache-2.0", changeable=True)
     hub_model_id: str | None = option(None, "Hub repository to push to, owner/name", changeable=True)
 
     model: dict = option({}, "fields of GPT2ReproConfig, e.g. n_layer; flags: --model.n_layer 6")

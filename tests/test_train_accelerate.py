@@ -244,14 +244,17 @@ def test_fine_tuning_starts_from_a_gpt2_whose_positions_it_crops(train, data_dir
     gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=vocab_size, n_positions=48, n_layer=1, n_head=2, n_embd=32))
     gpt2.save_pretrained(tmp_path / "gpt2")
     recipe = yaml.safe_load(RECIPE) | {"init_from": str(tmp_path / "gpt2"), "max_steps": 2, "warmup_steps": 0}
-    recipe |= {"learning_rate": 0.0, "min_learning_rate": 0.0, "model": {"resid_pdrop": 0.0}}
+    recipe |= {"learning_rate": 0.0, "min_learning_rate": 0.0, "model": {"resid_pdrop": 0.25}}
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     train(tmp_path / "tuned", "--config", tmp_path / "recipe.yaml")
     tuned = weights(tmp_path / "tuned")
     assert torch.equal(tuned["transformer.wpe.weight"], gpt2.transformer.wpe.weight[:32])
     assert torch.equal(tuned["transformer.h.0.mlp.c_fc.weight"], gpt2.transformer.h[0].mlp.c_fc.weight.T)
     config = json.loads((tmp_path / "tuned" / "model" / "config.json").read_text())
-    assert (config["n_positions"], config["resid_pdrop"], config["attn_pdrop"]) == (32, 0.0, 0.1)
+    assert (config["n_positions"], config["resid_pdrop"], config["attn_pdrop"]) == (32, 0.25, 0.0)
+    shutil.rmtree(tmp_path / "gpt2")  # a run that goes on does not need its beginning
+    done = train(tmp_path / "tuned", "--config", tmp_path / "recipe.yaml")
+    assert "resuming after step 2 of 2" in done.stdout
 
 
 def test_bf16_autocast_keeps_float32_weights(train, tmp_path):
