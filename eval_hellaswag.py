@@ -71,7 +71,7 @@ def main(argv: list[str]) -> None:
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser = Parser(__doc__)
-    parser.add_argument("model", help="folder or Hub id of a causal language model with its tokenizer")
+    parser.add_argument("model", help="run, checkpoint, folder, Hub id, or another trainer's file")
     parser.add_argument("--data", help="local hellaswag_val.jsonl or .jsonl.gz; the default is the Hub's copy")
     parser.add_argument("--limit", type=int, help="score only the first so many items")
     parser.add_argument("--batch_size", type=int, help="items a forward pass, each of 4 rows; 16, or 1 on a CPU")

@@ -114,7 +114,7 @@ def main(argv: list[str]) -> None:
                 samples = draw_samples(raw_model, tokenizer, recipe)
                 telemetry.log(step, samples=samples)
             if due(recipe.checkpoint_every):
-                checkpoint.save(accelerator, recipe.output_dir, {"step": step}, recipe.keep_last, config, tokenizer)
+                checkpoint.save(accelerator, recipe.output_dir, {"step": step}, recipe.keep_last, raw_model, tokenizer)
     telemetry.close()
     raw_model = unwrapped(raw_model)  # where it is sharded, all processes gather
     if accelerator.is_main_process:

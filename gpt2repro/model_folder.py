@@ -58,9 +58,10 @@ def save_model_folder(
     temporary = folder.with_name("writing_" + folder.name)
     shutil.rmtree(temporary, ignore_errors=True)
     config = model.config
-    model.generation_config = GenerationConfig(
-        bos_token_id=config.bos_token_id, eos_token_id=config.eos_token_id, do_sample=True, top_k=50
-    )
+    if model.generation_config._from_model_config:  # nobody has chosen one
+        model.generation_config = GenerationConfig(
+            bos_token_id=config.bos_token_id, eos_token_id=config.eos_token_id, do_sample=True, top_k=50
+        )
     model.save_pretrained(temporary)
     tokenizer.model_max_length = config.n_positions
     tokenizer.save_pretrained(temporary)

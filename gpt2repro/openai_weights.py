@@ -5,6 +5,7 @@ weights a block are transposed. Our vocabulary has padding rows, which are 0 her
 is equal.
 """
 
+import contextlib
 import copy
 import functools
 import json
@@ -16,7 +17,7 @@ from pathlib import Path
 import torch
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
-from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedConfig, PreTrainedModel
+from transformers import GenerationConfig, GPT2Config, GPT2LMHeadModel, PreTrainedConfig, PreTrainedModel
 
 from gpt2repro.errors import UserError, explained, first_line
 from gpt2repro.foreign_checkpoints import check_tensors, read_checkpoint_file
@@ -99,6 +100,9 @@ def from_gpt2(
         state[name][:rows] = tensors[name]()[:rows]
     model.load_state_dict(state, assign=True, strict=not config.tie_word_embeddings)
     model.tie_weights()
+    if not Path(source).is_file():
+        with contextlib.suppress(OSError):  # few have one
+            model.generation_config = GenerationConfig.from_pretrained(source, revision=revision)
     return model.eval()
 
 
@@ -122,6 +126,7 @@ def to_gpt2(model: PreTrainedModel) -> GPT2LMHeadModel:
         state[name] = tensor[: len(theirs)].cpu().clone(memory_format=torch.contiguous_format)
     gpt2.load_state_dict(state, assign=True, strict=not gpt2.config.tie_word_embeddings)
     gpt2.tie_weights()
+    gpt2.generation_config = model.generation_config
     return gpt2.eval()
 
 

@@ -181,6 +181,12 @@ def test_shards_and_torchs_own_format_are_read(gpt2, tmp_path):
         same_tensors(to_gpt2(from_gpt2(tmp_path / "bin")), gpt2)
 
 
+def test_the_way_to_generate_is_kept(gpt2, folder):
+    gpt2.generation_config.update(do_sample=True, top_p=0.7, _from_model_config=None)
+    gpt2.generation_config.save_pretrained(folder)
+    assert from_gpt2(folder).generation_config.top_p == to_gpt2(from_gpt2(folder)).generation_config.top_p == 0.7
+
+
 def test_our_own_model_folder_is_read_too(tmp_path):
     ours = GPT2ReproForCausalLM(GPT2ReproConfig(**TINY | {"vocab_size": 192, "unpadded_vocab_size": V, "bias": False}))
     ours.save_pretrained(tmp_path)
