@@ -19,14 +19,23 @@ from accelerate import Accelerator
 
 from gpt2repro.devices import cpu_asked
 from gpt2repro.errors import Parser, UserError, run_script
-from gpt2repro.hellaswag import FULL_SET, HUB_ID, encode_item, evaluate_hellaswag, load_items, predict
+from gpt2repro.hellaswag import (
+    FULL_SET,
+    HUB_ID,
+    OPENAI_GPT2,
+    encode_item,
+    evaluate_hellaswag,
+    load_items,
+    predict,
+    with_error,
+)
 from gpt2repro.model_folder import find_model, open_model
 from modeling_gpt2repro import register_auto_classes
 
 
 PROTOCOL = "completion style, build-nanogpt"
 REFERENCES = [  # name, acc, acc_norm; build-nanogpt hellaswag.py:12-19, on the full set with its WikiHow marks
-    ("OpenAI gpt2", 0.2859, 0.2955),
+    ("OpenAI gpt2", *OPENAI_GPT2.values()),
     ("OpenAI gpt2-xl", 0.3842, 0.4893),
 ]
 WIKIHOW_MARK = "[header]"
@@ -62,7 +71,7 @@ def main(argv: list[str]) -> None:
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser = Parser(__doc__)
-    parser.add_argument("model", help="folder or Hub id of a causal language model with its tokenizer")
+    parser.add_argument("model", help="run, checkpoint, folder, Hub id, or another trainer's file")
     parser.add_argument("--data", help="local hellaswag_val.jsonl or .jsonl.gz; the default is the Hub's copy")
     parser.add_argument("--limit", type=int, help="score only the first so many items")
     parser.add_argument("--batch_size", type=int, help="items a forward pass, each of 4 rows; 16, or 1 on a CPU")
@@ -111,10 +120,6 @@ def table(model: str, metrics: dict) -> str:
     width = max(len(name) for name, *_ in rows)
     lines = [f"{name:{width}}  {acc:15}  {acc_norm:15}  {items:>7}" for name, acc, acc_norm, items in rows]
     return "\n".join([f"HellaSwag ({PROTOCOL})", *lines])
-
-
-def with_error(share: float, standard_error: float | None) -> str:
-    return f"{share:.4f} ± " + ("n/a" if standard_error is None else f"{standard_error:.4f}")
 
 
 def notes(items: list[dict], encoded: list, max_length: int | None) -> list[str]:

@@ -357,6 +357,8 @@ class GPT2ReproModel(GPT2ReproPreTrainedModel):
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
+        if refused := [name for name in ("token_type_ids", "encoder_hidden_states") if kwargs.get(name) is not None]:
+            raise ValueError(f"{' and '.join(refused)}: a language model has no use for that; leave it out")
         if inputs_embeds is None:
             inputs_embeds = self.wte(input_ids)
         if use_cache and past_key_values is None and not self.training:
@@ -392,7 +394,8 @@ class GPT2ReproForCausalLM(GPT2ReproPreTrainedModel, GenerationMixin):
     """GPT-2 with its tied language-model head.
 
     The padding rows of the vocabulary are invisible: the loss is that of a softmax over the real tokens, and the
-    logits of padded ids leave the model as the dtype's minimum, so no sample, beam or probability ever sees them.
+    logits of padded ids leave the model as the dtype's minimum, so no sample, beam or probability ever sees them. (A
+    mean over all logits does, as label smoothing takes it: that needs a model without padding rows.)
     """
 
     _tied_weights_keys = {"lm_head.weight": "transformer.wte.weight"}
@@ -457,12 +460,7 @@ class GPT2ReproForCausalLM(GPT2ReproPreTrainedModel, GenerationMixin):
         if shift_labels is None and labels is not None:
             shift_labels = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
         if shift_labels is not None:
-            hidden, targets = hidden_states.flatten(0, 1), shift_labels.flatten().to(hidden_states.device)
-            real = self.config.unpadded_vocab_size
-            if type(self.lm_head) is nn.Linear and not hasattr(self.lm_head, "_hf_hook"):
-                loss = linear_cross_entropy(hidden, self.lm_head.weight, targets, real, num_items_in_batch)
-            else:  # with an adapter (PEFT) or offloaded weights (accelerate), only the head itself knows its logits
-                loss = fixed_cross_entropy(self.lm_head(hidden)[:, :real].float(), targets, num_items_in_batch)
+            loss = self._loss(hidden_states, shift_labels, num_items_in_batch)
         if shift_labels is None or not self.training:
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             logits = self.lm_head(hidden_states[:, kept])
@@ -475,6 +473,16 @@ class GPT2ReproForCausalLM(GPT2ReproPreTrainedModel, GenerationMixin):
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
+
+    def _loss(self, hidden_states, shift_labels, num_items_in_batch):
+        hidden, targets = hidden_states.flatten(0, 1), shift_labels.flatten().to(hidden_states.device)
+        if len(hidden) != len(targets):
+            raise ValueError(f"{len(targets)} labels for {len(hidden)} positions; give one for each input token")
+        real = self.config.unpadded_vocab_size
+        if type(self.lm_head) is nn.Linear and not hasattr(self.lm_head, "_hf_hook"):
+            return linear_cross_entropy(hidden, self.lm_head.weight, targets, real, num_items_in_batch)
+        # With an adapter (PEFT) or offloaded weights (accelerate), only the head itself knows its logits.
+        return fixed_cross_entropy(self.lm_head(hidden)[:, :real].float(), targets, num_items_in_batch)
 
 
 class GPT2ReproForSequenceClassification(GenericForSequenceClassification, GPT2ReproPreTrainedModel):

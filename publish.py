@@ -13,6 +13,7 @@ import argparse
 import json
 import math
 import shutil
+import tempfile
 from pathlib import Path
 
 from huggingface_hub.utils import HFValidationError, validate_repo_id
@@ -33,31 +34,31 @@ def main(argv: list[str]) -> None:
     source = find_model(args.source)
     is_folder = args.to.startswith((".", "/", "~"))
     if is_folder:
-        folder = Path(args.to).expanduser()
-        name = folder.resolve().name
+        folder = Path(args.to).expanduser().resolve()
+        name = folder.name
     else:
         folder = Path("publish") / args.to.replace("/", "--")  # until it is uploaded
         name = args.to.split("/")[-1]
-        create_repository(args.to, private=args.private or None, revision=args.revision)
 
     model = from_gpt2(source)
     tokenizer = load_tokenizer(args.tokenizer) if args.tokenizer else tokenizer_for(source, model)
-    if len(tokenizer) != model.config.unpadded_vocab_size:
+    if len(tokenizer) > model.config.unpadded_vocab_size:
         raise UserError(
             f"the tokenizer has {len(tokenizer)} tokens, the model {model.config.unpadded_vocab_size}; "
             "give the one that it was trained with as --tokenizer"
         )
+    if not is_folder:
+        create_repository(args.to, private=args.private or None, revision=args.revision)
     if args.format == "gpt2":
         model = to_gpt2(model)
 
     run_dir, last_step = run_of(Path(source))
     card = model_card(model, name, None if is_folder else args.to, run_dir, last_step, args.license)
-    picture = draw(run_dir, last_step, folder.with_name(f"{folder.name}.png"), name) if run_dir else None
-    save_model_folder(folder, model, tokenizer, card, picture)
-    if picture:
-        picture.unlink()
+    with tempfile.TemporaryDirectory() as scratch:
+        picture = draw(run_dir, last_step, Path(scratch) / "loss.png", name) if run_dir else None
+        save_model_folder(folder, model, tokenizer, card, picture)
     if is_folder:
-        print(f"written to {folder}")
+        print(f"written to {args.to}")
     else:
         print(f"pushed to {upload(folder, args.to, args.revision)}")
         shutil.rmtree(folder)
@@ -66,16 +67,16 @@ def main(argv: list[str]) -> None:
 def run_of(source: Path) -> tuple[Path | None, float]:
     """The run that a model folder or checkpoint lies in, and the last step that it has seen; None where there is no
     record of one."""
-    if (source / checkpoint.STATE).is_file():
-        return source.parents[1], json.loads((source / checkpoint.STATE).read_text())["step"]
-    if source.name == "model" and (source.parent / "recipe.yaml").is_file():
-        return source.parent, math.inf
-    return None, math.inf
+    source, state = source.resolve(), source / checkpoint.STATE
+    last_step = json.loads(state.read_text())["step"] if state.is_file() else math.inf
+    run_dir = source.parents[1] if state.is_file() else source.parent
+    recorded = state.is_file() or source.name == "model"
+    recorded = recorded and all((run_dir / name).is_file() for name in ("recipe.yaml", "metrics.jsonl"))
+    return (run_dir if recorded else None), last_step
 
 
 def draw(run_dir: Path, last_step: float, path: Path, title: str) -> Path:
     """The loss up to a step."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     metrics = [row for row in read_metrics(run_dir / "metrics.jsonl") if row["step"] <= last_step]
     plot_losses(metrics, {}, path, title)
     return path
@@ -92,7 +93,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
         help="gpt2repro: with our model code; gpt2: transformers' own class, loads anywhere (default: %(default)s)",
     )
     parser.add_argument("--tokenizer", help="folder or Hub id, where SOURCE carries none")
-    parser.add_argument("--license", default="apache-2.0", help="of the weights, for the card (default: %(default)s)")
+    parser.add_argument("--license", help="of the weights, for the card (default: what the run's recipe says)")
     parser.add_argument("--private", action="store_true", help="create the repository as a private one")
     parser.add_argument("--revision", help="branch to push to; made if it is not there (default: main)")
     args = parser.parse_args(argv)

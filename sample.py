@@ -2,7 +2,8 @@
 
     python sample.py runs/demo --prompt "Module json" --num_samples 3
 
-MODEL is a run, a model folder or a Hub id, of ours or of any causal language model that transformers knows.
+MODEL is a run, checkpoint, model folder or Hub id, of ours or of any causal language model that transformers knows, or
+a file of nanoGPT, build-nanogpt or llm.c.
 """
 
 import argparse
@@ -37,7 +38,7 @@ def main(argv: list[str]) -> None:
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser = Parser(__doc__)
-    parser.add_argument("model", help="run, model folder or Hub id")
+    parser.add_argument("model", help="run, checkpoint, model folder, Hub id, or another trainer's file")
     parser.add_argument("--prompt", default="", help="what to continue (default: the beginning of a document)")
     parser.add_argument("--num_samples", type=int, default=3, help="continuations (default: %(default)s)")
     parser.add_argument("--max_new_tokens", type=int, default=200, help="tokens of each (default: %(default)s)")

@@ -49,10 +49,13 @@ def main(argv: list[str]) -> None:
 def read_text(path: Path | None, tokens: int) -> str:
     """The given text, or as much as is needed of the documentation that Python carries."""
     if path is None:
-        text, documents = "", python_docs()
-        while len(text) < tokens * 8:  # characters; tokens of this text are shorter
-            text += next(documents) + "\n"
-        return text
+        texts, length = [], 0
+        for text in python_docs():
+            texts.append(text)
+            length += len(text)
+            if length > tokens * 8:  # characters; tokens of this text are shorter
+                break
+        return "\n".join(texts)
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -69,6 +72,8 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.tokens < 1:
         raise UserError(f"--tokens {args.tokens} must be at least 1")
+    if args.output and (args.output.exists() or not args.output.parent.is_dir()):
+        raise UserError(f"--output {args.output} must be a new file in a folder that exists; choose another name")
     return args
 
 

@@ -9,6 +9,7 @@ where a stopped run left off. gpt2repro/recipe.py lists the fields; output_dir g
 loss.png, checkpoints/ and model/.
 """
 
+import contextlib
 import dataclasses
 import importlib.util
 import logging
@@ -30,8 +31,10 @@ from gpt2repro.batches import MicroBatches
 from gpt2repro.data_order import count_windows, stateless_seed
 from gpt2repro.devices import cpu_asked, device_name, missing_gpu, use_all_cores
 from gpt2repro.errors import UserError, run_script
+from gpt2repro.foreign_tokens import foreign_format
 from gpt2repro.hellaswag import ENDINGS, encode_item, evaluate_hellaswag, load_items
 from gpt2repro.hub import create_repository, upload
+from gpt2repro.mixture import Mixture, data_manifest, data_record, each_source
 from gpt2repro.model_card import model_card
 from gpt2repro.model_folder import find_model, generate, load_tokenizer, save_model_folder
 from gpt2repro.openai_weights import from_gpt2, gpt2_config
@@ -39,9 +42,9 @@ from gpt2repro.optimizers import build_optimizer, set_lr
 from gpt2repro.recipe import Recipe, differences, parse_recipe
 from gpt2repro.schedule import lr_at
 from gpt2repro.telemetry import Telemetry, plot_losses, provenance, read_metrics
-from gpt2repro.tokenization import padded_vocab_size
+from gpt2repro.tokenization import build_tokenizer, padded_vocab_size
 from gpt2repro.unwrap import unwrapped
-from gpt2repro.validation import validation_loss
+from gpt2repro.validation import validation_losses
 from modeling_gpt2repro import GPT2ReproConfig, GPT2ReproForCausalLM, register_auto_classes
 
 
@@ -74,8 +77,8 @@ def main(argv: list[str]) -> None:
         hellaswag = load_hellaswag(recipe, tokenizer, config)
     begin_run(recipe, manifest, accelerator)
 
-    train_data = shards.TokenStream.open(recipe.data_dir, "train")
-    val_data = shards.TokenStream.open(recipe.data_dir, "val")
+    train_data = Mixture.open(recipe.sources, "train")
+    val_data = Mixture.open(recipe.sources, "val")
     raw_model = build_model(recipe, config)  # neither wrapped nor compiled: for HellaSwag, samples and saving
     model, optimizer = accelerator.prepare(raw_model, build_optimizer(raw_model, recipe))
     step = 0
@@ -100,9 +103,9 @@ def main(argv: list[str]) -> None:
         telemetry.log_step(step, loss, lr, grad_norm)
         with telemetry.paused():
             if due(recipe.validate_every):
-                val_loss = validation_loss(model, val_data, recipe, accelerator)
-                telemetry.log(step, val_loss=val_loss)
-                telemetry.say(f"step {step:,}: validation loss {val_loss:.4f}")
+                losses = validation_losses(model, val_data, recipe, accelerator)
+                telemetry.log(step, **losses)
+                telemetry.say(f"step {step:,}: validation loss {losses['val_loss']:.4f}")
             if hellaswag and due(recipe.hellaswag_every):
                 scores, _ = evaluate_hellaswag(raw_model, hellaswag, accelerator, hellaswag_batch)
                 telemetry.log(step, **scores)
@@ -111,7 +114,7 @@ def main(argv: list[str]) -> None:
                 samples = draw_samples(raw_model, tokenizer, recipe)
                 telemetry.log(step, samples=samples)
             if due(recipe.checkpoint_every):
-                checkpoint.save(accelerator, recipe.output_dir, {"step": step}, recipe.keep_last, config, tokenizer)
+                checkpoint.save(accelerator, recipe.output_dir, {"step": step}, recipe.keep_last, raw_model, tokenizer)
     telemetry.close()
     raw_model = unwrapped(raw_model)  # where it is sharded, all processes gather
     if accelerator.is_main_process:
@@ -165,7 +168,7 @@ def settle(argv: list[str]) -> tuple[Recipe, dict, GPT2ReproConfig, PreTrainedTo
     """
     register_auto_classes()
     recipe, problems = parse_recipe(argv, DEMO, GPT2ReproConfig)
-    if not problems and not any(word.split("=")[0] == "--config" for word in argv):
+    if not problems and not recipe.data and not any(word.split("=")[0] == "--config" for word in argv):
         prepare_demo(recipe)
     problems += recipe.problems(world_size()) + missing_gpu() + output_problems(recipe)
     if recipe.report_to != "none" and importlib.util.find_spec(recipe.report_to) is None:
@@ -173,7 +176,7 @@ def settle(argv: list[str]) -> tuple[Recipe, dict, GPT2ReproConfig, PreTrainedTo
     try:
         manifest = read_data(recipe)
         config = model_config(recipe, manifest)
-        tokenizer = load_tokenizer(Path(recipe.data_dir) / "tokenizer")
+        tokenizer = data_tokenizer(recipe, manifest)
         problems += config_problems(recipe, manifest, config, tokenizer)
     except (UserError, ValueError) as error:
         problems.append(str(error))
@@ -194,12 +197,22 @@ def prepare_demo(recipe: Recipe) -> None:
 
 
 def read_data(recipe: Recipe) -> dict:
-    """The manifest of the recipe's data; a mistake ends in the command that prepares it."""
+    """The manifest of the recipe's data; a mistake ends in the command that prepares it, where the recipe tells."""
     try:
-        return shards.read_manifest(recipe.data_dir)
+        return data_manifest(recipe.sources)
     except UserError as error:
+        if recipe.data or foreign_format(Path(recipe.data_dir)):
+            raise
         command = f"python prepare_data.py {recipe.corpus} --output_dir {recipe.data_dir}"
         raise UserError(f"{error}; this recipe's is made by `{command}`") from error
+
+
+def data_tokenizer(recipe: Recipe, manifest: dict) -> PreTrainedTokenizerBase:
+    """The tokenizer of the data: that of the first directory that has one, else GPT-2's."""
+    for directory, source in each_source(recipe.sources, manifest):
+        if source["tokenizer"]["sha256"]:
+            return load_tokenizer(Path(directory) / "tokenizer")
+    return build_tokenizer("gpt2", []).fast
 
 
 def model_config(recipe: Recipe, manifest: dict) -> GPT2ReproConfig:
@@ -217,18 +230,22 @@ def model_config(recipe: Recipe, manifest: dict) -> GPT2ReproConfig:
             "eos_token_id": eot_id,
         }
         return GPT2ReproConfig(**of_data | recipe.model)
-    config = gpt2_config(find_model(recipe.init_from))
+    newest = checkpoint.latest(recipe.output_dir)  # a run that goes on does not need its beginning
+    config = gpt2_config(str(newest) if newest else find_model(recipe.init_from))
     # As nanoGPT's crop_block_size: positions that no sequence of this run reaches are cut off, unless the recipe says
     # otherwise. Dropout is the recipe's choice; the rest of the architecture is the checkpoint's.
-    wanted = {"n_positions": min(recipe.sequence_length, config.n_positions)} | recipe.model
-    for field, value in wanted.items():
-        if field.endswith("_pdrop") or (field == "n_positions" and value <= config.n_positions):
-            setattr(config, field, value)
-        elif getattr(config, field) != value:
-            raise UserError(
-                f"model.{field}={value}, but init_from={recipe.init_from} has {getattr(config, field)}; leave it out"
-            )
-    return config
+    ours = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    ours |= {"n_positions": min(recipe.sequence_length, config.n_positions)}
+    ours |= {name: recipe.model[name] for name in ours.keys() & recipe.model.keys()}
+    problems = [
+        f"model.{name}={value}, but init_from={recipe.init_from} has {getattr(config, name)}; leave it out"
+        for name, value in recipe.model.items()
+        if (name not in ours and getattr(config, name) != value)
+        or (name == "n_positions" and value > config.n_positions)
+    ]
+    if problems:
+        raise UserError("\n".join(problems))
+    return GPT2ReproConfig(**config.to_dict() | ours)
 
 
 def config_problems(
@@ -237,10 +254,11 @@ def config_problems(
     """What does not fit between recipe, data and model."""
     problems = []
     recorded = manifest["tokenizer"]
-    if config.unpadded_vocab_size != recorded["vocab_size"]:
+    if config.unpadded_vocab_size < recorded["vocab_size"]:
         problems.append(
-            f"the model has unpadded_vocab_size={config.unpadded_vocab_size}, but {recipe.data_dir} was tokenized with "
-            f"{recorded['name']}, {recorded['vocab_size']} ids; choose the data or the model that fits the other"
+            f"the model has unpadded_vocab_size={config.unpadded_vocab_size}, but {', '.join(recipe.sources)} was "
+            f"tokenized with {recorded['name']}, {recorded['vocab_size']} ids; choose the data or the model that fits "
+            "the other"
         )
     if recipe.sequence_length > config.n_positions:
         problems.append(
@@ -253,12 +271,13 @@ def config_problems(
             problems.append(
                 f"sample_prompts: {prompt!r} is {length} tokens long; the model takes 1 to {config.n_positions - 1}"
             )
-    for name, split in manifest["splits"].items():
-        if not count_windows(split["tokens"], recipe.sequence_length):
-            problems.append(
-                f"the {name} split of {recipe.data_dir} has {split['tokens']} tokens, fewer than a window of "
-                f"sequence_length + 1 = {recipe.sequence_length + 1}; use more text or shorter sequences"
-            )
+    for directory, source in each_source(recipe.sources, manifest):
+        for name, split in source["splits"].items():
+            if not count_windows(split["tokens"], recipe.sequence_length):
+                problems.append(
+                    f"the {name} split of {directory} has {split['tokens']} tokens, fewer than a window of "
+                    f"sequence_length + 1 = {recipe.sequence_length + 1}; use more text or shorter sequences"
+                )
     return problems
 
 
@@ -275,9 +294,10 @@ def output_problems(recipe: Recipe) -> list[str]:
     recorded = yaml.safe_load((output_dir / "recipe.yaml").read_text())
     if differing := differences(recipe, recorded):
         return [f"output_dir={output_dir} holds a run of another recipe ({'; '.join(differing)}); {elsewhere}"]
-    manifest = Path(recipe.data_dir) / shards.MANIFEST
-    if manifest.exists() and recorded["data"]["manifest_sha256"] != shards.file_sha256(manifest):
-        return [f"output_dir={output_dir} holds a run on other data than data_dir={recipe.data_dir}; {elsewhere}"]
+    with contextlib.suppress(UserError):  # of data that cannot be read, read_data tells
+        if recorded["data"]["manifest_sha256"] != data_manifest(recipe.sources)["manifest_sha256"]:
+            asked = f"data={recipe.data}" if recipe.data else f"data_dir={recipe.data_dir}"
+            return [f"output_dir={output_dir} holds a run on other data than {asked}; {elsewhere}"]
     return []
 
 
@@ -290,17 +310,13 @@ def begin_run(recipe: Recipe, manifest: dict, accelerator: Accelerator) -> None:
     accelerator.wait_for_everyone()  # all have checked the directory before one writes to it
     if accelerator.is_main_process and not (output_dir / "recipe.yaml").exists():
         output_dir.mkdir(parents=True, exist_ok=True)
-        data = {
-            "manifest_sha256": shards.file_sha256(Path(recipe.data_dir) / shards.MANIFEST),
-            "corpus": manifest["corpus"],
-            "tokenizer": manifest["tokenizer"],
-            "splits": {
-                name: {key: split[key] for key in ("tokens", "documents", "bytes")}
-                for name, split in manifest["splits"].items()
-            },
-        }
+        for directory, source in each_source(recipe.sources, manifest):
+            if not source["tokenizer"]["sha256"]:
+                print(f"{directory} brings no tokenizer along; GPT-2's is assumed", flush=True)
         hardware = f"{accelerator.num_processes} x {device_name(accelerator.device)}"
-        record = settings | {"data": data, "hardware": hardware, "versions": provenance()}
+        local = recipe.init_from == "scratch" or Path(recipe.init_from).exists()
+        settings["base_model"] = None if local else recipe.init_from  # a Hub id
+        record = settings | {"data": data_record(manifest), "hardware": hardware, "versions": provenance()}
         temporary = output_dir / "recipe.yaml.tmp"
         temporary.write_text(yaml.safe_dump(record, sort_keys=False))
         temporary.rename(output_dir / "recipe.yaml")
@@ -312,7 +328,7 @@ def begin_run(recipe: Recipe, manifest: dict, accelerator: Accelerator) -> None:
 def build_model(recipe: Recipe, config: GPT2ReproConfig) -> GPT2ReproForCausalLM:
     """The model to train, in float32, the same on every process."""
     set_seed(recipe.seed)
-    if recipe.init_from == "scratch":
+    if recipe.init_from == "scratch" or checkpoint.latest(recipe.output_dir):
         return GPT2ReproForCausalLM(config)
     return from_gpt2(find_model(recipe.init_from), config, dtype=torch.float32)
 
@@ -327,14 +343,14 @@ def load_hellaswag(recipe: Recipe, tokenizer, config: GPT2ReproConfig) -> list:
 # ---- after the loop ----
 
 
-def finish(recipe: Recipe, manifest: dict, model, tokenizer, train_data: shards.TokenStream) -> None:
+def finish(recipe: Recipe, manifest: dict, model, tokenizer, train_data: Mixture) -> None:
     """Draw the curve, save the model folder, push it where asked, and say what came out and where it lies."""
     output_dir = Path(recipe.output_dir)
     metrics = read_metrics(output_dir / "metrics.jsonl")
     val = manifest["splits"]["val"]
     val_loss = [row["val_loss"] for row in metrics if "val_loss" in row][-1]
-    bits_per_byte = val_loss / math.log(2) * val["tokens"] / val["bytes"]
-    baseline = shards.unigram_entropy(train_data.counts(manifest["tokenizer"]["vocab_size"]))
+    bits = f" = {val_loss / math.log(2) * val['tokens'] / val['bytes']:.4f} bits per byte" if val["bytes"] else ""
+    baseline = shards.unigram_entropy(train_data.frequencies(manifest["tokenizer"]["vocab_size"]))
     samples = [row["samples"] for row in metrics if "samples" in row][-1]
     title = f"{output_dir.name}: GPT-2, {model.num_parameters() / 1e6:.1f}M parameters, {manifest['corpus']['name']}"
     plot_losses(metrics, {"unigram entropy": baseline} | recipe.reference_losses, output_dir / "loss.png", title)
@@ -342,7 +358,7 @@ def finish(recipe: Recipe, manifest: dict, model, tokenizer, train_data: shards.
     card = model_card(model, output_dir.name, recipe.hub_model_id, output_dir)
     save_model_folder(output_dir / "model", model, tokenizer, card, output_dir / "loss.png")
 
-    print(f"\nvalidation loss {val_loss:.4f} nats per token = {bits_per_byte:.4f} bits per byte")
+    print(f"\nvalidation loss {val_loss:.4f} nats per token{bits}")
     print(f"a model that knows only how frequent each token is: {baseline:.4f} nats per token (unigram entropy)")
     for number, sample in enumerate(samples, start=1):
         print(f"\n--- sample {number} ---\n{sample}")

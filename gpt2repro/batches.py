@@ -7,9 +7,10 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from gpt2repro.data_order import window_starts
+from gpt2repro.data_order import mix, source_seed, window_starts
+from gpt2repro.errors import UserError
+from gpt2repro.mixture import Mixture
 from gpt2repro.recipe import Recipe
-from gpt2repro.shards import TokenStream
 
 
 @dataclass(frozen=True)
@@ -21,7 +22,7 @@ class MicroBatches(Dataset):
     processes.
     """
 
-    stream: TokenStream
+    data: Mixture
     recipe: Recipe
     rank: int
     num_processes: int
@@ -35,15 +36,23 @@ class MicroBatches(Dataset):
 
     def __getitem__(self, index: int) -> torch.Tensor:
         """(micro_batch_size, T + 1) int64 token ids: inputs are all but the last column, targets all but the first."""
-        recipe = self.recipe
-        starts = window_starts(
-            recipe.sampling, self.samples(index), len(self.stream), recipe.sequence_length, recipe.seed
-        )
-        windows = [self.stream.read(int(start), recipe.sequence_length + 1) for start in starts]
-        return torch.from_numpy(np.stack(windows))
+        recipe, T = self.recipe, self.recipe.sequence_length
+        tokens = np.empty((recipe.micro_batch_size, T + 1), np.int64)
+        sources, numbers = mix(self.samples(index), self.data.slots, recipe.seed)
+        for source, stream in enumerate(self.data.streams):
+            rows = np.flatnonzero(sources == source)
+            seed = source_seed(recipe.seed, source)
+            starts = window_starts(recipe.sampling, numbers[rows], len(stream), T, seed)
+            for row, start in zip(rows, starts):
+                tokens[row] = stream.read(int(start), T + 1)
+        return torch.from_numpy(tokens)
 
     def iterate(self, first_step: int, pin_memory: bool) -> Iterator[torch.Tensor]:
-        """The micro-batches from `first_step` to the end of the run, in order."""
+        """The micro-batches from `first_step` to the end of the run, in order.
+
+        Raises:
+            UserError: a token that is no id of the vocabulary.
+        """
         accumulation = self.recipe.accumulation(self.num_processes)
         loader = DataLoader(
             self,
@@ -52,4 +61,7 @@ class MicroBatches(Dataset):
             num_workers=self.recipe.num_workers,
             pin_memory=pin_memory,
         )
-        return iter(loader)
+        try:
+            yield from loader
+        except UserError as error:  # a worker process sends it as the last line of its traceback
+            raise UserError(str(error).strip().rpartition("UserError: ")[2]) from error

@@ -17,10 +17,10 @@ def latest(output_dir: str | Path) -> Path | None:
     return found[-1] if found else None
 
 
-def save(accelerator: Accelerator, output_dir: str | Path, state: dict, keep_last: int, *companions) -> None:
+def save(accelerator: Accelerator, output_dir: str | Path, state: dict, keep_last: int, model, tokenizer) -> None:
     """Save model, optimizer and `state` as checkpoints/step_{state["step"]}; called by all processes.
 
-    The companions, configuration and tokenizer, have a save_pretrained; with them it opens as a model folder does.
+    With the configuration of the model and the tokenizer in it, it opens as a model folder does.
 
     The checkpoint is written under another name, flushed to disk and renamed; only then are older ones removed, so a
     crash at any moment leaves at least as many good checkpoints as before.
@@ -37,8 +37,8 @@ def save(accelerator: Accelerator, output_dir: str | Path, state: dict, keep_las
     accelerator.wait_for_everyone()  # save_state returns on a rank before the others have written
     if accelerator.is_main_process:
         (temporary / STATE).write_text(json.dumps(state) + "\n")
-        for companion in companions:
-            companion.save_pretrained(temporary)
+        model.config.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
         for path in (*temporary.rglob("*"), temporary):
             _flush(path)
         temporary.rename(final)

@@ -41,13 +41,18 @@ def compare_models(a: PreTrainedModel, b: PreTrainedModel, windows: torch.Tensor
         vocab_size: real tokens; padding rows behind them are left out.
     """
     a, b = a.eval(), b.eval()
-    sums, maxima, hidden_mean, hidden_max = torch.zeros(5, dtype=torch.float64), torch.zeros(2), None, None
+    sums, maxima, hidden_mean, hidden_max = (
+        torch.zeros(5, dtype=torch.float64),
+        torch.zeros(2, dtype=torch.float64),
+        None,
+        None,
+    )
     for window in windows.split(1):
         window = window.to(a.device)
         inputs, targets = window[:, :-1], window[0, 1:]
         outputs = [model(inputs, output_hidden_states=True, use_cache=False) for model in (a, b)]
         logits = [output.logits[0, :, :vocab_size].float() for output in outputs]
-        log_p, log_q = (F.log_softmax(x, dim=-1) for x in logits)
+        log_p, log_q = (F.log_softmax(x.double(), dim=-1) for x in logits)  # float32 leaves a KL of identical models
         kl = F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1)
         difference = (logits[0] - logits[1]).abs()
         sums += torch.stack(
@@ -59,7 +64,7 @@ def compare_models(a: PreTrainedModel, b: PreTrainedModel, windows: torch.Tensor
                 kl.sum(),
             ]
         ).cpu()
-        maxima = torch.maximum(maxima, torch.stack([difference.max(), kl.max()]).cpu())
+        maxima = torch.maximum(maxima, torch.stack([difference.max().double(), kl.max()]).cpu())
         states = [output.hidden_states for output in outputs]
         if len(states[0]) == len(states[1]) and states[0][0].shape == states[1][0].shape:
             gaps = [(x.float() - y.float()).abs() for x, y in zip(*states)]

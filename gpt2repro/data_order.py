@@ -9,6 +9,7 @@ import numpy as np
 
 SAMPLING = ("shuffle", "sequential", "random")
 FEISTEL_ROUNDS = 6
+MIXTURE_BLOCK = 1000  # samples among which the sources of a mixture have their exact shares
 
 
 def count_windows(n_tokens: int, sequence_length: int) -> int:
@@ -36,6 +37,41 @@ def window_starts(sampling: str, samples: np.ndarray, n_tokens: int, sequence_le
     if sampling == "shuffle":
         windows = permute(windows, int(n_windows), _hash(epochs, _hash(np.uint64(seed))))
     return windows.astype(np.int64) * sequence_length
+
+
+def mixture_slots(weights: list[float]) -> np.ndarray:
+    """(K,) int64, MIXTURE_BLOCK in all: how many samples of each block come from each of K sources with these weights.
+    A share is met within a thousandth of the whole, and exactly if it is a number of thousandths."""
+    ends = np.cumsum(weights)
+    return np.diff(np.floor(ends / ends[-1] * MIXTURE_BLOCK + 0.5), prepend=0).astype(np.int64)
+
+
+def mix(samples: np.ndarray, slots: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Where the samples of a mixture come from.
+
+    In which places of a block the sources have their slots is a fresh permutation for each block. The samples of a
+    source are numbered as they come, so that a single source gives sample i of the run its own sample i.
+
+    Args:
+        samples: (N,) int, numbers of the samples since the start of the run.
+        slots: (K,) int, MIXTURE_BLOCK in all: how many samples of each block come from each source.
+    Returns:
+        (N,) int64, the source of each; (N,) int64, its number among the samples of that source.
+    """
+    blocks, block_of = np.unique(samples // MIXTURE_BLOCK, return_inverse=True)
+    keys = _hash(blocks, stateless_seed(seed, 0))
+    places = np.tile(np.arange(MIXTURE_BLOCK, dtype=np.uint64), len(blocks))
+    taken = permute(places, MIXTURE_BLOCK, np.repeat(keys, MIXTURE_BLOCK)).reshape(len(blocks), MIXTURE_BLOCK)
+    sources = np.searchsorted(np.cumsum(slots), taken, side="right")  # (blocks, MIXTURE_BLOCK)
+    so_far = np.cumsum(sources[..., None] == np.arange(len(slots)), axis=1)  # (blocks, MIXTURE_BLOCK, K)
+    place = samples % MIXTURE_BLOCK
+    source = sources[block_of, place]
+    return source, blocks[block_of] * np.asarray(slots)[source] + so_far[block_of, place, source] - 1
+
+
+def source_seed(seed: int, source: int) -> int:
+    """The seed of a source's own order; the first has that of the run, as one that is not mixed."""
+    return stateless_seed(seed, source) if source else seed
 
 
 def stateless_seed(*where: int) -> int:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from typing import NoReturn
 
 import torch.distributed
-from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.errors import HfHubHTTPError, StrictDataclassError
 from safetensors import SafetensorError
 
 
@@ -20,7 +20,8 @@ def first_line(error: Exception) -> str:
     """What an exception says, without the rest of a page; its type where it says nothing."""
     if isinstance(error, HfHubHTTPError) and error.server_message:  # the Hub's own words come last on its page
         return f"the Hub says {error.response.status_code}: {error.server_message.splitlines()[0]}"
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    lines = (str(error).strip() or type(error).__name__).splitlines()
+    return " ".join(line.strip() for line in lines[: 2 if lines[0].endswith(":") else 1])
 
 
 @contextlib.contextmanager
@@ -28,7 +29,15 @@ def explained(problem: str, remedy: str) -> Iterator[None]:
     """Turn what transformers raises for the user's mistakes, often a page long, into one line."""
     try:
         yield
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        AttributeError,
+        RuntimeError,
+        SafetensorError,
+        StrictDataclassError,
+    ) as error:
         cause = error.__cause__
         if isinstance(cause, HfHubHTTPError) and cause.response.status_code in (401, 403, 404):
             remedy = "check the name, log in with `hf auth login`, and if the model is gated ask for access on its page"

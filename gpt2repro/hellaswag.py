@@ -30,6 +30,7 @@ from gpt2repro.errors import UserError, first_line
 
 
 HUB_ID = "Rowan/hellaswag"
+OPENAI_GPT2 = {"hellaswag_acc": 0.2859, "hellaswag_acc_norm": 0.2955}  # 124M, full set; build-nanogpt hellaswag.py
 FULL_SET = 10_042  # items of the validation set
 ENDINGS = 4
 METRIC_FOLDER = Path(__file__).parent / "metrics" / "hellaswag"
@@ -343,3 +344,7 @@ def compute_metric(records: list[dict]) -> dict:
     )
     n = result.pop("n")
     return {f"hellaswag_{name}": value for name, value in result.items()} | {"hellaswag_items": n}
+
+
+def with_error(share: float, standard_error: float | None) -> str:
+    return f"{share:.4f} ± " + ("n/a" if standard_error is None else f"{standard_error:.4f}")

@@ -11,29 +11,37 @@ def create_repository(repo_id: str, private: bool | None = None, revision: str |
     """Make sure that the repository, and the branch `revision`, are there and can be written to.
 
     Raises:
-        UserError: no network, no permission, or not a repository's name.
+        UserError: no network, no permission, not a repository's name, or a public one where `private` was asked for.
     """
+    api = HfApi()
     try:
-        api = HfApi()
         api.create_repo(repo_id, private=private, exist_ok=True)  # which another's public repository passes
         api.auth_check(repo_id, write=True)
         if revision:
             api.create_branch(repo_id, branch=revision, exist_ok=True)
+        public = private and not api.repo_info(repo_id).private
     except Exception as error:  # network, permission and name errors share no base class
         raise UserError(
-            f"cannot push to {repo_id} ({first_line(error)}); log in with `hf auth login` as one who may write there"
+            f"cannot push to {repo_id} ({first_line(error)}); check the network, and log in with `hf auth login` as "
+            "one who may write there"
         ) from error
+    if public:
+        raise UserError(f"{repo_id} is there already, and public; leave --private out, or choose another name")
 
 
 def upload(folder: Path, repo_id: str, revision: str | None = None) -> str:
-    """Upload a model folder as one commit; returns the repository's URL.
+    """Upload a model folder as one commit, in the place of a model that was there; returns the commit's URL.
 
     Raises:
         UserError: the upload failed; the folder is still there.
     """
     try:
         return HfApi().upload_folder(
-            repo_id=repo_id, folder_path=folder, revision=revision, commit_message="Upload model"
+            repo_id=repo_id,
+            folder_path=folder,
+            revision=revision,
+            commit_message="Upload model",
+            delete_patterns=["*.py", "*.safetensors", "*.safetensors.index.json"],
         )
     except Exception as error:  # as above
         branch = f" --revision {revision}" if revision else ""

@@ -7,11 +7,10 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers import PreTrainedModel
 
+from gpt2repro.hellaswag import FULL_SET, HUB_ID, OPENAI_GPT2, with_error
 from gpt2repro.telemetry import read_metrics
 
 
-OPENAI_GPT2 = {"hellaswag_acc": 0.2859, "hellaswag_acc_norm": 0.2955}  # 124M; build-nanogpt, hellaswag.py
-HELLASWAG = "Rowan/hellaswag"
 # of recipe.yaml: told in the table, or paths of the machine that it ran on
 NOT_SHOWN = ("data", "versions", "hardware", "data_dir", "output_dir", "hellaswag_data")
 
@@ -22,7 +21,7 @@ def model_card(
     repo_id: str | None = None,
     run_dir: Path | None = None,
     last_step: float = math.inf,
-    license: str = "apache-2.0",
+    license: str | None = None,
 ) -> ModelCard:
     """The card of a model of ours or of its export as GPT2LMHeadModel.
 
@@ -31,14 +30,17 @@ def model_card(
         repo_id: where on the Hub it will be; None: not known, or nowhere.
         run_dir: the run that trained it, with recipe.yaml and metrics.jsonl; None where there is no record.
         last_step: the step of the checkpoint that it is, for an earlier one than the run's last.
-        license: of the weights, as the Hub abbreviates it.
+        license: of the weights, as the Hub abbreviates it; None: as the run's recipe says, or nothing.
     """
     record, metrics = {}, {}
     if run_dir:
         record = yaml.safe_load((run_dir / "recipe.yaml").read_text())
-        for row in read_metrics(run_dir / "metrics.jsonl"):
-            metrics |= row if row["step"] <= last_step else {}
+        rows = [row for row in read_metrics(run_dir / "metrics.jsonl") if row["step"] <= last_step]
+        for row in rows:  # of this very model: an earlier step's validation is not its own
+            metrics |= row if row["step"] == rows[-1]["step"] else {}
     data, results = record.get("data", {}), _results(metrics, record)
+    license = license or record.get("license")
+    hub = data.get("corpus", {}) if data.get("corpus", {}).get("revision") else {}
     load_from = repo_id or "PATH_OR_REPO"
     remote_code = "" if model.config.model_type == "gpt2" else ", trust_remote_code=True"
     metadata = ModelCardData(
@@ -46,35 +48,44 @@ def model_card(
         library_name="transformers",
         pipeline_tag="text-generation",
         tags=["gpt2", "gpt2repro"],
-        datasets=[data["corpus"]["hub_id"]] if data.get("corpus", {}).get("revision") else None,
-        base_model=_base_model(record.get("init_from", "scratch")),
+        datasets=[s["corpus"]["hub_id"] for s in _sources(data) if s["corpus"].get("revision")] or None,
+        base_model=_hub_id_in_full(record.get("base_model")),
         model_name=name,
         eval_results=[
             EvalResult(
                 task_type="text-generation",
-                dataset_type=HELLASWAG if key.startswith("hellaswag") else data["corpus"].get("hub_id", "text"),
-                dataset_name="HellaSwag" if key.startswith("hellaswag") else data["corpus"]["name"],
-                dataset_split="validation",
+                **(
+                    {"dataset_type": HUB_ID, "dataset_name": "HellaSwag", "dataset_split": "validation"}
+                    if key in OPENAI_GPT2
+                    else {
+                        "dataset_type": hub.get("hub_id", "text"),
+                        "dataset_name": f"{_public(data['corpus']['name'])}, held out",
+                        "dataset_config": hub.get("config"),
+                        "dataset_revision": hub.get("revision"),
+                    }
+                ),
                 metric_type=key.removeprefix("hellaswag_"),
                 metric_name=title,
                 metric_value=round(value, 6),
             )
             for key, (title, value, _) in results.items()
-            if key != "loss"  # of the training split
+            # not the training loss, nor HellaSwag on a sample
+            if key != "loss" and (key not in OPENAI_GPT2 or metrics["hellaswag_items"] == FULL_SET)
         ]
         or None,
     )
     lines = [
         f"# {name}",
-        "GPT-2's architecture (Radford et al. 2019, "
-        '"Language Models are Unsupervised Multitask Learners"), made with gpt2repro.',
+        'GPT-2\'s architecture (Radford et al. 2019, "Language Models are Unsupervised Multitask Learners"), '
+        f"{'trained' if record else 'converted'} with gpt2repro.",
         "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
         f'model = AutoModelForCausalLM.from_pretrained("{load_from}"{remote_code})\n'
         f'tokenizer = AutoTokenizer.from_pretrained("{load_from}"{remote_code})\n```',
         _table(["", ""], list(_facts(model, record, metrics).items())),
     ]
     if results:
-        rows = [[title, shown, OPENAI_GPT2.get(key, "")] for key, (title, _, shown) in results.items()]
+        beside = OPENAI_GPT2 if metrics.get("hellaswag_items") == FULL_SET else {}
+        rows = [[title, shown, beside.get(key, "")] for key, (title, _, shown) in results.items()]
         lines += ["## Evaluation", _table(["", "this model", "OpenAI's gpt2 (124M)"], rows)]
     if "hellaswag_items" in metrics:
         lines += [
@@ -86,9 +97,12 @@ def model_card(
         lines += ["![training and validation loss](loss.png)"]
     if record:
         settings = {name: value for name, value in record.items() if name not in NOT_SHOWN}
+        settings |= {"corpus": _public(record["corpus"])} if "corpus" in record else {}
+        settings |= {"init_from": _started_from(record)}
         settings = yaml.safe_dump(settings, sort_keys=False)
         lines += ["## Recipe", f"```yaml\n{settings}```"]
-    lines += ["## Licence", f"{license}, for the weights. The text that they were trained on keeps its own terms."]
+    if license:
+        lines += ["## Licence", f"{license}, for the weights. The text that they were trained on keeps its own terms."]
     return ModelCard(f"---\n{metadata.to_yaml()}\n---\n\n" + "\n\n".join(lines) + "\n")
 
 
@@ -102,20 +116,31 @@ def _facts(model: PreTrainedModel, record: dict, metrics: dict) -> dict[str, str
     }
     if not record:
         return facts
-    data, corpus = record["data"], record["data"]["corpus"]
-    source = ", ".join(str(corpus[key]) for key in ("hub_id", "config", "revision") if corpus.get(key))
+    data = record["data"]
     facts["data"] = (
-        f"{source or corpus['name']}: {data['splits']['train']['tokens']:,} training tokens by the tokenizer "
-        f"{data['tokenizer']['name']}; sha256 of the manifest {data['manifest_sha256']}"
+        f"{' + '.join(map(_origin, _sources(data)))}: {data['splits']['train']['tokens']:,} training tokens by the "
+        f"tokenizer {_public(data['tokenizer']['name'])}; sha256 of the manifest {data['manifest_sha256']}"
     )
     if "tokens" in metrics:
         facts["training"] = f"{metrics['step']:,} steps of {record['global_batch_tokens']:,} tokens, " + (
-            f"{metrics['tokens']:,} in all, starting from {record['init_from']}"
+            f"{metrics['tokens']:,} in all, starting from {_started_from(record)}"
         )
     if "hardware" in record:
         facts["hardware"] = record["hardware"]
     facts["versions"] = ", ".join(f"{name} {version}" for name, version in record["versions"].items() if version)
     return facts
+
+
+def _sources(data: dict) -> list[dict]:
+    """The records of the directories of a mixture, or of the one directory."""
+    return data.get("sources", [data] if data else [])
+
+
+def _origin(source: dict) -> str:
+    corpus = source["corpus"]
+    on_hub = corpus.get("revision")  # a local folder has none
+    origin = ", ".join(str(corpus[key]) for key in ("hub_id", "config", "revision") if on_hub and corpus.get(key))
+    return (f"{100 * source['weight']:g}% " if "weight" in source else "") + (origin or _public(corpus["name"]))
 
 
 def _results(metrics: dict, record: dict) -> dict[str, tuple[str, float, str]]:
@@ -125,22 +150,32 @@ def _results(metrics: dict, record: dict) -> dict[str, tuple[str, float, str]]:
         results["loss"] = ("training loss, last row, nats per token", metrics["loss"], f"{metrics['loss']:.4f}")
     if "val_loss" in metrics:
         loss, val = metrics["val_loss"], record["data"]["splits"]["val"]
-        bits_per_byte = loss / math.log(2) * val["tokens"] / val["bytes"]
         results["val_loss"] = ("validation loss, nats per token", loss, f"{loss:.4f}")
         results["perplexity"] = ("validation perplexity", math.exp(loss), f"{math.exp(loss):.2f}")
-        results["bits_per_byte"] = ("validation, bits per byte", bits_per_byte, f"{bits_per_byte:.4f}")
+        if val["bytes"]:  # not known of a mixture, nor of other trainers' tokens
+            bits_per_byte = loss / math.log(2) * val["tokens"] / val["bytes"]
+            results["bits_per_byte"] = ("validation, bits per byte", bits_per_byte, f"{bits_per_byte:.4f}")
+    for key, loss in metrics.items():
+        if key.startswith("val_loss_"):  # of one source of a mixture
+            results[key] = (f"validation loss on {key.removeprefix('val_loss_')}, nats per token", loss, f"{loss:.4f}")
     for key in OPENAI_GPT2:
         if key in metrics:
-            value, error = metrics[key], metrics[f"{key}_stderr"]
-            results[key] = (f"HellaSwag {key.removeprefix('hellaswag_')}", value, f"{value:.4f} ± {error:.4f}")
+            shown = with_error(metrics[key], metrics[f"{key}_stderr"])
+            results[key] = (f"HellaSwag {key.removeprefix('hellaswag_')}", metrics[key], shown)
     return results
 
 
-def _base_model(init_from: str) -> str | None:
-    """The Hub id that a run started from, in full."""
-    if init_from == "scratch" or Path(init_from).exists() or init_from.count("/") > 1:
-        return None
-    return init_from if "/" in init_from else f"openai-community/{init_from}"
+def _hub_id_in_full(name: str | None) -> str | None:
+    return f"openai-community/{name}" if name and "/" not in name else name
+
+
+def _started_from(record: dict) -> str:
+    return record.get("base_model") or _public(record.get("init_from", "scratch"))
+
+
+def _public(name: str) -> str:
+    """A Hub id or a plain name as it is; of a path on the machine that it ran on, the last part."""
+    return Path(name).name if name.startswith((".", "/", "~")) or name.count("/") > 1 else name
 
 
 def _table(head: list[str], rows: list) -> str:

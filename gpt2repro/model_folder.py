@@ -1,10 +1,13 @@
 """Model folders: what `from_pretrained` opens, and what is pushed to the Hub."""
 
+import contextlib
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from filelock import FileLock
 from huggingface_hub import ModelCard
 from transformers import (
     AutoConfig,
@@ -13,6 +16,7 @@ from transformers import (
     GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    dynamic_module_utils,
 )
 
 from gpt2repro.errors import UserError, explained
@@ -54,18 +58,21 @@ def save_model_folder(
     temporary = folder.with_name("writing_" + folder.name)
     shutil.rmtree(temporary, ignore_errors=True)
     config = model.config
-    model.generation_config = GenerationConfig(
-        bos_token_id=config.bos_token_id, eos_token_id=config.eos_token_id, do_sample=True, top_k=50
-    )
+    if model.generation_config._from_model_config:  # nobody has chosen one
+        model.generation_config = GenerationConfig(
+            bos_token_id=config.bos_token_id, eos_token_id=config.eos_token_id, do_sample=True, top_k=50
+        )
     model.save_pretrained(temporary)
     tokenizer.model_max_length = config.n_positions
     tokenizer.save_pretrained(temporary)
     # transformers 5 names a class that older releases do not know; this one all of them do.
     settings = temporary / "tokenizer_config.json"
     written = json.loads(settings.read_text()) | {"tokenizer_class": "PreTrainedTokenizerFast"}
+    # Else transformers 4 adds token_type_ids, and GPT2LMHeadModel adds the embedding of token 0 to every position.
+    written["model_input_names"] = ["input_ids", "attention_mask"]
     for key in ("backend", "is_local", "local_files_only"):  # its notes to itself
         written.pop(key, None)
-    settings.write_text(json.dumps(written, indent=2) + "\n")
+    settings.write_text(json.dumps(written, indent=2, sort_keys=True) + "\n")
     card.save(temporary / "README.md")
     if picture:
         shutil.copy(picture, temporary / "loss.png")
@@ -101,7 +108,10 @@ def open_model(
     if Path(path).is_file():
         model = from_gpt2(path, dtype=None if dtype == "auto" else dtype)
         return model, tokenizer_for(path, model)
-    with explained(f"{name}: no model can be loaded from there", "give a folder of save_pretrained or a Hub id"):
+    with (
+        _alone_with_remote_code() if trust_remote_code else contextlib.nullcontext(),
+        explained(f"{name}: no model can be loaded from there", "give a folder of save_pretrained or a Hub id"),
+    ):
         AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
     tokenizer = load_tokenizer(path, trust_remote_code)  # before the weights, so that mistakes show early
     with explained(f"{name}: not a causal language model with weights", "give one that AutoModelForCausalLM can load"):
@@ -120,6 +130,15 @@ def open_model(
             f"({', '.join(absent[:3])}{', ...' if len(absent) > 3 else ''}); save it again"
         )
     return model, tokenizer
+
+
+@contextlib.contextmanager
+def _alone_with_remote_code() -> Iterator[None]:
+    """One process at a time: transformers copies a model's code to where another may just be importing it."""
+    folder = Path(dynamic_module_utils.HF_MODULES_CACHE)
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder / ".lock"):
+        yield
 
 
 def tokenizer_for(path: str, model: PreTrainedModel) -> PreTrainedTokenizerBase:

@@ -5,16 +5,19 @@ weights a block are transposed. Our vocabulary has padding rows, which are 0 her
 is equal.
 """
 
+import contextlib
 import copy
+import functools
 import json
 import pickle
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
-from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedConfig, PreTrainedModel
+from transformers import GenerationConfig, GPT2Config, GPT2LMHeadModel, PreTrainedConfig, PreTrainedModel
 
 from gpt2repro.errors import UserError, explained, first_line
 from gpt2repro.foreign_checkpoints import check_tensors, read_checkpoint_file
@@ -49,7 +52,9 @@ def gpt2_config(source: str | Path, revision: str | None = None) -> GPT2ReproCon
             if stored.get("model_type") == GPT2ReproConfig.model_type:
                 return GPT2ReproConfig.from_dict(stored)
             theirs = GPT2Config.from_dict(_refuse_other_architectures(source, stored))
-        fields = {name: getattr(theirs, name) for name in SHARED_FIELDS} | {"unpadded_vocab_size": theirs.vocab_size}
+            fields = {name: getattr(theirs, name) for name in SHARED_FIELDS}
+            fields |= {"unpadded_vocab_size": theirs.vocab_size}
+            return GPT2ReproConfig(**fields | {"vocab_size": padded_vocab_size(theirs.vocab_size)})
     return GPT2ReproConfig(**fields | {"vocab_size": padded_vocab_size(fields["unpadded_vocab_size"])})
 
 
@@ -73,11 +78,18 @@ def from_gpt2(
     Raises:
         UserError: no such checkpoint, a damaged one, or a model that is not GPT-2's architecture.
     """
-    config = copy.copy(config or gpt2_config(source, revision))
+    stored = gpt2_config(source, revision)
+    config = copy.copy(config or stored)
+    fixed = (*SHARED_FIELDS[1:7], "bias", "unpadded_vocab_size")
+    if config.n_positions > stored.n_positions or any(getattr(config, f) != getattr(stored, f) for f in fixed):
+        raise ValueError(f"the configuration is not that of {source}, which may differ in dropout and n_positions only")
     tensors = _tensors_of_file(source) if Path(source).is_file() else _tensors_of_folder(source, revision)
     head, embedding = tensors.get("lm_head.weight"), tensors["transformer.wte.weight"]
     config.tie_word_embeddings = head is None or torch.equal(head(), embedding())
-    config.dtype = dtype or embedding().dtype
+    dtypes = {read().dtype for read in tensors.values()}
+    if not all(kind.is_floating_point for kind in dtypes):
+        raise UserError(f"{source} holds {', '.join(map(str, dtypes))} weights; give a model that is not quantized")
+    config.dtype = dtype or functools.reduce(torch.promote_types, dtypes)
     with torch.device("meta"):
         model = GPT2ReproForCausalLM(config)
     state = {}
@@ -88,6 +100,9 @@ def from_gpt2(
         state[name][:rows] = tensors[name]()[:rows]
     model.load_state_dict(state, assign=True, strict=not config.tie_word_embeddings)
     model.tie_weights()
+    if not Path(source).is_file():
+        with contextlib.suppress(OSError):  # few have one
+            model.generation_config = GenerationConfig.from_pretrained(source, revision=revision)
     return model.eval()
 
 
@@ -111,6 +126,7 @@ def to_gpt2(model: PreTrainedModel) -> GPT2LMHeadModel:
         state[name] = tensor[: len(theirs)].cpu().clone(memory_format=torch.contiguous_format)
     gpt2.load_state_dict(state, assign=True, strict=not gpt2.config.tie_word_embeddings)
     gpt2.tie_weights()
+    gpt2.generation_config = model.generation_config
     return gpt2.eval()
 
 
@@ -163,7 +179,9 @@ def _tensors_of_folder(source: str | Path, revision: str | None) -> Tensors:
     fields = gpt2_config(source, revision).to_dict()
     if conv1d:
         fields["vocab_size"] = fields["unpadded_vocab_size"]
-    check_tensors(fields, {name: shape for name, shape in shapes.items() if name != "lm_head.weight"}, str(source))
+    if not fields["tie_word_embeddings"] and "lm_head.weight" not in shapes:
+        raise UserError(f"{source} lacks lm_head.weight, but its config.json says tie_word_embeddings=false; mend one")
+    check_tensors(fields, shapes, str(source))
     return tensors
 
 
@@ -180,7 +198,8 @@ def _weight_files(source: str | Path, revision: str | None) -> list[Path]:
         if (folder / weights).is_file():
             return [folder / weights]
         if (index := folder / f"{weights}.index.json").is_file():
-            return sorted({folder / shard for shard in json.loads(index.read_text())["weight_map"].values()})
+            with explained(f"{index} is damaged", "fetch it again"):
+                return sorted({folder / shard for shard in json.loads(index.read_text())["weight_map"].values()})
     raise UserError(f"{source} holds no weights: neither model.safetensors nor pytorch_model.bin is there")
 
 
@@ -197,7 +216,8 @@ def _stored_tensors(file: Path) -> list[tuple[str, tuple[int, ...], Callable[[],
             with safe_open(file, framework="pt") as opened:
                 shapes = {key: tuple(opened.get_slice(key).get_shape()) for key in opened.keys()}  # noqa: SIM118
             return [(key, shape, lambda key=key: read_safetensors(key)) for key, shape in shapes.items()]
-        stored = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        # Files from before torch 1.6, OpenAI's own on the Hub among them, cannot be mapped.
+        stored = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
         return [(key, tuple(tensor.shape), lambda tensor=tensor: tensor) for key, tensor in stored.items()]
-    except (OSError, SafetensorError, RuntimeError, pickle.UnpicklingError, AttributeError) as error:
+    except (OSError, EOFError, SafetensorError, RuntimeError, pickle.UnpicklingError, AttributeError) as error:
         raise UserError(f"{file} is damaged or no checkpoint ({first_line(error)}); fetch it again") from error

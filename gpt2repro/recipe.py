@@ -29,7 +29,14 @@ def option(default: Any, help: str, *, changeable: bool = False) -> Any:
 class Recipe:
     """One run. The defaults are build-nanogpt's for GPT-2 124M on FineWeb-Edu (train_gpt2.py)."""
 
-    data_dir: str = option("data/fineweb-edu", "directory that prepare_data.py made", changeable=True)
+    data_dir: str = option(
+        "data/fineweb-edu",
+        "directory that prepare_data.py made, or tokens of nanoGPT, build-nanogpt, llm.c or datatrove",
+        changeable=True,
+    )
+    data: dict = option(
+        {}, "several such directories with weights, instead of data_dir; flag: --data DIR=0.7 DIR=0.3", changeable=True
+    )
     corpus: str = option("fineweb-edu", "what prepare_data.py makes data_dir from", changeable=True)
     output_dir: str = option("runs/gpt2-124m", "directory of the run", changeable=True)
     init_from: str = option(
@@ -73,10 +80,16 @@ class Recipe:
     resume: bool = option(True, "go on from the newest checkpoint in output_dir", changeable=True)
     report_to: Literal["none", "tensorboard", "wandb", "trackio"] = option("none", "tracker", changeable=True)
     push_to_hub: bool = option(False, "upload the model folder at the end", changeable=True)
+    license: str | None = option(None, "of the weights, for the model card, e.g. apache-2.0", changeable=True)
     hub_model_id: str | None = option(None, "Hub repository to push to, owner/name", changeable=True)
 
     model: dict = option({}, "fields of GPT2ReproConfig, e.g. n_layer; flags: --model.n_layer 6")
     reference_losses: dict = option({}, "name: loss, drawn as lines in loss.png", changeable=True)
+
+    @property
+    def sources(self) -> dict[str, float]:
+        """The directories that the run reads, with their weights."""
+        return self.data or {self.data_dir: 1.0}
 
     @property
     def sequences_per_step(self) -> int:
@@ -176,7 +189,12 @@ def parse_recipe(argv: list[str], default_config: Path, config_class: type) -> t
         values |= {f"model.{name}": value for name, value in model.items()}
     else:
         problems.append(f"model={model!r} is not a table of the model's fields")
-    values |= {name: value for name, value in vars(flags).items() if name != "config" and value is not None}
+    given = {name: value for name, value in vars(flags).items() if name != "config" and value is not None}
+    if any(layer.get("data") and "data_dir" in layer for layer in (values, given)):
+        problems.append("data and data_dir are both given; data has all directories, leave data_dir out")
+    if "data_dir" in given:
+        values.pop("data", None)  # the flags choose anew
+    values |= given
 
     fields: dict = {"model": {}}
     for name, value in values.items():
@@ -193,6 +211,8 @@ def parse_recipe(argv: list[str], default_config: Path, config_class: type) -> t
             fields["model"][name.removeprefix("model.")] = value
         else:
             fields[name] = value
+    if fields.get("data"):
+        fields["data_dir"] = ""  # which such a run does not read
     return Recipe(**fields), problems
 
 
@@ -215,6 +235,7 @@ def _parser(hints: dict) -> argparse.ArgumentParser:
             bare = {"nargs": "?", "const": "true"} if hint is bool else {}
             help = described.get(name, argparse.SUPPRESS).replace("%", "%%")
             parser.add_argument(f"--{name}", metavar="VALUE", help=help, **bare)
+    parser.add_argument("--data", nargs="+", metavar="DIR=WEIGHT", help=described["data"])
     return parser
 
 
@@ -258,6 +279,11 @@ def _coerce(value: Any, hint: Any) -> Any:
             raise ValueError(value)
         return value
     if hint is dict:
+        if isinstance(value, list):  # words of a flag, name=number
+            words = [word.rsplit("=", 1) for word in value]
+            value = dict(words)
+            if len(value) < len(words):
+                raise ValueError(words)
         return {str(name): float(number) for name, number in value.items()}
     if hint is bool:
         return {"true": True, "false": False}[str(value).lower()]

@@ -6,6 +6,7 @@ manifest.json, which is written last: a directory without one is unfinished. Eve
 """
 
 import contextlib
+import dataclasses
 import hashlib
 import json
 import os
@@ -18,6 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from gpt2repro.errors import UserError
+from gpt2repro.foreign_tokens import foreign_manifest
 
 
 FORMAT_VERSION = 1
@@ -174,6 +176,19 @@ def read_manifest(data_dir: str | Path) -> dict:
     return manifest
 
 
+def find_manifest(data_dir: str | Path) -> dict:
+    """The manifest of a prepared directory, or the like of it for a folder with another trainer's tokens; and
+    `manifest_sha256`, by which a run knows its data again.
+
+    Raises:
+        UserError: neither of the two, unfinished or damaged.
+    """
+    path = Path(data_dir) / MANIFEST
+    if not path.exists() and (manifest := foreign_manifest(path.parent)):
+        return manifest
+    return read_manifest(data_dir) | {"manifest_sha256": file_sha256(path)}
+
+
 def seal(manifest: dict) -> dict:
     """The manifest with a hash of itself, so that an edit shows."""
     content = {key: value for key, value in manifest.items() if key != "sha256"}
@@ -238,16 +253,24 @@ class TokenStream:
 
     paths: tuple[Path, ...]
     lengths: tuple[int, ...]
+    offsets: tuple[int | None, ...]  # the byte where the tokens of a raw uint16 file begin; None: an .npy file
+    vocab_size: int
 
     @classmethod
     def open(cls, data_dir: str | Path, split: str) -> "TokenStream":
-        """The `split` ("train" or "val") of a prepared directory.
+        """The `split` ("train" or "val") of a prepared directory or of another trainer's folder.
 
         Raises:
             UserError: unfinished directory, or a shard that is missing or has another number of tokens.
         """
-        shards = read_manifest(data_dir)["splits"][split]["shards"]
-        stream = cls(tuple(Path(data_dir) / s["file"] for s in shards), tuple(s["tokens"] for s in shards))
+        manifest = find_manifest(data_dir)
+        shards = manifest["splits"][split]["shards"]
+        stream = cls(
+            tuple(Path(data_dir) / shard["file"] for shard in shards),
+            tuple(shard["tokens"] for shard in shards),
+            tuple(shard.get("offset") for shard in shards),
+            manifest["tokenizer"]["vocab_size"],
+        )
         for path, expected, tokens in zip(stream.paths, stream.lengths, stream.arrays):
             if len(tokens) != expected:
                 raise UserError(
@@ -258,8 +281,11 @@ class TokenStream:
     @cached_property
     def arrays(self) -> list[np.ndarray]:
         try:
-            return [np.load(path, mmap_mode="r") for path in self.paths]
-        except (OSError, ValueError) as error:
+            return [
+                np.load(path, mmap_mode="r") if offset is None else np.memmap(path, "<u2", "r", offset, length)
+                for path, length, offset in zip(self.paths, self.lengths, self.offsets)
+            ]
+        except (OSError, ValueError, EOFError) as error:
             raise UserError(f"a shard cannot be opened ({error}); prepare the data again") from error
 
     @cached_property
@@ -270,13 +296,16 @@ class TokenStream:
         return int(self._ends[-1])
 
     def __getstate__(self) -> dict:
-        return {"paths": self.paths, "lengths": self.lengths}  # a worker process maps the files for itself
+        fields = dataclasses.fields(self)  # without the arrays: a worker process maps the files for itself
+        return {field.name: getattr(self, field.name) for field in fields}
 
     def read(self, start: int, length: int) -> np.ndarray:
         """Tokens start ... start + length - 1, across shard borders where need be.
 
         Returns:
             (length,) int64.
+        Raises:
+            UserError: one of them is no id of the vocabulary.
         """
         out = np.empty(length, np.int64)
         done = 0
@@ -287,11 +316,21 @@ class TokenStream:
             out[done : done + len(part)] = part
             done += len(part)
             shard += 1
+        if (largest := out.max(initial=0)) >= self.vocab_size:
+            path = self.paths[np.searchsorted(self._ends, start + out.argmax(), side="right")]
+            raise UserError(
+                f"{path} holds token {largest}, but its tokenizer has the ids 0 to {self.vocab_size - 1}: it is "
+                "damaged or of another tokenizer; prepare the data again"
+            )
         return out
 
     def counts(self, vocab_size: int) -> np.ndarray:
         """(vocab_size,) int64: how often each token occurs."""
-        return sum(np.bincount(tokens, minlength=vocab_size) for tokens in self.arrays)
+        counts = np.zeros(vocab_size, np.int64)
+        for tokens in self.arrays:
+            for first in range(0, len(tokens), 2**24):  # bincount copies its argument to int64
+                counts += np.bincount(tokens[first : first + 2**24], minlength=vocab_size)[:vocab_size]
+        return counts
 
 
 def unigram_entropy(counts: np.ndarray) -> float:
@@ -299,7 +338,7 @@ def unigram_entropy(counts: np.ndarray) -> float:
     nothing but how frequent each token is.
 
     Args:
-        counts: (V,) int64, how often each token occurs.
+        counts: (V,) int64 or float64, how often each token occurs, or its share.
     """
     p = counts[counts > 0] / counts.sum()
     return float(-(p * np.log(p)).sum())

@@ -178,7 +178,9 @@ def _kind(row: dict) -> str:
 
 
 def read_metrics(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    """The rows of a metrics.jsonl, without one that a crash cut off."""
+    text = path.read_text()
+    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
 
 
 def provenance() -> dict:

@@ -5,8 +5,21 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from gpt2repro.data_order import count_windows
+from gpt2repro.mixture import Mixture
 from gpt2repro.recipe import Recipe
 from gpt2repro.shards import TokenStream
+
+
+def validation_losses(
+    model: torch.nn.Module, data: Mixture, recipe: Recipe, accelerator: Accelerator
+) -> dict[str, float]:
+    """The metrics of a validation: `val_loss`, and in a mixture `val_loss_NAME` for each source's validation split, of
+    which val_loss is then the mean with the weights of the mixture. All in nats per token."""
+    losses = [validation_loss(model, stream, recipe, accelerator) for stream in data.streams]
+    metrics = {"val_loss": sum(share * loss for share, loss in zip(data.shares, losses))}
+    if len(losses) > 1:
+        metrics |= {f"val_loss_{name}": loss for name, loss in zip(data.names, losses)}
+    return metrics
 
 
 @torch.no_grad()

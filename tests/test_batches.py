@@ -8,6 +8,8 @@ import torch
 
 from gpt2repro.batches import MicroBatches
 from gpt2repro.data_order import count_windows, window_starts
+from gpt2repro.errors import UserError
+from gpt2repro.mixture import Mixture
 from gpt2repro.recipe import Recipe
 from gpt2repro.shards import TokenStream
 
@@ -21,12 +23,13 @@ LAYOUTS = [(1, 2), (2, 2), (4, 2), (1, 8), (8, 1), (2, 4)]  # processes, micro-b
 
 @pytest.fixture
 def stream(tmp_path):
-    """The tokens in shards of 30, so that every fourth window crosses a border."""
+    """The tokens in shards of 30, so that every fourth window crosses a border; unmixed."""
     parts = np.split(TOKENS, range(30, len(TOKENS), 30))
     paths = [tmp_path / f"train_{i:05d}.npy" for i in range(len(parts))]
     for path, part in zip(paths, parts):
         np.save(path, part)
-    return TokenStream(tuple(paths), tuple(map(len, parts)))
+    tokens = TokenStream(tuple(paths), tuple(map(len, parts)), (None,) * len(parts), 50_257)
+    return Mixture(("alone",), (tokens,), (1000,))
 
 
 def micro_batches(stream, rank=0, num_processes=1, micro_batch_size=2, **fields):
@@ -94,3 +97,13 @@ def test_a_worker_process_gets_a_copy_that_reads_the_same(stream):
     message = pickle.dumps(batches)
     assert torch.equal(pickle.loads(message)[3], expected)
     assert len(message) < 10_000  # file names travel, tokens do not
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_token_beyond_the_vocabulary_is_one_line_from_any_process(stream, num_workers):
+    path = stream.streams[0].paths[2]
+    np.save(path, np.where(np.arange(30) == 17, 60_000, np.load(path)).astype(np.uint16))
+    with pytest.raises(UserError) as caught:
+        list(micro_batches(stream, num_workers=num_workers).iterate(0, pin_memory=False))
+    message = "train_00002.npy holds token 60000, but its tokenizer has the ids 0 to 50256"
+    assert message in str(caught.value) and "\n" not in str(caught.value)

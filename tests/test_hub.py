@@ -260,19 +260,18 @@ for name, revision in revisions.items():
     }
 
 
-def test_two_processes_load_the_code_at_once(pushed, stranger):
-    """Pairs of processes that begin together, each pair with empty caches of downloads and of code."""
-    result = stranger("""
-import multiprocessing
+AT_ONCE = """
+import json, multiprocessing, sys
 from transformers import GPT2Config, GPT2LMHeadModel, dynamic_module_utils
+from gpt2repro.model_folder import open_model
 
 GPT2LMHeadModel(GPT2Config(n_layer=1, n_head=1, n_embd=8))  # imports once what each process would import
 processes = multiprocessing.get_context("fork")
 
 def load(number, barrier, versions):
-    dynamic_module_utils.HF_MODULES_CACHE = f"modules{number}"
+    dynamic_module_utils.HF_MODULES_CACHE = f"{sys.argv[1]}/modules{number}"
     barrier.wait()
-    model = AutoModelForCausalLM.from_pretrained("ada/tiny", trust_remote_code=True, cache_dir=f"downloads{number}")
+    model, _ = open_model("ada/tiny", trust_remote_code=True)
     code = sys.modules[type(model).__module__]
     assert f"/modules{number}/" in code.__file__
     versions.put(code.VERSION)
@@ -286,8 +285,15 @@ for number in range(5):
     for process in pair:
         process.join(60)
     result.append([process.exitcode for process in pair] + [versions.get(timeout=1) for _ in pair])
-""")
-    assert result == [[0, 0, 2, 2]] * 5
+json.dump(result, open(sys.argv[1] + "/result.json", "w"))
+"""
+
+
+def test_two_processes_load_the_code_at_once(pushed, python, tmp_path):
+    """Pairs of processes that begin together, each pair with an empty cache of code. transformers alone copies the code
+    to where the other process may just be importing it."""
+    python("-c", AT_ONCE, tmp_path)
+    assert json.loads((tmp_path / "result.json").read_text()) == [[0, 0, 2, 2]] * 5
 
 
 # ---- what a user is told ----
@@ -492,3 +498,34 @@ def test_publish_notices_at_once_that_it_may_not_write(hub, folder, python, tmp_
     hub.create("ada/not-bobs")
     done = python(ROOT / "publish.py", folder, "--to", "ada/not-bobs", token=BOB, check=False, cwd=tmp_path)
     assert "ada/not-bobs" in error_line(done.returncode, done.stderr) and not (tmp_path / "publish").exists()
+
+
+def test_private_is_not_promised_of_a_public_repository(hub, folder, python, tmp_path):
+    hub.create("ada/seen-by-all")
+    command = (ROOT / "publish.py", folder, "--to", "ada/seen-by-all", "--private")
+    done = python(*command, token=ADA, check=False, cwd=tmp_path)
+    assert "public" in error_line(done.returncode, done.stderr)
+    assert [commit.title for commit in hub.commits("ada/seen-by-all")] == ["initial commit"]
+
+
+def test_from_gpt2_reads_a_revision_of_a_hub_repository(hub, python, tmp_path):
+    """The first weights by their tag, the second by the branch; and a repository with shards."""
+    code = """
+import sys, torch
+from transformers import GPT2Config, GPT2LMHeadModel
+from huggingface_hub import HfApi
+from gpt2repro.openai_weights import from_gpt2, to_gpt2
+model = GPT2LMHeadModel(GPT2Config(vocab_size=90, n_positions=16, n_embd=16, n_layer=2, n_head=2))
+model.push_to_hub("ada/gpt2")
+HfApi().create_tag("ada/gpt2", tag="v1")
+first = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+torch.nn.init.normal_(model.transformer.wte.weight)
+model.push_to_hub("ada/gpt2")
+model.push_to_hub("ada/gpt2-shards", max_shard_size="8KB")
+second = model.state_dict()
+for name, revision, expected in (("gpt2", "v1", first), ("gpt2", None, second), ("gpt2-shards", None, second)):
+    again = to_gpt2(from_gpt2(f"ada/{name}", revision=revision)).state_dict()
+    assert all(torch.equal(again[name], tensor) for name, tensor in expected.items())
+"""
+    python("-c", code, token=ADA)
+    assert any("model-00002" in name for name in hub.files("ada/gpt2-shards"))

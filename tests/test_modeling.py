@@ -351,6 +351,18 @@ def test_second_derivative_is_refused_rather_than_wrong():
         torch.autograd.grad(gradient.square().sum(), hidden)
 
 
+@pytest.mark.parametrize("name", ["labels", "shift_labels"])
+def test_labels_of_another_shape_are_refused(model, ids, name):
+    with torch.no_grad(), pytest.raises(ValueError, match="labels for 32 positions"):
+        model(ids, **{name: ids[:, :5]})
+
+
+@pytest.mark.parametrize("name", ["token_type_ids", "encoder_hidden_states"])
+def test_inputs_that_would_be_ignored_are_refused(model, ids, name):
+    with pytest.raises(ValueError, match=name):
+        model(ids, **{name: ids})
+
+
 @pytest.mark.parametrize("as_number", [int, torch.tensor], ids=["int", "tensor"])
 def test_num_items_in_batch_divides_the_sum(model, ids, as_number):
     counted = B * (T - 1)

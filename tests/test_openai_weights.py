@@ -176,8 +176,15 @@ def test_shards_and_torchs_own_format_are_read(gpt2, tmp_path):
     assert len(list((tmp_path / "sharded").glob("*.safetensors"))) > 2
     same_tensors(to_gpt2(from_gpt2(tmp_path / "sharded")), gpt2)
     gpt2.config.save_pretrained(tmp_path / "bin")
-    torch.save(gpt2.state_dict(), tmp_path / "bin" / "pytorch_model.bin")
-    same_tensors(to_gpt2(from_gpt2(tmp_path / "bin")), gpt2)
+    for zipped in (True, False):  # as torch has saved since 1.6, and before
+        torch.save(gpt2.state_dict(), tmp_path / "bin" / "pytorch_model.bin", _use_new_zipfile_serialization=zipped)
+        same_tensors(to_gpt2(from_gpt2(tmp_path / "bin")), gpt2)
+
+
+def test_the_way_to_generate_is_kept(gpt2, folder):
+    gpt2.generation_config.update(do_sample=True, top_p=0.7, _from_model_config=None)
+    gpt2.generation_config.save_pretrained(folder)
+    assert from_gpt2(folder).generation_config.top_p == to_gpt2(from_gpt2(folder)).generation_config.top_p == 0.7
 
 
 def test_our_own_model_folder_is_read_too(tmp_path):
@@ -257,6 +264,40 @@ def test_missing_unknown_and_misshapen_tensors_are_named(folder):
     rewrite(folder, lambda tensors: tensors | {name: torch.zeros(32, 128), "score.weight": torch.zeros(2, 32)})
     with pytest.raises(UserError, match="score.weight"):
         from_gpt2(folder)
+
+
+def test_a_head_that_contradicts_the_configuration_is_refused(folder):
+    rewrite_config(folder, tie_word_embeddings=False)
+    with pytest.raises(UserError, match="lacks lm_head.weight"):
+        from_gpt2(folder)
+    rewrite(folder, lambda tensors: tensors | {"lm_head.weight": torch.zeros(V + 10, 32)})
+    with pytest.raises(UserError, match="lm_head.weight has the shape"):
+        from_gpt2(folder)
+
+
+def test_a_configuration_of_another_model_is_refused(folder):
+    for name, value in {"n_layer": 2, "bias": False, "n_positions": 64}.items():
+        config = gpt2_config(folder)
+        setattr(config, name, value)
+        with pytest.raises(ValueError, match="the configuration is not that of"):
+            from_gpt2(folder, config)
+
+
+def test_integers_are_no_weights_and_mixed_precision_keeps_the_higher(gpt2, folder, ids):
+    wte = "transformer.wte.weight"
+    rewrite(folder, lambda tensors: tensors | {wte: tensors[wte].half()})
+    assert from_gpt2(folder).dtype == torch.float32
+    rewrite(folder, lambda tensors: tensors | {wte: tensors[wte].to(torch.int8)})
+    with pytest.raises(UserError, match="int8"):
+        from_gpt2(folder)
+
+
+@pytest.mark.parametrize("fields", [{"n_head": 5}, {"n_layer": "two"}, {"resid_pdrop": 1.5}])
+def test_an_invalid_configuration_is_one_line(folder, fields):
+    rewrite_config(folder, **fields)
+    with pytest.raises(UserError) as caught:
+        gpt2_config(folder)
+    assert next(iter(fields)) in str(caught.value) and len(str(caught.value).splitlines()) == 1
 
 
 def test_damaged_and_absent_weights_are_refused(folder):

@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM, GPT2LMHeadModel
 
 import publish
 from gpt2repro.errors import UserError
-from gpt2repro.model_card import OPENAI_GPT2, model_card
+from gpt2repro.hellaswag import OPENAI_GPT2
+from gpt2repro.model_card import model_card
 from gpt2repro.model_folder import save_model_folder
 from gpt2repro.tokenization import build_tokenizer
 from gpt2repro.unwrap import unwrapped
@@ -26,6 +27,8 @@ SIZES |= dict(bos_token_id=299, eos_token_id=299)
 RECIPE = {
     "data_dir": "/home/ada/data",
     "init_from": "gpt2-medium",
+    "base_model": "gpt2-medium",
+    "license": "apache-2.0",
     "max_steps": 20,
     "global_batch_tokens": 1000,
     "data": {
@@ -152,6 +155,37 @@ def test_a_checkpoints_card_ends_at_its_step(run_dir, tmp_path):
     assert "10 steps of 1,000 tokens, 10,000 in all" in card.text and card.data.license == "mit"
 
 
+def test_what_lies_between_validation_and_checkpoint_is_not_claimed(run_dir, tmp_path):
+    """The model of step 15 was not validated; that of step 10 was."""
+    with (run_dir / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({"step": 25, "tokens": 25_000, "loss": 3.3}) + '\n{"step": 26, "tok')
+    state = run_dir / "checkpoints" / "step_00000010" / "trainer_state.json"
+    state.write_text('{"step": 25}')
+    publish.main([str(state.parent), "--to", str(tmp_path / "out")])
+    card = ModelCard.load(tmp_path / "out" / "README.md")
+    assert card.data.eval_results is None and "3.3000" in card.text and "validation loss, nats" not in card.text
+
+
+@pytest.mark.parametrize("items, error", [(500, 0.02), (1, None)])
+def test_hellaswag_on_a_sample_is_no_benchmark_result(run_dir, items, error):
+    row = METRICS[-1] | {"hellaswag_items": items, "hellaswag_acc_stderr": error, "hellaswag_acc_norm_stderr": error}
+    (run_dir / "metrics.jsonl").write_text(json.dumps(row) + "\n")
+    card = model_card(make_model(2), "run", None, run_dir)
+    assert card.data.eval_results is None and f"HellaSwag: {items} items" in card.text
+    assert str(OPENAI_GPT2["hellaswag_acc_norm"]) not in card.text
+
+
+def test_local_paths_stay_private(run_dir):
+    record = yaml.safe_load((run_dir / "recipe.yaml").read_text())
+    record |= {"init_from": "/home/ada/start", "base_model": None, "corpus": "/home/ada/corpus"}
+    record["data"]["corpus"] = {"name": "/home/ada/corpus", "hub_id": "/home/ada/corpus", "revision": None}
+    record["data"]["tokenizer"]["name"] = "/home/ada/tokenizer"
+    (run_dir / "recipe.yaml").write_text(yaml.safe_dump(record))
+    card = model_card(make_model(2), "run", None, run_dir)
+    assert "/home/ada" not in str(card) and "starting from start" in card.text
+    assert card.data.base_model is None and card.data.datasets is None
+
+
 def test_without_a_record_the_card_claims_nothing(run_dir, tmp_path):
     shutil.copytree(run_dir / "model", tmp_path / "moved")
     publish.main([str(tmp_path / "moved"), "--to", str(tmp_path / "out"), "--format", "gpt2"])
@@ -160,6 +194,20 @@ def test_without_a_record_the_card_claims_nothing(run_dir, tmp_path):
     for absent in ("Evaluation", "loss.png", "trust_remote_code", "training", "Recipe"):
         assert absent not in card.text, absent
     assert "2 layers" in card.text
+
+
+def test_files_beside_the_target_are_left_alone(run_dir, tmp_path):
+    for name in ("out.png", "writing.png"):
+        (tmp_path / name).write_text("mine")
+    publish.main([str(run_dir), "--to", str(tmp_path / "out")])
+    assert (tmp_path / "out.png").read_text() == "mine"
+
+
+def test_older_releases_of_transformers_get_no_token_types_from_the_tokenizer(run_dir):
+    """GPT2LMHeadModel would add the embedding of token 0 to every position."""
+    settings = json.loads((run_dir / "model" / "tokenizer_config.json").read_text())
+    assert settings["model_input_names"] == ["input_ids", "attention_mask"]
+    assert settings["tokenizer_class"] == "PreTrainedTokenizerFast"
 
 
 # ---- wrapped models ----
@@ -228,7 +276,7 @@ def test_a_compiled_model_is_unwrapped_and_stays_compiled(tokenizer):
         (["run", "--to", "a/b/c"], "is not owner/name"),
         (["run", "--to", "./run"], "exists already"),
         (["run", "--to", "./out", "--private"], "are for the Hub"),
-        (["run", "--to", "./out", "--tokenizer", "gpt2_folder"], "no tokenizer can be loaded"),
+        (["run", "--to", "./out", "--tokenizer", "./gpt2_folder"], "no tokenizer can be loaded"),
     ],
 )
 def test_mistakes_are_one_line_and_leave_nothing(run_dir, tmp_path, monkeypatch, flags, message):
@@ -242,8 +290,8 @@ def test_mistakes_are_one_line_and_leave_nothing(run_dir, tmp_path, monkeypatch,
 
 
 def test_a_tokenizer_of_another_size_is_refused(run_dir, tmp_path, python_docs):
-    build_tokenizer("bpe:290", python_docs[:20]).fast.save_pretrained(tmp_path / "tokenizer")
-    with pytest.raises(UserError, match="has 290 tokens, the model 300"):
+    build_tokenizer("bpe:310", python_docs[:20]).fast.save_pretrained(tmp_path / "tokenizer")
+    with pytest.raises(UserError, match="has 310 tokens, the model 300"):
         publish.main([str(run_dir), "--to", str(tmp_path / "out"), "--tokenizer", str(tmp_path / "tokenizer")])
 
 

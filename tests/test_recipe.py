@@ -76,6 +76,40 @@ def test_unknown_flags_are_named_with_the_nearest(tmp_path):
     assert parse(tmp_path, "", "--max_steps", "3", "4")[1] == ["unexpected argument '4'; flags are --field value"]
 
 
+@pytest.mark.parametrize(
+    ("text", "flags", "sources"),
+    [
+        ("", "", {"data/fineweb-edu": 1.0}),
+        ("data_dir: x", "", {"x": 1.0}),
+        ("data: {x: 0.7, y: 3e-1}", "", {"x": 0.7, "y": 0.3}),
+        ("data_dir: x", "--data y=0.7 z=b=3 --seed 5", {"y": 0.7, "z=b": 3.0}),
+        ("data: {x: 0.7, y: 0.3}", "--data_dir z", {"z": 1.0}),
+        ("data: {x: 0.7, y: 0.3}", "--data z=1", {"z": 1.0}),
+    ],
+)
+def test_sources_are_data_or_data_dir_and_flags_choose_anew(tmp_path, text, flags, sources):
+    recipe, problems = parse(tmp_path, text, *flags.split())
+    assert problems == [] and recipe.sources == sources
+    assert list(recipe.sources) == list(sources)  # their places count
+    assert bool(recipe.data) != bool(recipe.data_dir)
+
+
+@pytest.mark.parametrize(
+    ("text", "flags", "problem"),
+    [
+        ("data_dir: x\ndata: {y: 1}", "", "data and data_dir are both given; data has all directories"),
+        ("", "--data_dir x --data y=1", "data and data_dir are both given; data has all directories"),
+        ("", "--data x y", "data=['x', 'y'] is not a table of name: number"),
+        ("", "--data x=much", "data=['x=much'] is not a table of name: number"),
+        ("", "--data x=0.5 x=0.5", "data=['x=0.5', 'x=0.5'] is not a table of name: number"),
+        ("data: x", "", "data='x' is not a table of name: number"),
+    ],
+)
+def test_mistakes_in_data_are_one_line(tmp_path, text, flags, problem):
+    (found,) = parse(tmp_path, text, *flags.split())[1]
+    assert found.startswith(problem)
+
+
 @pytest.mark.parametrize("text", ["- a\n- b", "a: [", "just text"])
 def test_a_file_that_is_no_table_is_refused(tmp_path, text):
     with pytest.raises(UserError, match="--config"):

@@ -14,7 +14,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig
+from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, LlamaConfig
 
 import prepare_data
 import train_accelerate
@@ -69,8 +69,8 @@ def train(data_dir, recipe_file):
         if config:
             launch += ["-m", "accelerate.commands.launch", "--config_file", f"accelerate_configs/{config}.yaml"]
             launch += ["--num_processes", str(processes)] if processes else []
-        command = [*launch, "train_accelerate.py", "--config", recipe_file, "--data_dir", data_dir]
-        command += ["--output_dir", output_dir, *flags]
+        command = [*launch, "train_accelerate.py", "--config", recipe_file, "--output_dir", output_dir]
+        command += [*([] if "--data" in flags else ["--data_dir", data_dir]), *flags]
         environment = os.environ | {"OMP_NUM_THREADS": "1"} | ({} if config else {"ACCELERATE_USE_CPU": "true"})
         done = subprocess.run(list(map(str, command)), cwd=ROOT, env=environment, capture_output=True, text=True)
         assert not check or done.returncode == 0, done.stderr
@@ -244,14 +244,17 @@ def test_fine_tuning_starts_from_a_gpt2_whose_positions_it_crops(train, data_dir
     gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=vocab_size, n_positions=48, n_layer=1, n_head=2, n_embd=32))
     gpt2.save_pretrained(tmp_path / "gpt2")
     recipe = yaml.safe_load(RECIPE) | {"init_from": str(tmp_path / "gpt2"), "max_steps": 2, "warmup_steps": 0}
-    recipe |= {"learning_rate": 0.0, "min_learning_rate": 0.0, "model": {"resid_pdrop": 0.0}}
+    recipe |= {"learning_rate": 0.0, "min_learning_rate": 0.0, "model": {"resid_pdrop": 0.25}}
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     train(tmp_path / "tuned", "--config", tmp_path / "recipe.yaml")
     tuned = weights(tmp_path / "tuned")
     assert torch.equal(tuned["transformer.wpe.weight"], gpt2.transformer.wpe.weight[:32])
     assert torch.equal(tuned["transformer.h.0.mlp.c_fc.weight"], gpt2.transformer.h[0].mlp.c_fc.weight.T)
     config = json.loads((tmp_path / "tuned" / "model" / "config.json").read_text())
-    assert (config["n_positions"], config["resid_pdrop"], config["attn_pdrop"]) == (32, 0.0, 0.1)
+    assert (config["n_positions"], config["resid_pdrop"], config["attn_pdrop"]) == (32, 0.25, 0.0)
+    shutil.rmtree(tmp_path / "gpt2")  # a run that goes on does not need its beginning
+    done = train(tmp_path / "tuned", "--config", tmp_path / "recipe.yaml")
+    assert "resuming after step 2 of 2" in done.stdout
 
 
 def test_bf16_autocast_keeps_float32_weights(train, tmp_path):
@@ -262,6 +265,62 @@ def test_bf16_autocast_keeps_float32_weights(train, tmp_path):
         train(output_dir, "--max_steps", 3)
     assert {tensor.dtype for tensor in weights(output_dir).values()} == {torch.float32}
     assert rows(output_dir, "loss")[-1]["loss"] < rows(output_dir, "loss")[0]["loss"]
+
+
+# ---- other data ----
+
+
+@pytest.fixture(scope="session")
+def mixed(data_dir, tmp_path_factory):
+    """The language reference, and a text of the same characters in another order, as the flags of a mixture."""
+    root = tmp_path_factory.mktemp("mixed")
+    other = root / "reversed"
+    shutil.copytree(data_dir, other)
+    manifest = json.loads((other / "manifest.json").read_text())
+    for path in other.glob("*.npy"):
+        np.save(path, np.load(path)[::-1])
+    (other / "manifest.json").write_text(json.dumps(manifest | {"corpus": {"name": "reversed"}}))
+    return "--data", f"{data_dir}=0.75", f"{other}=0.25"
+
+
+@pytest.mark.slow
+def test_a_mixture_trains_and_goes_on_where_it_was_stopped(train, mixed, recipe_file, tmp_path):
+    """In two processes, then in one."""
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    flags = (*mixed, "--max_steps", 4, "--checkpoint_every", 2, "--validation_tokens", 3000)
+    train(whole, *flags, config="multi_cpu")
+    shutil.copytree(whole, stopped)
+    shutil.rmtree(stopped / "checkpoints" / "step_00000004")
+    assert "resuming after step 2 of 4" in train(stopped, *flags).stdout
+    for name, tensor in weights(whole).items():
+        torch.testing.assert_close(tensor, weights(stopped)[name], atol=1e-5, rtol=0)
+
+    row = rows(whole, "val_loss")[-1]
+    assert row["val_loss"] == pytest.approx(0.75 * row["val_loss_prepared"] + 0.25 * row["val_loss_reversed"])
+    assert row["val_loss_prepared"] != row["val_loss_reversed"]
+    record = yaml.safe_load((whole / "recipe.yaml").read_text())["data"]
+    assert record["corpus"]["name"] == "75% prepared + 25% reversed"
+    assert [source["weight"] for source in record["sources"]] == [0.75, 0.25]
+    card = (whole / "model" / "README.md").read_text()
+    assert f"| validation loss on reversed, nats per token | {row['val_loss_reversed']:.4f} |" in card
+    assert "| data | 75% files + 25% reversed: " in card and "bits per byte" not in card
+
+    argv = ["--config", recipe_file, "--output_dir", whole, *mixed[:2], mixed[2].replace("0.25", "0.2"), *flags[3:]]
+    with pytest.raises(UserError, match="holds a run on other data than data="):
+        train_accelerate.settle(list(map(str, argv)))
+
+
+def test_a_nanogpt_folder_trains(train, gpt2, topics, tmp_path):
+    ids = [token for tokens in gpt2.encode_batch(topics[:20]) for token in (*tokens, gpt2.eot_id)]
+    for split, tokens in (("train", ids[2000:]), ("val", ids[:2000])):
+        np.array(tokens, np.uint16).tofile(tmp_path / f"{split}.bin")
+    done = train(tmp_path / "run", "--data_dir", tmp_path, "--max_steps", 2, "--warmup_steps", 1, "--num_workers", 0)
+    assert f"{tmp_path} brings no tokenizer along; GPT-2's is assumed" in done.stdout
+    assert f"validation loss {rows(tmp_path / 'run', 'val_loss')[-1]['val_loss']:.4f} nats per token\n" in done.stdout
+    saved = tmp_path / "run" / "model"
+    assert json.loads((saved / "config.json").read_text())["unpadded_vocab_size"] == 50257
+    assert AutoTokenizer.from_pretrained(saved)("The ").input_ids == gpt2.encode_batch(["The "])[0]
+    assert "bits per byte" not in (saved / "README.md").read_text()
 
 
 # ---- mistakes ----
@@ -299,6 +358,12 @@ def test_missing_data_names_the_command_that_prepares_it(refused, tmp_path):
 def test_half_written_data_is_refused(refused, data_dir, tmp_path):
     shutil.copytree(data_dir, tmp_path / "half", ignore=shutil.ignore_patterns("manifest.json"))
     assert "unfinished" in refused("--data_dir", tmp_path / "half")
+
+
+def test_a_damaged_folder_of_another_trainer_is_refused_in_one_line(refused, tmp_path):
+    (tmp_path / "train.bin").write_bytes(b"123")
+    message = refused("--data_dir", tmp_path)
+    assert "train.bin has 3 bytes, an odd number" in message and "this recipe's" not in message
 
 
 def test_sequence_longer_than_the_positions_is_refused(refused):
