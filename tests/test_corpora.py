@@ -254,6 +254,8 @@ def test_hub_corpora_of_the_recipes(monkeypatch):
         "HuggingFaceFW/fineweb-edu": ("sample-10BT", "train", None, "text", {"val_tokens": 100_000_000}),
         "HuggingFaceFW/fineweb": ("sample-10BT", "train", None, "text", {"val_tokens": 100_000_000}),
         "Skylion007/openwebtext": (None, "train", None, "text", {"val_fraction": 0.0005}),
+        "Salesforce/wikitext": ("wikitext-103-raw-v1", "train", None, "text", {"val_fraction": 0.005}),
+        "roneneldan/TinyStories": (None, "train", None, "text", {"val_fraction": 0.005}),
     }
 
 

@@ -1,0 +1,105 @@
+"""--verify against damage of every kind, and --describe against a recount."""
+
+import json
+import random
+import re
+import shutil
+
+import numpy as np
+import pytest
+
+import prepare_data
+from gpt2repro import describe, shards
+from gpt2repro.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory, topics):
+    """Several shards of each split."""
+    root = tmp_path_factory.mktemp("prepared")
+    (root / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in topics))
+    prepare_data.main(
+        ["files", "--source", str(root / "a.jsonl"), "--output_dir", str(root / "out"), "--tokenizer", "bpe:500"]
+        + ["--shard_tokens", "20000", "--val_fraction", "0.3"]
+    )
+    return root / "out"
+
+
+def flip_a_byte(path, chance):
+    data = bytearray(path.read_bytes())
+    data[chance.randrange(len(data))] ^= 1 << chance.randrange(8)
+    path.write_bytes(data)
+
+
+def truncate(path, chance):
+    path.write_bytes(path.read_bytes()[: chance.randrange(path.stat().st_size)])
+
+
+def lengthen(path, chance):
+    path.write_bytes(path.read_bytes() + bytes(chance.randrange(1, 100)))
+
+
+def swap(path, chance):
+    other = chance.choice([p for p in path.parent.glob("*.npy") if p.read_bytes() != path.read_bytes()])
+    data = path.read_bytes()
+    path.write_bytes(other.read_bytes())
+    other.write_bytes(data)
+
+
+def remove(path, chance):
+    path.unlink()
+
+
+def edit(path, chance):
+    """Change one character of the manifest that is not white space, so that it is still JSON."""
+    text = path.read_text()
+    digit = chance.choice([match.start() for match in re.finditer(r"\d", text)])
+    new = chance.choice([d for d in "123456789" if d != text[digit]])
+    path.write_text(text[:digit] + new + text[digit + 1 :])
+
+
+SHARD_DAMAGE = [flip_a_byte, truncate, lengthen, swap, remove]
+
+
+@pytest.mark.parametrize("number", range(100))
+def test_random_damage_is_found_and_named(prepared, tmp_path, number):
+    chance = random.Random(number)
+    shutil.copytree(prepared, tmp_path / "data")
+    damage = chance.choice([*SHARD_DAMAGE, *SHARD_DAMAGE, edit])
+    path = tmp_path / "data" / "manifest.json"
+    if damage is not edit:
+        path = chance.choice(sorted((tmp_path / "data").glob("*.npy")) + [tmp_path / "data/tokenizer/tokenizer.json"])
+        if damage is swap and path.suffix != ".npy":
+            damage = flip_a_byte
+    damage(path, chance)
+    with pytest.raises(UserError) as caught:
+        shards.verify(tmp_path / "data", num_workers=2)
+    assert path.name in str(caught.value)
+
+
+def test_a_manifest_that_lies_about_its_shards_is_found_out(prepared, tmp_path):
+    """Even one that was sealed anew."""
+    shutil.copytree(prepared, tmp_path / "data")
+    path = tmp_path / "data" / "manifest.json"
+    for key in ("tokens", "documents"):
+        manifest = json.loads((prepared / "manifest.json").read_text())
+        split = manifest["splits"]["train"]
+        split[key] += 1
+        split["shards"][0][key] += 1
+        path.write_text(json.dumps(shards.seal(manifest)))
+        with pytest.raises(UserError, match="train_00000.npy"):
+            shards.verify(tmp_path / "data")
+
+
+def test_description_counts_what_is_there(prepared):
+    text = describe.describe(prepared)
+    manifest = json.loads((prepared / "manifest.json").read_text())
+    for split in shards.SPLITS:
+        tokens = np.concatenate([np.load(prepared / shard["file"]) for shard in manifest["splits"][split]["shards"]])
+        lengths = np.diff(np.flatnonzero(tokens == 499), append=len(tokens))
+        assert np.array_equal(describe.document_lengths(shards.TokenStream.open(prepared, split), 499), lengths)
+        assert f"{split}: {len(tokens):,} tokens in {len(lengths):,} documents" in text
+        for power in range(4, 16):
+            count = int(((lengths >= 2**power) & (lengths < 2 ** (power + 1))).sum())
+            assert not count or re.search(rf"{2**power:,} to {2 ** (power + 1) - 1:,} +{count} #", text)
+    assert "tokens per byte" in text and 'The "assert" statement' in text
