@@ -36,7 +36,15 @@ from gpt2repro.tokenization import build_tokenizer
 SETTINGS = "preparing.json"  # stands in an unfinished directory: what is being prepared there
 LOCK = ".lock"
 DEDUPLICATED = "deduplicated"  # the folder in the output directory that the deduplication writes
-NOT_SETTINGS = ("output_dir", "num_workers", "executor", "verify", "describe")  # change nothing in the result
+NOT_SETTINGS = (
+    "output_dir",
+    "num_workers",
+    "executor",
+    "slurm_partition",
+    "slurm_time",
+    "verify",
+    "describe",
+)  # change nothing in the result
 
 
 def main(argv: list[str]) -> None:
@@ -62,8 +70,6 @@ def main(argv: list[str]) -> None:
     split = split_settings(args, corpus)
     report = None
     if args.dedup:
-        output_dir.mkdir(parents=True, exist_ok=True)
-        shards.write_json(output_dir / SETTINGS, settings | {"corpus_facts": corpus.facts})
         if (report := deduplicated(args, corpus)) is None:
             print("Slurm has the jobs; repeat this command when they are done, to tokenize what is kept")
             return
@@ -119,6 +125,8 @@ def deduplicated(args: argparse.Namespace, corpus: Corpus) -> dict | None:
         args.num_workers,
         args.text_column,
         args.url_column,
+        slurm_partition=args.slurm_partition,
+        slurm_time=args.slurm_time,
     )
 
 
@@ -151,6 +159,8 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--dedup", metavar="METHODS", help="remove duplicates first: url, minhash, or url,minhash")
     parser.add_argument("--url_column", default="url", help="column of the documents' URLs (default: url)")
     parser.add_argument("--executor", choices=EXECUTORS, default="local", help="of the deduplication (default: local)")
+    parser.add_argument("--slurm_partition", help="Slurm's --partition for the deduplication")
+    parser.add_argument("--slurm_time", default="24:00:00", help="Slurm's --time for each task (default: %(default)s)")
     parser.add_argument("--num_workers", type=int, default=1, help="processes (default: 1)")
     parser.add_argument("--verify", metavar="DIR", help="check a prepared directory against its manifest")
     parser.add_argument("--describe", metavar="DIR", help="say what a prepared directory holds")
@@ -184,8 +194,8 @@ def is_prepared(output_dir: Path, settings: dict) -> bool:
     """
     if not output_dir.exists():
         return False
-    if output_dir.is_dir() and {path.name for path in output_dir.iterdir()} <= {SETTINGS + ".tmp", LOCK}:
-        return False  # empty, or interrupted while the first file was written
+    if output_dir.is_dir() and {path.name for path in output_dir.iterdir()} <= {SETTINGS + ".tmp", LOCK, DEDUPLICATED}:
+        return False  # empty, or interrupted before the first file was written
     for name in (shards.MANIFEST, SETTINGS):
         if (found := recorded_settings(output_dir / name)) is not None:
             differences = [key for key in settings if key in found and found[key] != settings[key]]

@@ -1,0 +1,56 @@
+"""prepare_data.py --dedup: what is removed is in no shard, and the manifest says how much it was."""
+
+import importlib.util
+import json
+
+import numpy as np
+import pytest
+
+import prepare_data
+from gpt2repro.errors import UserError
+
+
+DATATROVE = importlib.util.find_spec("datatrove") is not None
+
+
+@pytest.fixture
+def source(tmp_path, topics):
+    """Thirty documents, the first ten again under the same URL."""
+    rows = [{"text": text, "url": f"https://example.org/{n}"} for n, text in enumerate(topics[:30])]
+    rows += [{"text": f"another version {n}", "url": f"https://EXAMPLE.org/{n}#top"} for n in range(10)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return tmp_path / "a.jsonl"
+
+
+def prepare(*args):
+    prepare_data.main([str(arg) for arg in args])
+
+
+@pytest.mark.skipif(not DATATROVE, reason="datatrove is not installed: pip install gpt2repro[dedup]")
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_only_what_is_kept_is_tokenized(source, tmp_path, encoding, topics, num_workers):
+    command = ("files", "--source", source, "--dedup", "url", "--val_tokens", 1000, "--output_dir", tmp_path / "out")
+    prepare(*command, "--num_workers", num_workers)
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    assert manifest["deduplication"]["documents"] == {"in": 40, "removed_url": 10, "out": 30}
+    tokens = np.concatenate(
+        [np.load(path) for split in ("val", "train") for path in sorted((tmp_path / "out").glob(f"{split}_*"))]
+    )
+    assert tokens.tolist() == [id for text in topics[:30] for id in (50_256, *encoding.encode_ordinary(text))]
+    prepare(*command)  # already prepared
+    prepare("--verify", tmp_path / "out")
+
+
+@pytest.mark.skipif(DATATROVE, reason="shows what happens without datatrove")
+def test_without_datatrove_the_install_line_is_told_and_nothing_is_left(source, tmp_path):
+    command = ("files", "--source", source, "--output_dir", tmp_path / "out", "--val_tokens", 1000)
+    with pytest.raises(UserError, match=r"pip install .gpt2repro\[dedup\]"):
+        prepare(*command, "--dedup", "url,minhash")
+    prepare(*command)  # the directory takes other settings
+
+
+def test_text_files_are_refused(tmp_path):
+    (tmp_path / "a.txt").write_text("one")
+    (tmp_path / "b.txt").write_text("two")
+    with pytest.raises(UserError, match="--dedup reads .jsonl"):
+        prepare("files", "--source", tmp_path, "--output_dir", f"{tmp_path}_out", "--dedup", "minhash")
