@@ -36,15 +36,8 @@ from gpt2repro.tokenization import build_tokenizer
 SETTINGS = "preparing.json"  # stands in an unfinished directory: what is being prepared there
 LOCK = ".lock"
 DEDUPLICATED = "deduplicated"  # the folder in the output directory that the deduplication writes
-NOT_SETTINGS = (
-    "output_dir",
-    "num_workers",
-    "executor",
-    "slurm_partition",
-    "slurm_time",
-    "verify",
-    "describe",
-)  # change nothing in the result
+# Flags that change nothing in the result
+NOT_SETTINGS = {"output_dir", "num_workers", "executor", "slurm_partition", "slurm_time", "verify", "describe"}
 
 
 def main(argv: list[str]) -> None:
@@ -64,7 +57,7 @@ def main(argv: list[str]) -> None:
         corpus = open_corpus(args.corpus, args.source, args.text_column, args.hub_config, args.split, args.revision)
         refuse_another_corpus(output_dir, corpus)
     if prepared:
-        preparation.clean_up(output_dir)
+        tidy(output_dir)  # perhaps the last moments were missing
         print(f"already prepared: {summary(output_dir, shards.read_manifest(output_dir))}")
         return
     split = split_settings(args, corpus)
@@ -78,7 +71,7 @@ def main(argv: list[str]) -> None:
     check_space(output_dir, corpus, tokenizer_name, args.max_tokens)
 
     output_dir.mkdir(parents=True, exist_ok=True)
-    with locked(output_dir):
+    with preparation.no_space(output_dir), locked(output_dir):
         shards.write_json(output_dir / SETTINGS, settings | {"corpus_facts": corpus.facts})
         tokenizer = build_tokenizer(tokenizer_name, islice(corpus.documents(), args.tokenizer_documents))
         tokenizer.fast.save_pretrained(output_dir / "tokenizer")
@@ -107,9 +100,15 @@ def main(argv: list[str]) -> None:
             "splits": preparation.put_together(records, common),
         }
         shards.write_json(output_dir / shards.MANIFEST, shards.seal(manifest))
-        preparation.clean_up(output_dir)
-        (output_dir / SETTINGS).unlink()
+        tidy(output_dir)
     print(summary(output_dir, manifest))
+
+
+def tidy(output_dir: Path) -> None:
+    """Remove what only an unfinished directory needs."""
+    preparation.clean_up(output_dir)
+    for name in (SETTINGS, SETTINGS + ".tmp", shards.MANIFEST + ".tmp", LOCK):
+        (output_dir / name).unlink(missing_ok=True)
 
 
 def deduplicated(args: argparse.Namespace, corpus: Corpus) -> dict | None:

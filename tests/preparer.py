@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pytest
 import tokenizers
 
 
@@ -121,6 +122,10 @@ class Command:
     def kill(self, signal_number: int = signal.SIGKILL) -> None:
         os.kill(self.pid, signal_number)
 
+    def until(self, condition):
+        """Wait until something is so, which it is before the command ends; returns it."""
+        return until(lambda: condition() or (not alive(self.pid) and pytest.fail(f"it has ended: {self.lines}")))
+
     @property
     def lines(self) -> list[str]:
         """What it printed, without the progress bar."""
@@ -138,6 +143,13 @@ class Command:
             except OSError:  # it has ended
                 continue
         return found
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
 
 
 def until(condition, seconds: float = 60):
