@@ -296,7 +296,9 @@ def _open_parquet(path: str):
     import fsspec
     import pyarrow.parquet
 
-    return pyarrow.parquet.ParquetFile(fsspec.open(path, "rb").open(), pre_buffer=True)
+    # A local file without Python in between: Ctrl-C there would be lost, or taken for a file that was closed.
+    source = fsspec.open(path, "rb").open() if "://" in path else path
+    return pyarrow.parquet.ParquetFile(source, pre_buffer=True)
 
 
 def _check_column(path: str, column: str, schema) -> None:
