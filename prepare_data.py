@@ -28,7 +28,6 @@ from tqdm import tqdm
 from gpt2repro import preparation, shards
 from gpt2repro.corpora import HUB_CORPORA, LOCAL_CORPORA, Corpus, open_corpus
 from gpt2repro.deduplication import EXECUTORS, deduplicate
-from gpt2repro.describe import describe
 from gpt2repro.errors import Parser, UserError, run_script
 from gpt2repro.tokenization import build_tokenizer
 
@@ -47,6 +46,10 @@ def main(argv: list[str]) -> None:
         print(summary(args.verify, manifest))
         return
     if args.describe:
+        from gpt2repro.describe import (
+            describe,
+        )  # imports half as much again; the worker processes import this file, too
+
         print(describe(args.describe))
         return
 

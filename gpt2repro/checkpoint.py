@@ -1,11 +1,12 @@
 """Checkpoints that are complete or absent."""
 
 import json
-import os
 import shutil
 from pathlib import Path
 
 from accelerate import Accelerator
+
+from gpt2repro.shards import flush
 
 
 STATE = "trainer_state.json"
@@ -40,9 +41,9 @@ def save(accelerator: Accelerator, output_dir: str | Path, state: dict, keep_las
         model.config.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
         for path in (*temporary.rglob("*"), temporary):
-            _flush(path)
+            flush(path)
         temporary.rename(final)
-        _flush(root)
+        flush(root)
         for old in sorted(root.glob("step_*"))[:-keep_last]:
             shutil.rmtree(old.rename(old.with_name(f"removing_{old.name}")))
     accelerator.wait_for_everyone()
@@ -54,11 +55,3 @@ def load(accelerator: Accelerator, checkpoint: Path) -> dict:
     # The saved count of micro-batches belongs to the accumulation of then; every checkpoint lies between two steps.
     accelerator.step = 0
     return json.loads((checkpoint / STATE).read_text())
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -41,12 +41,8 @@ def compare_models(a: PreTrainedModel, b: PreTrainedModel, windows: torch.Tensor
         vocab_size: real tokens; padding rows behind them are left out.
     """
     a, b = a.eval(), b.eval()
-    sums, maxima, hidden_mean, hidden_max = (
-        torch.zeros(5, dtype=torch.float64),
-        torch.zeros(2, dtype=torch.float64),
-        None,
-        None,
-    )
+    sums, maxima = torch.zeros(5, dtype=torch.float64), torch.zeros(2, dtype=torch.float64)
+    hidden_mean = hidden_max = None
     for window in windows.split(1):
         window = window.to(a.device)
         inputs, targets = window[:, :-1], window[0, 1:]

@@ -44,18 +44,17 @@ def gpt2_config(source: str | Path, revision: str | None = None) -> GPT2ReproCon
     Raises:
         UserError: there is none, or the model is not GPT-2's architecture.
     """
-    if Path(source).is_file():
-        fields = read_checkpoint_file(source)[0]
-    else:
-        stored = _stored_config(source, revision)
-        with explained(f"{source}: its config.json is not valid", "mend it, or give another model"):
+    with explained(f"{source}: its configuration is not valid", "mend it, or give another model"):
+        if Path(source).is_file():
+            fields = read_checkpoint_file(source)[0]
+        else:
+            stored = _stored_config(source, revision)
             if stored.get("model_type") == GPT2ReproConfig.model_type:
                 return GPT2ReproConfig.from_dict(stored)
             theirs = GPT2Config.from_dict(_refuse_other_architectures(source, stored))
             fields = {name: getattr(theirs, name) for name in SHARED_FIELDS}
             fields |= {"unpadded_vocab_size": theirs.vocab_size}
-            return GPT2ReproConfig(**fields | {"vocab_size": padded_vocab_size(theirs.vocab_size)})
-    return GPT2ReproConfig(**fields | {"vocab_size": padded_vocab_size(fields["unpadded_vocab_size"])})
+        return GPT2ReproConfig(**fields | {"vocab_size": padded_vocab_size(fields["unpadded_vocab_size"])})
 
 
 def from_gpt2(
@@ -83,7 +82,7 @@ def from_gpt2(
     fixed = (*SHARED_FIELDS[1:7], "bias", "unpadded_vocab_size")
     if config.n_positions > stored.n_positions or any(getattr(config, f) != getattr(stored, f) for f in fixed):
         raise ValueError(f"the configuration is not that of {source}, which may differ in dropout and n_positions only")
-    tensors = _tensors_of_file(source) if Path(source).is_file() else _tensors_of_folder(source, revision)
+    tensors = _tensors_of_file(source) if Path(source).is_file() else _tensors_of_folder(source, revision, stored)
     head, embedding = tensors.get("lm_head.weight"), tensors["transformer.wte.weight"]
     config.tie_word_embeddings = head is None or torch.equal(head(), embedding())
     dtypes = {read().dtype for read in tensors.values()}
@@ -163,7 +162,7 @@ def _tensors_of_file(path: str | Path) -> Tensors:
     return {name: lambda tensor=tensor: tensor for name, tensor in read_checkpoint_file(path)[1].items()}
 
 
-def _tensors_of_folder(source: str | Path, revision: str | None) -> Tensors:
+def _tensors_of_folder(source: str | Path, revision: str | None, config: GPT2ReproConfig) -> Tensors:
     """Readers of a model folder's tensors under our names. A GPT2LMHeadModel's may have been saved by any release of
     transformers: with or without the `transformer.` prefix, the mask buffers, and the head."""
     conv1d = _stored_config(source, revision).get("model_type") != GPT2ReproConfig.model_type
@@ -176,7 +175,7 @@ def _tensors_of_folder(source: str | Path, revision: str | None) -> Tensors:
             transposed = conv1d and name.endswith(PROJECTIONS)
             shapes[name] = tuple(reversed(shape)) if transposed else shape
             tensors[name] = (lambda read=read: read().T) if transposed else read
-    fields = gpt2_config(source, revision).to_dict()
+    fields = config.to_dict()
     if conv1d:
         fields["vocab_size"] = fields["unpadded_vocab_size"]
     if not fields["tie_word_embeddings"] and "lm_head.weight" not in shapes:

@@ -74,9 +74,8 @@ class ShardWriter:
         self.opening = np.array([] if eot_id is None else [eot_id], dtype)
         self.file = None  # the shard that is being written
         self.buffer: list[np.ndarray] = []
-        self.buffered = self.filled = self.starts = (
-            0  # tokens in the buffer; tokens, and documents' starts, of the shard
-        )
+        self.buffered = 0  # tokens in the buffer
+        self.filled = self.starts = 0  # tokens of the shard, and documents that start in it
         self.shards: list[dict] = []
         self.tokens = self.documents = self.bytes = 0
 

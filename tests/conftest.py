@@ -49,6 +49,13 @@ def topics() -> list[str]:
 
 
 @pytest.fixture(scope="session")
+def texts(topics):
+    """250 distinct documents: real paragraphs, and texts that are easily mistreated."""
+    paragraphs = dict.fromkeys(paragraph for topic in topics[:20] for paragraph in topic.split("\n\n"))
+    return [*list(paragraphs)[:246], "", "a\r\nb\0", "👩‍👩‍👧 é", "written <|endoftext|> out"]
+
+
+@pytest.fixture(scope="session")
 def python_docs() -> list[str]:
     return list(corpora.python_docs())
 

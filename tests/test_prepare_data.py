@@ -19,13 +19,6 @@ EOT = 50_256
 
 
 @pytest.fixture(scope="module")
-def texts(topics):
-    """250 distinct documents: real paragraphs, and texts that are easily mistreated."""
-    paragraphs = dict.fromkeys(paragraph for topic in topics[:20] for paragraph in topic.split("\n\n"))
-    return [*list(paragraphs)[:246], "", "a\r\nb\0", "👩‍👩‍👧 é", "written <|endoftext|> out"]
-
-
-@pytest.fixture(scope="module")
 def source(texts, tmp_path_factory):
     """A folder of the documents, in order, in three formats."""
     folder = tmp_path_factory.mktemp("source")
