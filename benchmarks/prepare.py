@@ -6,8 +6,9 @@
 Compared in one run, in turn, several times; the table shows medians:
 
     raw           tiktoken's encode_ordinary over the same documents, already in memory, one core: the limit
-    pool          a multiprocessing.Pool that returns arrays of tokens to one writer: the usual way (build-nanogpt)
-    1, 2 workers  the processes of prepare_data.py: reading, tokenizing, hashing and writing to disk
+    pool          one process reads, a multiprocessing.Pool of all cores returns arrays of tokens to it, and it writes
+                  them: the usual way (build-nanogpt)
+    1, 2 workers  the processes of prepare_data.py, which read, tokenize, hash and write to disk
 
 The clock runs while documents are worked on; the start of processes, a few seconds whatever the corpus, is left out of
 all of them. Memory is the largest resident set that a process reached, shared libraries included.
@@ -86,16 +87,12 @@ def own_text(path: Path, megabytes: int) -> Path:
     return path
 
 
-def documents_of(source: Path) -> list[str]:
-    return list(open_corpus("files", str(source)).documents())
-
-
 def measure(variant: str, source: Path) -> dict:
     """Tokens, seconds and peak memory in MiB of one variant, in this process."""
     out = Path(tempfile.mkdtemp())
     try:
         if variant == "raw":
-            encoding, documents = gpt2_encoding(), documents_of(source)
+            encoding, documents = gpt2_encoding(), list(open_corpus("files", str(source)).documents())
             began = time.perf_counter()
             tokens = sum(len(encoding.encode_ordinary(text)) + 1 for text in documents)
             seconds = time.perf_counter() - began
@@ -134,12 +131,12 @@ def _tokenize(text: str) -> np.ndarray:
 
 def usual_way(source: Path, out: Path) -> tuple[int, float]:
     """All cores tokenize; this process writes shards of 100M tokens from an array in memory."""
-    documents, began, total, filled, number = documents_of(source), None, 0, 0, 0
+    total, filled, number = 0, 0, 0
     shard = np.empty(100_000_000, np.uint16)
     with multiprocessing.Pool(os.cpu_count(), _start) as pool:
         pool.map(_tokenize, [END_OF_TEXT] * 8)  # the processes are up
         began = time.perf_counter()
-        for tokens in pool.imap(_tokenize, documents, chunksize=16):
+        for tokens in pool.imap(_tokenize, open_corpus("files", str(source)).documents(), chunksize=16):
             if filled + len(tokens) > len(shard):
                 np.save(out / f"{number}.npy", shard[:filled])
                 filled, number = 0, number + 1

