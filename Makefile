@@ -17,7 +17,7 @@ demo: .venv/installed
 	$(BIN)/accelerate launch --config_file accelerate_configs/cpu.yaml train_accelerate.py --config recipes/demo.yaml
 
 test: .venv/installed
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist worksteal
 
 lint: .venv/installed
 	$(BIN)/ruff check .

@@ -37,6 +37,8 @@ LOCK = ".lock"
 DEDUPLICATED = "deduplicated"  # the folder in the output directory that the deduplication writes
 # Flags that change nothing in the result
 NOT_SETTINGS = {"output_dir", "num_workers", "executor", "slurm_partition", "slurm_time", "verify", "describe"}
+# What the deduplication depends on
+DEDUPLICATION_SETTINGS = ("corpus", "source", "text_column", "hub_config", "split", "revision", "dedup", "url_column")
 
 
 def main(argv: list[str]) -> None:
@@ -46,24 +48,24 @@ def main(argv: list[str]) -> None:
         print(summary(args.verify, manifest))
         return
     if args.describe:
-        from gpt2repro.describe import (
-            describe,
-        )  # imports half as much again; the worker processes import this file, too
+        # Here, as it imports half as much again, and the worker processes import this file too.
+        from gpt2repro.describe import describe
 
         print(describe(args.describe))
         return
 
     output_dir = Path(args.output_dir)
-    settings = {name: value for name, value in vars(args).items() if name not in NOT_SETTINGS}
-    prepared = is_prepared(output_dir, settings)
-    if not prepared or args.corpus == "files":  # local files may have changed since
-        corpus = open_corpus(args.corpus, args.source, args.text_column, args.hub_config, args.split, args.revision)
-        refuse_another_corpus(output_dir, corpus)
-    if prepared:
-        tidy(output_dir)  # perhaps the last moments were missing
-        print(f"already prepared: {summary(output_dir, shards.read_manifest(output_dir))}")
-        return
+    if not already_prepared(output_dir, args):
+        with preparation.no_space(output_dir), locked(output_dir):
+            if not already_prepared(output_dir, args):  # by a command that has just let the lock go
+                prepare(output_dir, args)
+
+
+def prepare(output_dir: Path, args: argparse.Namespace) -> None:
+    """Make the directory, or what is missing of it."""
+    corpus = open_asked(output_dir, args)
     split = split_settings(args, corpus)
+    shards.write_json(output_dir / SETTINGS, settings_of(args) | {"corpus_facts": corpus.facts})
     report = None
     if args.dedup:
         if (report := deduplicated(args, corpus)) is None:
@@ -73,37 +75,33 @@ def main(argv: list[str]) -> None:
     tokenizer_name = args.tokenizer or corpus.default_tokenizer
     check_space(output_dir, corpus, tokenizer_name, args.max_tokens)
 
-    output_dir.mkdir(parents=True, exist_ok=True)
-    with preparation.no_space(output_dir), locked(output_dir):
-        shards.write_json(output_dir / SETTINGS, settings | {"corpus_facts": corpus.facts})
-        tokenizer = build_tokenizer(tokenizer_name, islice(corpus.documents(), args.tokenizer_documents))
-        tokenizer.fast.save_pretrained(output_dir / "tokenizer")
-        common = preparation.Settings(
-            output_dir=output_dir,
-            tokenizer=tokenizer_name,
-            vocab_size=tokenizer.vocab_size,
-            eot_id=tokenizer.eot_id,
-            shard_tokens=args.shard_tokens,
-            val_fraction=split.get("val_fraction", 0.0),
-            single_text=corpus.single_text,
-        )
-        quota = preparation.Quota(split.get("val_tokens", 0), args.max_tokens, args.max_documents)
-        parts = corpus.parts()
-        with Progress(corpus, args.num_workers) as progress:
-            records = preparation.prepare_parts(parts, common, quota, args.num_workers, progress.show)
-        refuse_an_empty_split(output_dir, records, split)
-        manifest = {
-            "format_version": shards.FORMAT_VERSION,
-            "corpus": {"name": args.corpus, **corpus.facts},
-            "tokenizer": tokenizer.describe(),
-            "deduplication": report,
-            "split": split,
-            "settings": settings,
-            "repaired_documents": sum(record["repaired"] for record in records),
-            "splits": preparation.put_together(records, common),
-        }
-        shards.write_json(output_dir / shards.MANIFEST, shards.seal(manifest))
-        tidy(output_dir)
+    tokenizer = build_tokenizer(tokenizer_name, islice(corpus.documents(), args.tokenizer_documents))
+    tokenizer.fast.save_pretrained(output_dir / "tokenizer")
+    common = preparation.Settings(
+        output_dir=output_dir,
+        tokenizer=tokenizer_name,
+        vocab_size=tokenizer.vocab_size,
+        eot_id=tokenizer.eot_id,
+        shard_tokens=args.shard_tokens,
+        val_fraction=split.get("val_fraction", 0.0),
+        single_text=corpus.single_text,
+    )
+    quota = preparation.Quota(split.get("val_tokens", 0), args.max_tokens, args.max_documents)
+    with Progress(corpus, args.num_workers) as progress:
+        records = preparation.prepare_parts(corpus.parts(), common, quota, args.num_workers, progress.show)
+    refuse_an_empty_split(output_dir, records, split)
+    manifest = {
+        "format_version": shards.FORMAT_VERSION,
+        "corpus": {"name": args.corpus, **corpus.facts},
+        "tokenizer": tokenizer.describe(),
+        "deduplication": report,
+        "split": split,
+        "settings": settings_of(args),
+        "repaired_documents": sum(record["repaired"] for record in records),
+        "splits": preparation.put_together(records, common),
+    }
+    shards.write_json(output_dir / shards.MANIFEST, shards.seal(manifest))
+    tidy(output_dir)
     print(summary(output_dir, manifest))
 
 
@@ -188,37 +186,61 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     return args
 
 
-def is_prepared(output_dir: Path, settings: dict) -> bool:
-    """Whether the directory already holds just what is asked for.
+def settings_of(args: argparse.Namespace) -> dict:
+    """What the result depends on."""
+    return {name: value for name, value in vars(args).items() if name not in NOT_SETTINGS}
+
+
+def already_prepared(output_dir: Path, args: argparse.Namespace) -> bool:
+    """Whether the directory already holds just what is asked for; then it says so.
 
     Raises:
         UserError: it holds something else, which is not overwritten.
     """
     if not output_dir.exists():
         return False
-    if output_dir.is_dir() and {path.name for path in output_dir.iterdir()} <= {SETTINGS + ".tmp", LOCK, DEDUPLICATED}:
+    if output_dir.is_dir() and {path.name for path in output_dir.iterdir()} <= {SETTINGS + ".tmp", LOCK}:
         return False  # empty, or interrupted before the first file was written
+    asked = settings_of(args)
     for name in (shards.MANIFEST, SETTINGS):
-        if (found := recorded_settings(output_dir / name)) is not None:
-            differences = [key for key in settings if key in found and found[key] != settings[key]]
-            if not differences:
-                return name == shards.MANIFEST
+        if (found := recorded_settings(output_dir / name)) is None:
+            continue
+        if name == SETTINGS and not any(output_dir.glob("parts/part_*.json")):  # only this may be made already:
+            asked = {key: asked[key] for key in DEDUPLICATION_SETTINGS} if (output_dir / DEDUPLICATED).exists() else {}
+        if differences := [key for key in asked if key in found and found[key] != asked[key]]:
             raise UserError(
                 f"{output_dir} holds data prepared with other settings ({', '.join(differences)}); "
                 "choose another --output_dir, or delete it"
             )
+        if name == SETTINGS:
+            return False
+        if args.corpus == "files":  # they may have changed since
+            open_asked(output_dir, args)
+        tidy(output_dir)  # perhaps the last moments were missing
+        print(f"already prepared: {summary(output_dir, shards.read_manifest(output_dir))}")
+        return True
     raise UserError(f"{output_dir} exists and was not made by prepare_data.py; choose another --output_dir")
 
 
-def refuse_another_corpus(output_dir: Path, corpus: Corpus) -> None:
-    for name, key in ((shards.MANIFEST, "corpus"), (SETTINGS, "corpus_facts")):
-        if (path := output_dir / name).exists():
-            recorded = json.loads(path.read_text()).get(key, {})
-            if changed := [fact for fact, value in corpus.facts.items() if recorded.get(fact) != value]:
-                raise UserError(
-                    f"the corpus is not the one that {output_dir} was begun with: its {' and '.join(changed)} changed; "
-                    "choose another --output_dir, or delete it"
-                )
+def open_asked(output_dir: Path, args: argparse.Namespace) -> Corpus:
+    """The corpus that is asked for. A preparation that goes on reads the commit of the Hub dataset that it began with.
+
+    Raises:
+        UserError: it cannot be had, or it is not the corpus that the directory was begun with.
+    """
+    recorded = {}
+    if (path := output_dir / shards.MANIFEST).exists():
+        recorded = json.loads(path.read_text())["corpus"]
+    elif (output_dir / DEDUPLICATED).exists() or any(output_dir.glob("parts/part_*.json")):
+        recorded = json.loads((output_dir / SETTINGS).read_text())["corpus_facts"]
+    revision = args.revision or recorded.get("revision")
+    corpus = open_corpus(args.corpus, args.source, args.text_column, args.hub_config, args.split, revision)
+    if changed := [fact for fact, value in corpus.facts.items() if recorded and recorded.get(fact) != value]:
+        raise UserError(
+            f"the corpus is not the one that {output_dir} was begun with: its {' and '.join(changed)} changed; "
+            "choose another --output_dir, or delete it"
+        )
+    return corpus
 
 
 def recorded_settings(path: Path) -> dict | None:
@@ -243,7 +265,8 @@ def split_settings(args: argparse.Namespace, corpus: Corpus) -> dict:
 
 @contextlib.contextmanager
 def locked(output_dir: Path) -> Iterator[None]:
-    """Hold the directory against another preparation; a process that dies lets it go."""
+    """Make the directory and hold it against another preparation; a process that dies lets it go."""
+    output_dir.mkdir(parents=True, exist_ok=True)
     lock = FileLock(output_dir / LOCK, blocking=False)
     try:
         lock.acquire()
@@ -256,15 +279,16 @@ def locked(output_dir: Path) -> Iterator[None]:
     finally:
         (output_dir / LOCK).unlink(missing_ok=True)
         lock.release()
+        with contextlib.suppress(OSError):
+            output_dir.rmdir()  # where nothing was begun
 
 
 def check_space(output_dir: Path, corpus: Corpus, tokenizer_name: str, max_tokens: int | None) -> None:
     """Say how much disk the shards will need, and refuse what cannot fit."""
     bytes_per_token = 1 if tokenizer_name == "char" else 4  # of UTF-8; English text has 4.2 to 4.8 with GPT-2's
     tokens = min(sum(piece.bytes for piece in corpus.pieces) // bytes_per_token, max_tokens or math.inf)
-    existing = next(path for path in (output_dir, *output_dir.absolute().parents) if path.exists())
     made = sum(path.stat().st_size for path in output_dir.rglob("*.npy"))
-    need, free = tokens * 2 / 1e9, (shutil.disk_usage(existing).free + made) / 1e9
+    need, free = tokens * 2 / 1e9, (shutil.disk_usage(output_dir).free + made) / 1e9
     if tokens:
         print(f"needs about {need:,.1f} GB of disk, {free:,.1f} GB are free", flush=True)
     if need > free:
@@ -298,9 +322,7 @@ class Progress(tqdm):
 def refuse_an_empty_split(output_dir: Path, records: list[dict], split: dict) -> None:
     for name in shards.SPLITS:
         if not any(record["splits"][name]["tokens"] for record in records):
-            preparation.clean_up(output_dir)
-            shutil.rmtree(output_dir / "tokenizer")
-            (output_dir / SETTINGS).unlink()  # so that the same directory takes the other setting
+            preparation.clean_up(output_dir)  # so that the same directory takes the other setting
             raise UserError(
                 f"the {name} split got no document ({split}); choose another --val_tokens or --val_fraction"
             )

@@ -377,7 +377,8 @@ def put_together(records: list[dict], settings: Settings) -> dict:
                 (folder / shard["file"]).replace(final)
             pieces[number] = shard | {"file": final.name}
         splits[split] = {unit: sum(part[unit] for part in parts) for unit in ("tokens", "documents", "bytes")}
-        splits[split]["shards"] = pieces
+        # Without a token to open them, the documents of a part may all be empty, and in no shard.
+        splits[split] |= {"documents": sum(shard["documents"] for shard in pieces), "shards": pieces}
     shards.flush(output_dir)
     return splits
 

@@ -182,6 +182,22 @@ def test_a_branch_is_pinned_to_its_commit(hub, prepare, tmp_path):
     assert documents_of(tmp_path, "val") + documents_of(tmp_path, "train") == ["new"] * 9 + TEXTS[60:]
 
 
+def test_a_preparation_goes_on_with_the_commit_that_it_began_with(hub, prepare, tmp_path):
+    repo = hub.create("datasets/ada/moves")
+    first = repo.commit("data", FILES)
+    hub.fail("GET /datasets/.*train-00001", 500, times=1000, after=2)
+    assert prepare("ada/moves", "--output_dir", tmp_path).status == 2
+    assert list(tmp_path.glob("parts/part_*.json"))
+    hub.heal()
+    repo.commit("other data", {"data/train-00000-of-00001.parquet": parquet(["new"] * 99)})
+    command = prepare("ada/moves", "--output_dir", tmp_path)
+    assert command.status == 0, command.lines
+    assert documents_of(tmp_path, "val") + documents_of(tmp_path, "train") == TEXTS
+    assert manifest_of(tmp_path)["corpus"]["revision"] == first.sha
+    repeated = prepare("ada/moves", "--output_dir", tmp_path)
+    assert repeated.lines[-1].startswith("already prepared: ")
+
+
 def test_another_process_reads_the_hub_as_well(hub, prepare, undisturbed, dataset, tmp_path):
     """Spawned processes have the settings of the client; a cut connection makes it ask again."""
     hub.fail("GET /datasets/.*train-(00001|1)", "cut", after=3)

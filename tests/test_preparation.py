@@ -20,7 +20,7 @@ import tokenizers
 from preparer import Preparer, alive, contents, documents_of, manifest_of, tokens_of, until
 
 import prepare_data
-from gpt2repro import corpora, preparation
+from gpt2repro import corpora, preparation, shards
 from gpt2repro.corpora import Piece, open_corpus
 from gpt2repro.errors import UserError
 from gpt2repro.preparation import Quota, plan
@@ -318,6 +318,15 @@ def test_characters_over_several_parts(source, texts, tmp_path, small_parts):
     assert sum(split["tokens"] for split in manifest["splits"].values()) == sum(map(len, texts))
     val = manifest["splits"]["val"]["shards"]
     assert [shard["tokens"] for shard in val[:-1]] == [500] * (len(val) - 1) and len(val) > 3
+
+
+def test_a_part_of_empty_documents_only(tmp_path, monkeypatch):
+    """Without an end-of-text token nothing is left of them."""
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in ["ab"] * 50 + [""] * 500))
+    monkeypatch.setattr(corpora, "PART_BYTES", 1000)
+    out = tmp_path / "out"
+    prepare("files", "--source", tmp_path / "a.jsonl", "--output_dir", out, "--tokenizer", "char", "--val_tokens", 9)
+    assert shards.verify(out)["splits"]["train"]["tokens"] == 90
 
 
 def test_merged_validation_is_what_one_part_writes(source, command, tmp_path, monkeypatch):

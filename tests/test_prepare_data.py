@@ -11,7 +11,7 @@ import pyarrow.parquet
 import pytest
 
 import prepare_data
-from gpt2repro import corpora
+from gpt2repro import corpora, shards
 from gpt2repro.errors import UserError
 
 
@@ -221,10 +221,23 @@ def test_other_settings_are_refused(command, uninterrupted, tmp_path, change, fi
         manifest = tmp_path / "manifest.json"
         (tmp_path / "preparing.json").write_text(json.dumps(json.loads(manifest.read_text())["settings"]))
         manifest.unlink()
+        (tmp_path / "parts").mkdir()
+        (tmp_path / "parts" / "part_00000.json").write_text("{}")
     before = contents(tmp_path)
     line = mistake(*command, *change, "--output_dir", tmp_path)
     assert f"other settings ({change[0][2:]})" in line and "choose another --output_dir" in line
     assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    "wrong, words",
+    [(["--tokenizer", "bpe:9999999"], "use --tokenizer bpe:"), (["--val_tokens", 10**9], "the train split got no")],
+)
+def test_a_mistake_that_made_nothing_is_mended_in_the_same_directory(source, tmp_path, wrong, words):
+    command = ["files", "--source", source, "--tokenizer", "bpe:400", "--output_dir", tmp_path / "out"]
+    assert words in mistake(*command, *wrong)
+    prepare(*command, "--shard_tokens", 500)
+    shards.verify(tmp_path / "out")
 
 
 @pytest.mark.parametrize("name", ["notes.txt", "train_00000.npy", "manifest.json", "tokenizer/tokenizer.json"])
