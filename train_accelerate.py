@@ -12,39 +12,44 @@ loss.png, checkpoints/ and model/.
 import contextlib
 import dataclasses
 import importlib.util
+import json
 import logging
 import math
 import os
 import subprocess
 import sys
 from pathlib import Path
+from uuid import uuid4
 
 import torch
 import yaml
 from accelerate import Accelerator, PartialState
-from accelerate.utils import GradientAccumulationPlugin, set_seed
+from accelerate.utils import GradientAccumulationPlugin, broadcast_object_list, set_seed
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
 from gpt2repro import checkpoint, shards
 from gpt2repro.batches import MicroBatches
+from gpt2repro.checkpoint import Checkpoints
 from gpt2repro.data_order import count_windows, stateless_seed
 from gpt2repro.devices import cpu_asked, device_name, missing_gpu, use_all_cores
-from gpt2repro.errors import UserError, run_script
+from gpt2repro.errors import SharedError, UserError, run_script
 from gpt2repro.foreign_tokens import foreign_format
+from gpt2repro.guard import Guard
 from gpt2repro.hellaswag import ENDINGS, encode_item, evaluate_hellaswag, load_items
 from gpt2repro.hub import create_repository, upload
 from gpt2repro.mixture import Mixture, data_manifest, data_record, each_source
 from gpt2repro.model_card import model_card
 from gpt2repro.model_folder import find_model, generate, load_tokenizer, save_model_folder
 from gpt2repro.openai_weights import from_gpt2, gpt2_config
-from gpt2repro.optimizers import build_optimizer, set_lr
+from gpt2repro.optimizers import build_optimizers, set_lr
 from gpt2repro.recipe import Recipe, differences, parse_recipe
 from gpt2repro.schedule import lr_at
+from gpt2repro.stopping import EXIT_CODE, StopRequest
 from gpt2repro.telemetry import Telemetry, plot_losses, provenance, read_metrics
 from gpt2repro.tokenization import build_tokenizer, padded_vocab_size
 from gpt2repro.unwrap import unwrapped
-from gpt2repro.validation import validation_losses
+from gpt2repro.validation import Best, validation_losses
 from modeling_gpt2repro import GPT2ReproConfig, GPT2ReproForCausalLM, register_auto_classes
 
 
@@ -56,6 +61,148 @@ def main(argv: list[str]) -> None:
     logging.getLogger("accelerate.utils.other").setLevel(logging.ERROR)  # "Removed shared tensor": the head is tied
     disable_progress_bar()  # of reading and writing weights; the training bar stays
     recipe, manifest, config, tokenizer = settle(argv)
+    stop = StopRequest(recipe.max_hours)
+    accelerator = build_accelerator(recipe)
+    with accelerator.main_process_first():  # the others find in the cache what the first has downloaded
+        hellaswag = load_hellaswag(recipe, tokenizer, config)
+    train_data = Mixture.open(recipe.sources, "train")
+    val_data = Mixture.open(recipe.sources, "val")
+    raw_model = build_model(recipe, config)  # neither wrapped nor compiled: for HellaSwag, samples and saving
+    raw_optimizers = build_optimizers(raw_model, recipe)
+    model, *optimizers = accelerator.prepare(raw_model, *raw_optimizers)
+    if recipe.eval_only:
+        return print_losses(recipe, model, train_data, val_data, accelerator)
+
+    begin_run(recipe, manifest, accelerator)
+    batches = MicroBatches(train_data, recipe, accelerator.process_index, accelerator.num_processes)
+    pin_memory = accelerator.device.type == "cuda"
+    telemetry, guard, best = Telemetry(recipe, accelerator, raw_model), Guard(recipe), Best(recipe.patience)
+    checkpoints = Checkpoints(recipe, accelerator, raw_model, raw_optimizers, tokenizer, telemetry.say)
+    step = 0
+    if state := checkpoints.restore():
+        step = state["step"]
+        guard.load_state_dict(state["guard"])
+        best.load_state_dict(state["best"])
+        telemetry.say(f"resuming after step {step:,} of {recipe.max_steps:,}")
+    telemetry.start(step, state and state["telemetry"])
+    stream = batches.iterate(step, pin_memory, guard.batch)
+    hellaswag_batch = max(1, recipe.micro_batch_size // ENDINGS)  # items; each is as many rows as it has endings
+    stopping = None
+
+    def due(every: int) -> bool:
+        return step == recipe.max_steps or best.is_old or (every > 0 and step % every == 0)
+
+    model.train()
+    while step < recipe.max_steps and not stopping and not best.is_old:
+        lr = lr_at(step, recipe)
+        loss, grad_norm = forward_backward(accelerator, model, stream, recipe, step, telemetry)
+        loss, stopping = agree(accelerator, loss, stop)
+        if guard.accepts(step, loss, grad_norm, accelerator.scaler):
+            with telemetry.update(step):
+                for optimizer in optimizers:
+                    set_lr(optimizer, lr)
+                    optimizer.step()
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        step += 1
+        telemetry.log_step(step, loss, lr, grad_norm, guard)
+        if guard.gives_up:
+            step = roll_back(recipe, checkpoints, guard, best, telemetry)
+            stream = batches.iterate(step, pin_memory, guard.batch)
+            continue
+
+        with telemetry.paused():
+            val_loss = None
+            if due(recipe.validate_every):
+                losses = validation_losses(model, val_data, recipe, accelerator)
+                val_loss = losses["val_loss"]
+                best.note(step, val_loss)
+                telemetry.log(step, **losses)
+                telemetry.say(f"step {step:,}: validation loss {val_loss:.4f}")
+            if hellaswag and due(recipe.hellaswag_every):
+                scores, _ = evaluate_hellaswag(raw_model, hellaswag, accelerator, hellaswag_batch)
+                telemetry.log(step, **scores)
+                telemetry.say(f"step {step:,}: HellaSwag acc_norm {scores['hellaswag_acc_norm']:.4f}")
+            if due(recipe.sample_every):
+                telemetry.log(step, samples=draw_samples(raw_model, tokenizer, recipe))
+            if due(recipe.checkpoint_every) or stopping or (recipe.patience and best.step == step):
+                states = {"guard": guard.state_dict(), "best": best.state_dict(), "telemetry": telemetry.state_dict()}
+                checkpoints.save({"step": step, "val_loss": val_loss} | states)
+    checkpoints.close()
+    # DDP goes before the processes part: it frees their group while it holds Python's lock, for which gloo may wait.
+    model, *optimizers = accelerator.free_memory(model, *optimizers)
+    telemetry.close()
+    if stopping:
+        accelerator.print(f"{stopping}: stopped and saved after step {step:,}; the same command goes on")
+        sys.exit(EXIT_CODE)
+    if recipe.patience:
+        checkpoints.restore(best=True)
+    raw_model = unwrapped(raw_model)  # where it is sharded, all processes gather
+    if accelerator.is_main_process:
+        finish(recipe, manifest, raw_model, tokenizer, train_data)
+
+
+def forward_backward(
+    accelerator, model, stream, recipe: Recipe, step: int, telemetry: Telemetry
+) -> tuple[torch.Tensor, float]:
+    """The gradient of one global batch, over all micro-batches of this process, clipped.
+
+    Returns:
+        () the mean loss of this process in nats per token, and the global gradient norm before clipping.
+    """
+    micro_losses = []
+    for micro in range(recipe.accumulation(accelerator.num_processes)):
+        tokens = telemetry.next_of(stream).to(accelerator.device, non_blocking=True)  # (micro_batch_size, T + 1)
+        # Dropout is a function of where we are, so that a resumed run drops what the uninterrupted one would have.
+        torch.manual_seed(stateless_seed(recipe.seed, step, micro, accelerator.process_index))
+        with accelerator.accumulate(model):
+            loss = model(input_ids=tokens[:, :-1], shift_labels=tokens[:, 1:], use_cache=False).loss
+            accelerator.backward(loss)  # divides by the accumulation
+        micro_losses.append(loss.detach())
+    grad_norm = accelerator.clip_grad_norm_(model.parameters(), recipe.max_grad_norm)
+    return torch.stack(micro_losses).mean(), float(grad_norm)
+
+
+def agree(accelerator: Accelerator, loss: torch.Tensor, stop: StopRequest) -> tuple[float, str | None]:
+    """The mean loss of all processes, not finite if one is not; and why the run is to stop, if one process has to."""
+    reason = stop.reason
+    both = torch.stack([loss.float(), torch.full_like(loss, float(reason is not None), dtype=torch.float32)])
+    mean_loss, asked = accelerator.reduce(both, "mean").tolist()
+    return mean_loss, (reason or "another process was told to stop") if asked else None
+
+
+def roll_back(recipe: Recipe, checkpoints: Checkpoints, guard: Guard, best: Best, telemetry: Telemetry) -> int:
+    """Go back to the newest checkpoint, after which the bad batches are left out; returns its step.
+
+    Raises:
+        SharedError: there is none, or it has been tried often enough.
+    """
+    seen = f"{recipe.max_bad_steps} steps in a row could not be taken, from batches {guard.bad_batches}"
+    remedy = "start another run with a lower learning_rate or max_grad_norm, or in float32"
+    if guard.rollbacks == recipe.max_rollbacks:
+        raise SharedError(f"{seen}, after {guard.rollbacks} rollbacks; {remedy}")
+    if (state := checkpoints.restore()) is None:
+        raise SharedError(f"{seen}, and there is no checkpoint to go back to; {remedy}")
+    guard.roll_back(state["guard"])
+    best.load_state_dict(state["best"])
+    telemetry.start(state["step"], state["telemetry"])
+    telemetry.say(f"{seen}: back to step {state['step']:,}, without them")
+    return state["step"]
+
+
+def draw_samples(model, tokenizer, recipe: Recipe) -> list[str]:
+    """A continuation of each of the recipe's prompts, the same at every step but for what the model has learnt."""
+    return [
+        generate(model, tokenizer, prompt, recipe.sample_tokens, recipe.seed, temperature=recipe.sample_temperature)
+        for prompt in recipe.sample_prompts
+    ]
+
+
+# ---- before the loop ----
+
+
+def build_accelerator(recipe: Recipe) -> Accelerator:
+    """The processes, their device and precision, as the launcher and its configuration have them."""
     accelerator = Accelerator(
         cpu=cpu_asked(),
         gradient_accumulation_plugin=GradientAccumulationPlugin(
@@ -73,85 +220,7 @@ def main(argv: list[str]) -> None:
     if accelerator.device.type == "cpu":
         use_all_cores()
     torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in float32
-    with accelerator.main_process_first():  # the others find in the cache what the first has downloaded
-        hellaswag = load_hellaswag(recipe, tokenizer, config)
-    begin_run(recipe, manifest, accelerator)
-
-    train_data = Mixture.open(recipe.sources, "train")
-    val_data = Mixture.open(recipe.sources, "val")
-    raw_model = build_model(recipe, config)  # neither wrapped nor compiled: for HellaSwag, samples and saving
-    model, optimizer = accelerator.prepare(raw_model, build_optimizer(raw_model, recipe))
-    step = 0
-    if newest := checkpoint.latest(recipe.output_dir):
-        step = checkpoint.load(accelerator, newest)["step"]
-        accelerator.print(f"resuming after step {step:,} of {recipe.max_steps:,} from {newest}")
-    batches = MicroBatches(train_data, recipe, accelerator.process_index, accelerator.num_processes)
-    batches = batches.iterate(step, pin_memory=accelerator.device.type == "cuda")
-    telemetry = Telemetry(recipe, accelerator, raw_model, step)
-
-    hellaswag_batch = max(1, recipe.micro_batch_size // ENDINGS)  # items; each is as many rows as it has endings
-
-    def due(every: int) -> bool:
-        return step == recipe.max_steps or (every > 0 and step % every == 0)
-
-    model.train()
-    while step < recipe.max_steps:
-        lr = lr_at(step, recipe)
-        set_lr(optimizer, lr)
-        loss, grad_norm = train_step(accelerator, model, optimizer, batches, recipe, step)
-        step += 1
-        telemetry.log_step(step, loss, lr, grad_norm)
-        with telemetry.paused():
-            if due(recipe.validate_every):
-                losses = validation_losses(model, val_data, recipe, accelerator)
-                telemetry.log(step, **losses)
-                telemetry.say(f"step {step:,}: validation loss {losses['val_loss']:.4f}")
-            if hellaswag and due(recipe.hellaswag_every):
-                scores, _ = evaluate_hellaswag(raw_model, hellaswag, accelerator, hellaswag_batch)
-                telemetry.log(step, **scores)
-                telemetry.say(f"step {step:,}: HellaSwag acc_norm {scores['hellaswag_acc_norm']:.4f}")
-            if due(recipe.sample_every) and accelerator.is_main_process:
-                samples = draw_samples(raw_model, tokenizer, recipe)
-                telemetry.log(step, samples=samples)
-            if due(recipe.checkpoint_every):
-                checkpoint.save(accelerator, recipe.output_dir, {"step": step}, recipe.keep_last, raw_model, tokenizer)
-    telemetry.close()
-    raw_model = unwrapped(raw_model)  # where it is sharded, all processes gather
-    if accelerator.is_main_process:
-        finish(recipe, manifest, raw_model, tokenizer, train_data)
-
-
-def train_step(accelerator, model, optimizer, batches, recipe: Recipe, step: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """One optimizer step over all micro-batches of this process.
-
-    Returns:
-        () the mean loss of this process in nats per token, and () the global gradient norm before clipping.
-    """
-    micro_losses = []
-    for micro in range(recipe.accumulation(accelerator.num_processes)):
-        tokens = next(batches).to(accelerator.device, non_blocking=True)  # (micro_batch_size, T + 1)
-        # Dropout is a function of where we are, so that a resumed run drops what the uninterrupted one would have.
-        torch.manual_seed(stateless_seed(recipe.seed, step, micro, accelerator.process_index))
-        with accelerator.accumulate(model):
-            loss = model(input_ids=tokens[:, :-1], shift_labels=tokens[:, 1:], use_cache=False).loss
-            accelerator.backward(loss)  # divides by the accumulation
-            if accelerator.sync_gradients:
-                grad_norm = accelerator.clip_grad_norm_(model.parameters(), recipe.max_grad_norm)
-            optimizer.step()  # a no-op until the last micro-batch, and so is zero_grad
-            optimizer.zero_grad()
-        micro_losses.append(loss.detach())
-    return torch.stack(micro_losses).mean(), grad_norm
-
-
-def draw_samples(model, tokenizer, recipe: Recipe) -> list[str]:
-    """A continuation of each of the recipe's prompts, the same at every step but for what the model has learnt."""
-    return [
-        generate(model, tokenizer, prompt, recipe.sample_tokens, recipe.seed, temperature=recipe.sample_temperature)
-        for prompt in recipe.sample_prompts
-    ]
-
-
-# ---- before the loop ----
+    return accelerator
 
 
 def world_size() -> int:
@@ -170,7 +239,8 @@ def settle(argv: list[str]) -> tuple[Recipe, dict, GPT2ReproConfig, PreTrainedTo
     recipe, problems = parse_recipe(argv, DEMO, GPT2ReproConfig)
     if not problems and not recipe.data and not any(word.split("=")[0] == "--config" for word in argv):
         prepare_demo(recipe)
-    problems += recipe.problems(world_size()) + missing_gpu() + output_problems(recipe)
+    problems += recipe.problems(world_size()) + missing_gpu()
+    problems += [] if recipe.eval_only else output_problems(recipe)
     if recipe.report_to != "none" and importlib.util.find_spec(recipe.report_to) is None:
         problems.append(f"report_to={recipe.report_to} is not installed; run `pip install {recipe.report_to}`")
     try:
@@ -302,35 +372,74 @@ def output_problems(recipe: Recipe) -> list[str]:
 
 
 def begin_run(recipe: Recipe, manifest: dict, accelerator: Accelerator) -> None:
-    """Record what runs, and make sure that the Hub repository and the tracker are there."""
-    output_dir = Path(recipe.output_dir)
-    settings = dataclasses.asdict(recipe)
-    if accelerator.is_main_process and recipe.push_to_hub:
-        create_repository(recipe.hub_model_id)
+    """Record what runs, and make sure that the data, the Hub repository and the tracker are there."""
     accelerator.wait_for_everyone()  # all have checked the directory before one writes to it
-    if accelerator.is_main_process and not (output_dir / "recipe.yaml").exists():
+    problem, run_id = None, None
+    if accelerator.is_main_process:
+        try:
+            run_id = record_run(recipe, manifest, f"{accelerator.num_processes} x {device_name(accelerator.device)}")
+        except UserError as error:
+            problem = str(error)
+    problem, run_id = broadcast_object_list([problem, run_id])
+    if problem:
+        raise SharedError(problem)
+    settings = dataclasses.asdict(recipe)
+    settings |= {f"model.{name}": value for name, value in settings.pop("model").items()}
+    flat = {name: value if isinstance(value, int | float | str) else str(value) for name, value in settings.items()}
+    # A run that goes on is the same run in the tracker.
+    name = Path(recipe.output_dir).name
+    of_tracker = {
+        "wandb": {"id": run_id, "name": name, "resume": "allow"},
+        "trackio": {"name": run_id, "resume": "allow"},
+    }
+    accelerator.init_trackers("gpt2repro", config=flat, init_kwargs=of_tracker)
+
+
+def record_run(recipe: Recipe, manifest: dict, hardware: str) -> str:
+    """Write recipe.yaml at the first start; returns the run's id. At every start the data is what was prepared.
+
+    Raises:
+        UserError: a shard was changed, or the Hub repository cannot be made.
+    """
+    output_dir = Path(recipe.output_dir)
+    if recipe.push_to_hub:
+        create_repository(recipe.hub_model_id)
+    path, verified = output_dir / "recipe.yaml", output_dir / ".verified.json"
+    seen = json.loads(verified.read_text()) if verified.exists() else {}
+    seen = {name: status for d in recipe.sources for name, status in shards.verify_once(d, seen).items()}
+    if not path.exists():
         output_dir.mkdir(parents=True, exist_ok=True)
         for directory, source in each_source(recipe.sources, manifest):
             if not source["tokenizer"]["sha256"]:
                 print(f"{directory} brings no tokenizer along; GPT-2's is assumed", flush=True)
-        hardware = f"{accelerator.num_processes} x {device_name(accelerator.device)}"
         local = recipe.init_from == "scratch" or Path(recipe.init_from).exists()
-        settings["base_model"] = None if local else recipe.init_from  # a Hub id
-        record = settings | {"data": data_record(manifest), "hardware": hardware, "versions": provenance()}
-        temporary = output_dir / "recipe.yaml.tmp"
+        record = (
+            dataclasses.asdict(recipe)
+            | {
+                "base_model": None if local else recipe.init_from,  # a Hub id
+                "data": data_record(manifest),
+                "hardware": hardware,
+                "versions": provenance(),
+                "run_id": uuid4().hex[:8],
+            }
+        )
+        temporary = path.with_suffix(".yaml.tmp")
         temporary.write_text(yaml.safe_dump(record, sort_keys=False))
-        temporary.rename(output_dir / "recipe.yaml")
-    settings |= {f"model.{name}": value for name, value in settings.pop("model").items()}
-    flat = {name: value if isinstance(value, int | float | str) else str(value) for name, value in settings.items()}
-    accelerator.init_trackers("gpt2repro", config=flat)
+        temporary.rename(path)
+    shards.write_json(verified, seen)
+    return yaml.safe_load(path.read_text()).get("run_id")
 
 
 def build_model(recipe: Recipe, config: GPT2ReproConfig) -> GPT2ReproForCausalLM:
     """The model to train, in float32, the same on every process."""
     set_seed(recipe.seed)
-    if recipe.init_from == "scratch" or checkpoint.latest(recipe.output_dir):
-        return GPT2ReproForCausalLM(config)
-    return from_gpt2(find_model(recipe.init_from), config, dtype=torch.float32)
+    if recipe.init_from == "scratch" or (checkpoint.latest(recipe.output_dir) and not recipe.eval_only):
+        model = GPT2ReproForCausalLM(config)
+    else:
+        model = from_gpt2(find_model(recipe.init_from), config, dtype=torch.float32)
+    if recipe.gradient_checkpointing:
+        model.gradient_checkpointing_enable()
+    return model
 
 
 def load_hellaswag(recipe: Recipe, tokenizer, config: GPT2ReproConfig) -> list:
@@ -338,6 +447,13 @@ def load_hellaswag(recipe: Recipe, tokenizer, config: GPT2ReproConfig) -> list:
     if not recipe.hellaswag_every:
         return []
     return [encode_item(item, tokenizer, config.n_positions) for item in load_items(recipe.hellaswag_data)]
+
+
+def print_losses(recipe: Recipe, model, train_data: Mixture, val_data: Mixture, accelerator: Accelerator) -> None:
+    """What a model has learnt of the data, trained on it or not: the loss on as much of either split."""
+    for split, data in (("train", train_data), ("val", val_data)):
+        for name, loss in validation_losses(model, data, recipe, accelerator).items():
+            accelerator.print(f"{name.replace('val', split, 1)} {loss:.4f}")
 
 
 # ---- after the loop ----

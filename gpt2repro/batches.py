@@ -1,6 +1,7 @@
 """Micro-batches of one process, read ahead by worker processes."""
 
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -8,17 +9,17 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from gpt2repro.data_order import mix, source_seed, window_starts
-from gpt2repro.errors import UserError
+from gpt2repro.errors import UserError, first_line
 from gpt2repro.mixture import Mixture
 from gpt2repro.recipe import Recipe
 
 
 @dataclass(frozen=True)
 class MicroBatches(Dataset):
-    """Item i is the i-th micro-batch that this process sends through the model since the start of the run.
+    """Item (b, m) is the m-th micro-batch of batch b that this process sends through the model.
 
-    Step s takes the samples s * S ... s * S + S - 1, where S sequences make a global batch; its micro-batch m takes
-    the next micro_batch_size samples for each rank in turn. So the tokens of a step do not depend on the number of
+    Batch b takes the samples b * S ... b * S + S - 1, where S sequences make a global batch; its micro-batch m takes
+    the next micro_batch_size samples for each rank in turn. So the tokens of a batch do not depend on the number of
     processes.
     """
 
@@ -27,18 +28,17 @@ class MicroBatches(Dataset):
     rank: int
     num_processes: int
 
-    def samples(self, index: int) -> np.ndarray:
-        """(micro_batch_size,) int64: the numbers of the samples in micro-batch `index`."""
-        step, micro = divmod(index, self.recipe.accumulation(self.num_processes))
-        first = step * self.recipe.sequences_per_step
+    def samples(self, batch: int, micro: int) -> np.ndarray:
+        """(micro_batch_size,) int64: the numbers of the samples in a micro-batch."""
+        first = batch * self.recipe.sequences_per_step
         first += (micro * self.num_processes + self.rank) * self.recipe.micro_batch_size
         return np.arange(first, first + self.recipe.micro_batch_size)
 
-    def __getitem__(self, index: int) -> torch.Tensor:
+    def __getitem__(self, where: tuple[int, int]) -> torch.Tensor:
         """(micro_batch_size, T + 1) int64 token ids: inputs are all but the last column, targets all but the first."""
         recipe, T = self.recipe, self.recipe.sequence_length
         tokens = np.empty((recipe.micro_batch_size, T + 1), np.int64)
-        sources, numbers = mix(self.samples(index), self.data.slots, recipe.seed)
+        sources, numbers = mix(self.samples(*where), self.data.slots, recipe.seed)
         for source, stream in enumerate(self.data.streams):
             rows = np.flatnonzero(sources == source)
             seed = source_seed(recipe.seed, source)
@@ -47,21 +47,36 @@ class MicroBatches(Dataset):
                 tokens[row] = stream.read(int(start), T + 1)
         return torch.from_numpy(tokens)
 
-    def iterate(self, first_step: int, pin_memory: bool) -> Iterator[torch.Tensor]:
-        """The micro-batches from `first_step` to the end of the run, in order.
+    def iterate(
+        self, first_step: int, pin_memory: bool, batch_of: Callable[[int], int] = lambda step: step
+    ) -> Iterator[torch.Tensor]:
+        """The micro-batches from `first_step` to the end of the run, in order. Worker processes that die, e.g. for want
+        of shared memory, are replaced, unless the new ones get nothing done.
 
+        Args:
+            batch_of: the batch that a step reads.
         Raises:
             UserError: a token that is no id of the vocabulary.
         """
         accumulation = self.recipe.accumulation(self.num_processes)
-        loader = DataLoader(
-            self,
-            batch_size=None,  # an item is a batch already
-            sampler=range(first_step * accumulation, self.recipe.max_steps * accumulation),
-            num_workers=self.recipe.num_workers,
-            pin_memory=pin_memory,
-        )
-        try:
-            yield from loader
-        except UserError as error:  # a worker process sends it as the last line of its traceback
-            raise UserError(str(error).strip().rpartition("UserError: ")[2]) from error
+        done, restarted_at = first_step * accumulation, -1  # micro-batches since the start of the run
+        while done < self.recipe.max_steps * accumulation:
+            todo = range(done, self.recipe.max_steps * accumulation)
+            loader = DataLoader(
+                self,
+                batch_size=None,  # an item is a batch already
+                sampler=((batch_of(i // accumulation), i % accumulation) for i in todo),
+                num_workers=self.recipe.num_workers,
+                pin_memory=pin_memory,
+            )
+            try:
+                for tokens in loader:
+                    yield tokens
+                    done += 1
+            except UserError as error:  # a worker process sends it as the last line of its traceback
+                raise UserError(str(error).strip().rpartition("UserError: ")[2]) from error
+            except RuntimeError as error:
+                if "DataLoader worker" not in str(error) or done == restarted_at:
+                    raise
+                restarted_at = done
+                print(f"{first_line(error)}; started again", file=sys.stderr, flush=True)

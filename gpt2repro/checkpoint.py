@@ -1,57 +1,239 @@
-"""Checkpoints that are complete or absent."""
+"""Checkpoints that are complete or absent, whole or refused, and of no particular number of processes.
+
+checkpoints/step_00001000/ holds model.safetensors, optimizer.safetensors, trainer_state.json, the configuration of the
+model and its tokenizer, so that it opens as a model folder does, and hashes.json with the sha256 of each file. Nothing
+in it is pickled. The main process alone reads and writes; what it reads it hands to the others, whether
+they hold the model whole (DistributedDataParallel) or in shards (FSDP2), on this machine or on another.
+"""
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from threading import Thread
 
+import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
 
-from gpt2repro.shards import flush
+from gpt2repro.errors import SharedError, UserError, first_line
+from gpt2repro.recipe import Recipe
+from gpt2repro.shards import file_sha256, flush
 
 
-STATE = "trainer_state.json"
+MODEL, OPTIMIZER, STATE, HASHES = "model.safetensors", "optimizer.safetensors", "trainer_state.json", "hashes.json"
+
+
+def complete(output_dir: str | Path) -> list[Path]:
+    """The checkpoints of a run, the oldest first."""
+    return sorted((Path(output_dir) / "checkpoints").glob("step_*"))
 
 
 def latest(output_dir: str | Path) -> Path | None:
-    """The newest complete checkpoint of a run, or None."""
-    found = sorted((Path(output_dir) / "checkpoints").glob("step_*"))
-    return found[-1] if found else None
+    """The newest checkpoint of a run, or None."""
+    return next(reversed(complete(output_dir)), None)
 
 
-def save(accelerator: Accelerator, output_dir: str | Path, state: dict, keep_last: int, model, tokenizer) -> None:
-    """Save model, optimizer and `state` as checkpoints/step_{state["step"]}; called by all processes.
-
-    With the configuration of the model and the tokenizer in it, it opens as a model folder does.
-
-    The checkpoint is written under another name, flushed to disk and renamed; only then are older ones removed, so a
-    crash at any moment leaves at least as many good checkpoints as before.
-    """
-    root = Path(output_dir) / "checkpoints"
-    final = root / f"step_{state['step']:08d}"
-    temporary = root / f"writing_{final.name}"
-    if accelerator.is_main_process:
-        for unfinished in (*root.glob("writing_*"), *root.glob("removing_*")):
-            shutil.rmtree(unfinished)
-        temporary.mkdir(parents=True)
-    accelerator.wait_for_everyone()
-    accelerator.save_state(str(temporary))
-    accelerator.wait_for_everyone()  # save_state returns on a rank before the others have written
-    if accelerator.is_main_process:
-        (temporary / STATE).write_text(json.dumps(state) + "\n")
-        model.config.save_pretrained(temporary)
-        tokenizer.save_pretrained(temporary)
-        for path in (*temporary.rglob("*"), temporary):
-            flush(path)
-        temporary.rename(final)
-        flush(root)
-        for old in sorted(root.glob("step_*"))[:-keep_last]:
-            shutil.rmtree(old.rename(old.with_name(f"removing_{old.name}")))
-    accelerator.wait_for_everyone()
-
-
-def load(accelerator: Accelerator, checkpoint: Path) -> dict:
-    """Load model and optimizer into what was prepared; returns the `state` that was saved with them."""
-    accelerator.load_state(str(checkpoint))
-    # The saved count of micro-batches belongs to the accumulation of then; every checkpoint lies between two steps.
-    accelerator.step = 0
+def read_state(checkpoint: Path) -> dict:
     return json.loads((checkpoint / STATE).read_text())
+
+
+def damage(checkpoint: Path) -> str | None:
+    """What is wrong with a checkpoint: the first file that is missing, or not what was written; None: it is whole."""
+    try:
+        hashes = json.loads((checkpoint / HASHES).read_text())
+    except (OSError, ValueError) as error:
+        return f"{HASHES} cannot be read: {first_line(error)}"
+    for name, sha256 in hashes.items():
+        if not (checkpoint / name).is_file():
+            return f"{name} is missing"
+        if file_sha256(checkpoint / name) != sha256:
+            return f"{name} is damaged: its sha256 differs from the one in {HASHES}"
+    return None
+
+
+class Checkpoints:
+    """Saves and restores a run; all processes call it alike.
+
+    Args:
+        model: the bare model whose parameters are trained, sharded or not.
+        optimizers: bare too, i.e. not accelerate's wrappers.
+        tokenizer: saved along.
+        say: prints a line.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        accelerator: Accelerator,
+        model: torch.nn.Module,
+        optimizers: list[torch.optim.Optimizer],
+        tokenizer,
+        say: Callable[[str], None],
+    ):
+        self.recipe, self.accelerator, self.say = recipe, accelerator, say
+        self.model, self.optimizers, self.tokenizer = model, optimizers, tokenizer
+        self.names = [name for name, _ in model.named_parameters()]  # a tied head has no name of its own
+        self.root = Path(recipe.output_dir) / "checkpoints"
+        self.writer: Thread | None = None
+        self.failure: str | None = None  # why the last save failed
+
+    # ---- saving ----
+
+    def save(self, state: dict) -> None:
+        """Save model, optimizers and `state` as checkpoints/step_{state["step"]}.
+
+        Returns as soon as they are copied; a thread of the main process writes the copy under another name, flushes it
+        and renames it. Only then are older ones removed, so a crash at any moment leaves at least as many good
+        checkpoints as before. If it cannot be written, e.g. as the disk is full, that is said and training goes on.
+        """
+        self.wait()
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True)  # whole tensors, to the main process
+        weights = get_model_state_dict(self.model, options=options)
+        moments = {"state": {}}
+        if all(optimizer.state for optimizer in self.optimizers):  # else torch would make a step to have some
+            moments = get_optimizer_state_dict(self.model, self.optimizers, options=options)
+        if not self.accelerator.is_main_process:
+            return
+        weights = {name: weights[name] for name in self.names}
+        moments = {f"{name}.{key}": value for name, of in moments["state"].items() for key, value in of.items()}
+        if self.accelerator.device.type == "cpu":  # they are still the tensors that training changes
+            weights, moments = ({k: v.clone() for k, v in tensors.items()} for tensors in (weights, moments))
+        if self.accelerator.scaler is not None:
+            state = state | {"scaler": self.accelerator.scaler.state_dict()}
+        self.writer = Thread(target=self._write, args=(weights, moments, state))
+        self.writer.start()
+
+    def wait(self) -> None:
+        """Until what is being saved is on disk."""
+        if self.writer is not None:
+            self.writer.join()
+            self.writer = None
+
+    def close(self) -> None:
+        """Until the main process has written; then any process may end.
+
+        Raises:
+            SharedError: the last save failed.
+        """
+        self.wait()
+        (failure,) = broadcast_object_list([self.failure])
+        if failure:
+            raise SharedError(f"{failure}; make space and repeat the command: it goes on from the newest checkpoint")
+
+    def _write(self, weights: dict, moments: dict, state: dict) -> None:
+        final = self.root / f"step_{state['step']:08d}"
+        temporary = self.root / f"writing_{final.name}"
+        try:
+            for unfinished in (*self.root.glob("writing_*"), *self.root.glob("removing_*")):
+                shutil.rmtree(unfinished)
+            temporary.mkdir(parents=True)
+            save_file(weights, temporary / MODEL, metadata={"format": "pt"})
+            save_file(moments, temporary / OPTIMIZER)
+            (temporary / STATE).write_text(json.dumps(state) + "\n")
+            self.model.config.save_pretrained(temporary)
+            self.tokenizer.save_pretrained(temporary)
+            hashes = {path.name: file_sha256(path) for path in temporary.iterdir()}
+            (temporary / HASHES).write_text(json.dumps(hashes, indent=2) + "\n")
+            for path in (*temporary.iterdir(), temporary):
+                flush(path)
+            temporary.rename(final)
+            flush(self.root)
+            self._remove_old()
+            self.failure = None
+        except (OSError, SafetensorError) as error:
+            self.failure = f"the checkpoint at step {state['step']:,} could not be written ({first_line(error)})"
+            self.say(f"{self.failure}; training goes on")
+            shutil.rmtree(temporary, ignore_errors=True)
+
+    def _remove_old(self) -> None:
+        """All but the last keep_last, every keep_every-th step, and the one with the best validation loss."""
+        found = complete(self.recipe.output_dir)
+        kept = set(found[-self.recipe.keep_last :])
+        if every := self.recipe.keep_every:
+            kept |= {checkpoint for checkpoint in found if read_state(checkpoint)["step"] % every == 0}
+        for old in set(found) - kept - {self._best()}:
+            shutil.rmtree(old.rename(old.with_name(f"removing_{old.name}")))
+
+    # ---- restoring ----
+
+    def restore(self, best: bool = False) -> dict | None:
+        """Load the newest whole checkpoint, or the one with the best validation loss, into model and optimizers.
+
+        A newest one that is damaged is named and set aside as damaged_step_...; the next is taken.
+
+        Returns:
+            The `state` that was saved with it; None where there is none.
+        Raises:
+            SharedError: all are damaged, or it is of another model.
+        """
+        self.wait()
+        state, problem, weights, moments = None, None, {}, {}
+        if self.accelerator.is_main_process:
+            try:
+                if checkpoint := self._best() if best else self._newest_whole():
+                    state = read_state(checkpoint)
+                    weights, moments = self._read(checkpoint)
+            except UserError as error:
+                problem = str(error)
+        state, problem, has_moments = broadcast_object_list([state, problem, bool(moments)])
+        if problem:
+            raise SharedError(problem)
+        if state is None:
+            return None
+        several = self.accelerator.num_processes > 1
+        options = StateDictOptions(
+            full_state_dict=True, broadcast_from_rank0=several, strict=False
+        )  # for the tied head
+        set_model_state_dict(self.model, weights, options=options)
+        for optimizer in self.optimizers:
+            optimizer.state.clear()
+        if has_moments:
+            # What is not a tensor, e.g. the learning rate, is the recipe's.
+            groups = get_optimizer_state_dict(self.model, self.optimizers)["param_groups"]
+            moments = {"state": moments, "param_groups": groups} if self.accelerator.is_main_process else {}
+            set_optimizer_state_dict(self.model, self.optimizers, moments, options=options)
+        if "scaler" in state and self.accelerator.scaler is not None:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
+        return state
+
+    def _newest_whole(self) -> Path | None:
+        found = complete(self.recipe.output_dir)
+        for checkpoint in reversed(found):
+            if (problem := damage(checkpoint)) is None:
+                return checkpoint
+            aside = checkpoint.with_name(f"damaged_{checkpoint.name}")
+            shutil.rmtree(aside, ignore_errors=True)
+            checkpoint.rename(aside)
+            self.say(f"{checkpoint} is not whole ({problem}); it is now {aside.name}, and the one before is taken")
+        if found:
+            raise UserError(f"no checkpoint in {self.root} is whole; to start again, delete {self.recipe.output_dir}")
+        return None
+
+    def _best(self) -> Path | None:
+        losses = {checkpoint: read_state(checkpoint).get("val_loss") for checkpoint in complete(self.recipe.output_dir)}
+        validated = {checkpoint: loss for checkpoint, loss in losses.items() if loss is not None}
+        return min(validated, key=validated.get, default=None)
+
+    def _read(self, checkpoint: Path) -> tuple[dict[str, torch.Tensor], dict[str, dict[str, torch.Tensor]]]:
+        """The weights, and the optimizers' state of each; of the latter nothing where no step was taken yet."""
+        weights, flat = load_file(checkpoint / MODEL), load_file(checkpoint / OPTIMIZER)
+        moments: dict[str, dict] = {}
+        for name, value in flat.items():
+            parameter, _, key = name.rpartition(".")
+            moments.setdefault(parameter, {})[key] = value
+        shapes = {name: parameter.shape for name, parameter in self.model.named_parameters()}
+        if {name: value.shape for name, value in weights.items()} != shapes or (
+            moments and moments.keys() != shapes.keys()
+        ):
+            raise UserError(f"{checkpoint} holds another model; choose another --output_dir")
+        return weights, moments

@@ -16,6 +16,10 @@ class UserError(Exception):
     """A mistake that the user can mend. The message says the value, the rule and the remedy, one line a mistake."""
 
 
+class SharedError(UserError):
+    """A mistake that all processes raise, having heard of it from the main one, which prints it."""
+
+
 def first_line(error: Exception) -> str:
     """What an exception says, without the rest of a page; its type where it says nothing."""
     if isinstance(error, HfHubHTTPError) and error.server_message:  # the Hub's own words come last on its page
@@ -63,7 +67,7 @@ def run_script(main: Callable[[list[str]], None]) -> None:
     except UserError as error:
         rank = os.environ.get("RANK", "0")
         # What is wrong before the processes know each other is wrong in all of them; later it may be one's own.
-        if rank == "0" or torch.distributed.is_initialized():
+        if rank == "0" or (torch.distributed.is_initialized() and not isinstance(error, SharedError)):
             for line in str(error).splitlines():
                 print(f"error: {line}" + (f" (process {rank})" if rank != "0" else ""), file=sys.stderr, flush=True)
         sys.exit(2)

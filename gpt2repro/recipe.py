@@ -73,12 +73,24 @@ class Recipe:
     sample_tokens: int = option(64, "new tokens of each sample", changeable=True)
     sample_temperature: float = option(1.0, "divides the logits of the samples; lower is more careful", changeable=True)
     checkpoint_every: int = option(1000, "steps between checkpoints; there is one at the end too", changeable=True)
-    keep_last: int = option(2, "how many checkpoints are kept", changeable=True)
+    keep_last: int = option(2, "how many checkpoints are kept, besides the one of the best validation", changeable=True)
+    keep_every: int = option(0, "keep each checkpoint whose step is a multiple of this too; 0: none", changeable=True)
+    max_hours: float = option(0.0, "save and end after so many hours, with exit code 75; 0: no limit", changeable=True)
+    patience: int = option(0, "end after so many validations without a better one, with the best; 0: never")
 
+    max_bad_steps: int = option(8, "bad steps in a row after which the run goes back to a checkpoint", changeable=True)
+    max_rollbacks: int = option(3, "how often it goes back before it ends", changeable=True)
+    spike_zscore: float = option(6.0, "a loss so many standard deviations above the last ones is a spike")
+    skip_spikes: bool = option(False, "make no update from a spike")
+
+    eval_only: bool = option(False, "print the losses of init_from on the data, and train nothing", changeable=True)
+    gradient_checkpointing: bool = option(False, "compute activations twice instead of keeping them", changeable=True)
     compile: bool = option(False, "torch.compile the model", changeable=True)
     num_workers: int = option(1, "processes that read batches ahead; 0: none", changeable=True)
     resume: bool = option(True, "go on from the newest checkpoint in output_dir", changeable=True)
     report_to: Literal["none", "tensorboard", "wandb", "trackio"] = option("none", "tracker", changeable=True)
+    peak_tflops: float | None = option(None, "of one device, for MFU; none: by its name", changeable=True)
+    dollars_per_hour: float | None = option(None, "of the whole machine, for the cost of the run", changeable=True)
     push_to_hub: bool = option(False, "upload the model folder at the end", changeable=True)
     license: str | None = option(None, "of the weights, for the model card, e.g. apache-2.0", changeable=True)
     hub_model_id: str | None = option(None, "Hub repository to push to, owner/name", changeable=True)
@@ -139,17 +151,18 @@ class Recipe:
 _RULES = (  # fields, what their value must be, the test of it
     (
         "max_steps global_batch_tokens micro_batch_size sequence_length log_every checkpoint_every keep_last "
-        "sample_tokens",
+        "sample_tokens max_bad_steps",
         "at least 1",
         lambda value: value >= 1,
     ),
     (
         "learning_rate min_learning_rate warmup_steps weight_decay validate_every validation_tokens "
-        "hellaswag_every sample_every num_workers",
+        "hellaswag_every sample_every num_workers keep_every max_hours patience max_rollbacks",
         "at least 0",
         lambda value: value >= 0,
     ),
-    ("adam_epsilon max_grad_norm sample_temperature", "above 0", lambda value: value > 0),
+    ("adam_epsilon max_grad_norm sample_temperature spike_zscore", "above 0", lambda value: value > 0),
+    ("peak_tflops dollars_per_hour", "above 0", lambda value: value is None or value > 0),
     ("seed", "at least 0 and below 2**32", lambda value: 0 <= value < 2**32),
     ("adam_beta1 adam_beta2", "at least 0 and below 1", lambda value: 0 <= value < 1),
     (

@@ -229,6 +229,33 @@ def verify(data_dir: str | Path, num_workers: int = 1, progress: Callable = iter
     return manifest
 
 
+def verify_once(data_dir: str | Path, verified: dict[str, list[int]]) -> dict[str, list[int]]:
+    """Compare the shards' hashes with the manifest, but for those that have not changed since.
+
+    Args:
+        verified: what the last call returned: size in bytes and time of change in ns of each shard.
+    Raises:
+        UserError: one line for each shard that is missing or not what was prepared. Another trainer's files have no
+            hashes, and pass.
+    """
+    root, now, problems = Path(data_dir), {}, []
+    for split in find_manifest(root)["splits"].values():
+        for shard in split["shards"]:
+            path = root / shard["file"]
+            try:
+                status = path.stat()
+                now[str(path)] = [status.st_size, status.st_mtime_ns]
+                same = verified.get(str(path)) == now[str(path)] or shard.get("sha256") in (None, file_sha256(path))
+            except OSError as error:
+                problems.append(f"{path} cannot be read ({error.strerror}); prepare the data again")
+                continue
+            if not same:
+                problems.append(f"{path} is not what was prepared: its sha256 differs; prepare the data again")
+    if problems:
+        raise UserError("\n".join(problems))
+    return now
+
+
 def _shard_problem(path: Path, shard: dict, tokenizer: dict) -> str | None:
     if not path.exists():
         return f"{path} is missing"

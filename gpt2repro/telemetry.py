@@ -14,9 +14,10 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
-from gpt2repro.errors import UserError
+from gpt2repro.guard import Guard
 from gpt2repro.recipe import Recipe
 
 
@@ -33,6 +34,7 @@ PEAK_FLOPS = {
     r"RTX 3090(?! Ti)": 71e12,
     r"V100": 125e12,
 }
+UPDATE_RATIO_EVERY = 100  # steps; it takes a copy of the weights
 ROW_KINDS = ("loss", "val_loss", "hellaswag_acc", "samples")  # the key that tells what a row of metrics.jsonl is
 
 
@@ -92,25 +94,42 @@ class Telemetry:
     """Measures and reports a run: metrics.jsonl, the progress bar and the tracker. All processes call it alike.
 
     Args:
-        model: the bare model, for its size.
-        step: steps done before, in the run that is resumed.
+        model: the bare model.
     """
 
-    def __init__(self, recipe: Recipe, accelerator: Accelerator, model: torch.nn.Module, step: int):
+    def __init__(self, recipe: Recipe, accelerator: Accelerator, model: torch.nn.Module):
         self.recipe, self.accelerator = recipe, accelerator
         self.metrics = Metrics(Path(recipe.output_dir) / "metrics.jsonl") if accelerator.is_main_process else None
-        parameters = sum(p.numel() for p in model.parameters())
-        self.flops_per_token = flops_per_token(model.config, parameters, recipe.sequence_length)
+        self.parameters = list(model.parameters())
+        n_parameters = sum(p.numel() for p in self.parameters)
+        self.flops_per_token = flops_per_token(model.config, n_parameters, recipe.sequence_length)
         self.peak_flops = peak_flops(accelerator.device, accelerator.mixed_precision)
+        if recipe.peak_tflops:
+            self.peak_flops = recipe.peak_tflops * 1e12
         self.bar = tqdm(
             desc="training",
             unit=" steps",
             total=recipe.max_steps,
-            initial=step,
             mininterval=0.5 if sys.stderr.isatty() else 30,  # seconds; a log file needs no moving bar
             disable=not accelerator.is_main_process,
         )
-        self.losses: list[torch.Tensor] = []  # of the steps since the last row
+        self.losses: list[float] = []  # of the steps since the last row
+        self.clipped = 0  # of these steps, how many had their gradient scaled down
+        self.timed_steps = 0  # of these steps, how many this process has made
+        self.hours = 0.0  # of training up to the last row, in all processes before this one too
+        self.waited = 0.0  # seconds that this process has waited for data since the last row
+        self.update_ratio: float | None = None
+        self.lap_start = time.perf_counter()
+
+    def state_dict(self) -> dict:
+        return {"losses": self.losses, "clipped": self.clipped, "hours": self.hours}
+
+    def start(self, step: int, state: dict | None) -> None:
+        """Training begins, or goes on, after `step` steps, with the state of then."""
+        if state is not None:
+            self.losses, self.clipped, self.hours = list(state["losses"]), state["clipped"], state["hours"]
+        self.timed_steps, self.waited = 0, 0.0
+        self.bar.n = self.bar.initial = step
         self.lap_start = time.perf_counter()
 
     @contextlib.contextmanager
@@ -120,40 +139,72 @@ class Telemetry:
         yield
         self.lap_start += time.perf_counter() - began
 
-    def log_step(self, step: int, loss: torch.Tensor, lr: float, grad_norm: torch.Tensor) -> None:
-        """After `step` steps: a row at every log_every-th, its loss the mean since the row before over all processes.
+    def next_of(self, batches: Iterator[torch.Tensor]) -> torch.Tensor:
+        """The next micro-batch; how long it took counts as waiting for data."""
+        began = time.perf_counter()
+        tokens = next(batches)
+        self.waited += time.perf_counter() - began
+        return tokens
+
+    @contextlib.contextmanager
+    def update(self, step: int) -> Iterator[None]:
+        """The update of step `step` is made inside; now and then its size is measured beside that of the weights."""
+        if step % UPDATE_RATIO_EVERY:
+            yield
+            return
+        before = [p.detach().clone() for p in self.parameters]
+        yield
+        difference = torch._foreach_sub([p.detach() for p in self.parameters], before)
+        self.update_ratio = (_norm(difference) / _norm(before)).item()
+
+    def log_step(self, step: int, loss: float, lr: float, grad_norm: float, guard: Guard) -> None:
+        """After `step` steps: a row at every log_every-th, its loss the mean since the row before.
 
         Args:
-            loss: () this process's mean over the step, nats per token.
-            grad_norm: () the global norm before clipping.
+            loss: mean of the step over all processes, nats per token.
+            grad_norm: global, before clipping.
         """
         self.losses.append(loss)
+        self.clipped += grad_norm > self.recipe.max_grad_norm
+        self.timed_steps += 1
         self.bar.update()
+        if guard.bad_batches:
+            self.say(f"step {step:,}: loss {loss:.4f}, gradient norm {grad_norm:.4f}: no update")
+        elif guard.spiked:
+            self.say(f"step {step:,}: loss {loss:.4f} is {guard.zscore:.1f} standard deviations above those before")
         if step % self.recipe.log_every and step != self.recipe.max_steps:
             return
-        mean_loss = self.accelerator.reduce(torch.stack(self.losses).mean(), "mean").item()
-        if not math.isfinite(mean_loss):
-            raise UserError(
-                f"the loss is {mean_loss} at step {step}; the checkpoints in {self.recipe.output_dir} are from before: "
-                "start another run with a lower learning_rate or max_grad_norm, or in float32"
-            )
         now = time.perf_counter()
-        tokens_per_second = len(self.losses) * self.recipe.global_batch_tokens / (now - self.lap_start)
-        self.losses, self.lap_start = [], now
+        seconds = now - self.lap_start
+        self.hours += seconds / 3600
+        tokens_per_second = self.timed_steps * self.recipe.global_batch_tokens / seconds
+        finite = [value for value in self.losses if math.isfinite(value)]
+        mean_loss = sum(finite) / len(finite) if finite else None
         mfu = None
         if self.peak_flops:
             mfu = tokens_per_second * self.flops_per_token / (self.peak_flops * self.accelerator.num_processes)
-        self.log(
-            step,
-            loss=mean_loss,
-            lr=lr,
-            grad_norm=grad_norm.item(),
-            tokens_per_second=tokens_per_second,
-            mfu=mfu,
-            peak_memory_bytes=peak_memory_bytes(self.accelerator.device),
-        )
-        shown = {"loss": f"{mean_loss:.3f}", "tok/s": f"{tokens_per_second:,.0f}"}
+        row = {
+            "loss": mean_loss,
+            "lr": lr,
+            "grad_norm": grad_norm if math.isfinite(grad_norm) else None,
+            "clipped": self.clipped / len(self.losses),
+            "bad_steps": guard.bad_steps,
+            "loss_zscore": guard.zscore,
+            "update_ratio": self.update_ratio,
+            "tokens_per_second": tokens_per_second,
+            "data_wait": self.waited / seconds,
+            "mfu": mfu,
+            "peak_memory_bytes": peak_memory_bytes(self.accelerator.device),
+            "hours": self.hours,
+            "hours_left": seconds / 3600 / self.timed_steps * (self.recipe.max_steps - step),
+        }
+        if self.recipe.dollars_per_hour:
+            row["dollars"] = self.hours * self.recipe.dollars_per_hour
+        self.log(step, **row)
+        shown = {"loss": "none" if mean_loss is None else f"{mean_loss:.3f}", "tok/s": f"{tokens_per_second:,.0f}"}
         self.bar.set_postfix(shown | ({"MFU": f"{mfu:.1%}"} if mfu else {}), refresh=False)
+        self.losses, self.clipped, self.timed_steps, self.waited, self.update_ratio = [], 0, 0, 0.0, None
+        self.lap_start = now
 
     def log(self, step: int, **values) -> None:
         """A row of other values, e.g. val_loss or samples."""
@@ -171,6 +222,11 @@ class Telemetry:
     def close(self) -> None:
         self.bar.close()
         self.accelerator.end_training()
+
+
+def _norm(tensors: list[torch.Tensor]) -> torch.Tensor:
+    norm = torch.nn.utils.get_total_norm(tensors)
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
 def _kind(row: dict) -> str:

@@ -67,7 +67,7 @@ def global_batch(data, step, num_processes=1, micro_batch_size=16, **fields):
     run = recipe(micro_batch_size=micro_batch_size, **fields)
     ranks = [MicroBatches(data, run, rank, num_processes) for rank in range(num_processes)]
     accumulation = run.accumulation(num_processes)
-    return torch.cat([rank[step * accumulation + micro] for micro in range(accumulation) for rank in ranks])
+    return torch.cat([rank[step, micro] for micro in range(accumulation) for rank in ranks])
 
 
 # ---- shares ----
@@ -185,7 +185,7 @@ def test_any_layout_reads_the_identical_stream(directories, num_processes, micro
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_a_resumed_run_reads_the_tail_of_the_whole_run(directories, num_workers):
     batches = MicroBatches(Mixture.open(directories, "train"), recipe(max_steps=70, num_workers=num_workers), 1, 2)
-    whole = [batches[i] for i in range(70 * 4)]
+    whole = [batches[step, micro] for step in range(70) for micro in range(4)]
     resumed = list(batches.iterate(60, pin_memory=False))
     assert len(resumed) == 10 * 4 and all(torch.equal(a, b) for a, b in zip(resumed, whole[60 * 4 :]))
 

@@ -116,7 +116,8 @@ def test_metrics_have_every_step_once_and_the_contracts_keys(trained):
     output_dir, _ = trained
     steps = rows(output_dir, "loss")
     assert [row["step"] for row in steps] == list(range(1, 61))
-    keys = {"step", "tokens", "loss", "lr", "grad_norm", "tokens_per_second", "mfu", "peak_memory_bytes"}
+    keys = {"step", "tokens", "loss", "lr", "grad_norm", "clipped", "bad_steps", "loss_zscore", "update_ratio"}
+    keys |= {"tokens_per_second", "data_wait", "mfu", "peak_memory_bytes", "hours", "hours_left"}
     assert all(row.keys() == keys and row["tokens"] == 1024 * row["step"] for row in steps)
     assert [row["step"] for row in rows(output_dir, "val_loss")] == [20, 40, 60]
     assert [row["step"] for row in rows(output_dir, "samples")] == [*range(3, 61, 3)]
@@ -125,7 +126,7 @@ def test_metrics_have_every_step_once_and_the_contracts_keys(trained):
 def test_run_directory_is_as_documented(trained):
     output_dir, stdout = trained
     assert sorted(path.name for path in output_dir.iterdir()) == [
-        "checkpoints", "loss.png", "metrics.jsonl", "model", "recipe.yaml",
+        ".verified.json", "checkpoints", "loss.png", "metrics.jsonl", "model", "recipe.yaml",
     ]  # fmt: skip
     assert [path.name for path in sorted((output_dir / "checkpoints").iterdir())] == ["step_00000040", "step_00000060"]
     record = yaml.safe_load((output_dir / "recipe.yaml").read_text())
@@ -385,9 +386,16 @@ def test_model_field_out_of_its_range_is_refused(refused, field):
     assert f"{name}=" in refused(f"--model.{name}", value.strip("'"))
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(train, tmp_path):
-    done = train(tmp_path / "run", "--max_steps", 8, "--learning_rate", "1e30", check=False)
-    assert done.returncode == 2 and "error: the loss is nan at step" in done.stderr
+def test_a_model_that_is_broken_goes_back_and_ends_the_run(train, tmp_path):
+    """The first update breaks the weights; every checkpoint after it is broken too."""
+    flags = ("--max_steps", 50, "--learning_rate", "1e30", "--validate_every", 0, "--sample_every", 0)
+    done = train(tmp_path / "run", *flags, "--checkpoint_every", 2, "--max_bad_steps", 3, check=False)
+    assert done.returncode == 2
+    assert done.stdout.count("back to step") == 3
+    assert "error: 3 steps in a row could not be taken" in done.stderr and "Traceback" not in done.stderr
+    assert "after 3 rollbacks; start another run with a lower learning_rate" in done.stderr
+    done = train(tmp_path / "none", *flags, "--max_bad_steps", 3, check=False)
+    assert done.returncode == 2 and "there is no checkpoint to go back to" in done.stderr
 
 
 def test_another_vocabulary_than_the_datas_is_refused(refused):
