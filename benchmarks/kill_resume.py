@@ -38,7 +38,7 @@ sample_every: 30
 sample_tokens: 8
 checkpoint_every: 3
 num_workers: 1
-model: {n_layer: 2, n_head: 2, n_embd: 64, n_positions: 64, resid_pdrop: 0.1, embd_pdrop: 0.1, attn_pdrop: 0.1}
+model: {n_layer: 2, n_head: 2, n_embd: 128, n_positions: 64, resid_pdrop: 0.1, embd_pdrop: 0.1, attn_pdrop: 0.1}
 """
 OF_THE_CLOCK = ("tokens_per_second", "data_wait", "hours", "hours_left")  # keys of metrics that no two runs share
 
@@ -68,9 +68,9 @@ def main() -> None:
                 moment = rng.uniform(0, life)
                 if kills == args.kills or not run.alive_at(moment, saving):
                     break
-                in_saving += run.is_saving()
                 run.kill()
                 kills += 1
+                in_saving += run.is_saving()
                 print(f"kill {kills}: {run.newest()}", file=sys.stderr, flush=True)
             status = run.wait()
             lost += status != 0
@@ -126,10 +126,11 @@ class Run:
         while time.monotonic() < end or (saving and not self.is_saving()):
             if self.process.poll() is not None:
                 return False
-            time.sleep(0.001)
+            time.sleep(0 if saving else 0.01)
         return self.process.poll() is None
 
     def is_saving(self) -> bool:
+        """Whether a checkpoint is half-written; after a kill, whether it came then."""
         return any(self.output_dir.glob("checkpoints/writing_*"))
 
     def kill(self) -> None:

@@ -19,7 +19,7 @@ from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, LlamaConfig
 import prepare_data
 import train_accelerate
 from gpt2repro.errors import UserError
-from gpt2repro.shards import TokenStream, read_manifest, unigram_entropy
+from gpt2repro.shards import TokenStream, file_sha256, read_manifest, unigram_entropy
 from gpt2repro.telemetry import read_metrics
 
 
@@ -278,8 +278,9 @@ def mixed(data_dir, tmp_path_factory):
     other = root / "reversed"
     shutil.copytree(data_dir, other)
     manifest = json.loads((other / "manifest.json").read_text())
-    for path in other.glob("*.npy"):
-        np.save(path, np.load(path)[::-1])
+    for shard in [shard for split in manifest["splits"].values() for shard in split["shards"]]:
+        np.save(other / shard["file"], np.load(other / shard["file"])[::-1])
+        shard["sha256"] = file_sha256(other / shard["file"])
     (other / "manifest.json").write_text(json.dumps(manifest | {"corpus": {"name": "reversed"}}))
     return "--data", f"{data_dir}=0.75", f"{other}=0.25"
 
