@@ -281,6 +281,10 @@ DAMAGES = {
     "dropped shard": (edit_manifest(lambda manifest: manifest["splits"]["train"]["shards"].pop()), "train .*tokens"),
     "vocabulary": (edit_manifest(lambda manifest: manifest["tokenizer"].update(vocab_size=EOT)), "token 99, above"),
     "other tokenizer": (change_tokenizer, r"tokenizer\.json"),
+    "a folder for a shard": (
+        lambda d: ((d / "train_00001.npy").unlink(), (d / "train_00001.npy").mkdir()),
+        "train_00001.npy is missing",
+    ),
     "missing tokenizer": (lambda directory: shutil.rmtree(directory / "tokenizer"), r"tokenizer\.json"),
 }
 
@@ -304,12 +308,20 @@ def test_verify_reports_every_damaged_file(tmp_path):
 
 
 UNREADABLE = {
-    "truncated shard": (truncate, "cannot be opened"),
+    "truncated shard": (truncate, "cannot be opened.*delete .* and repeat the `python prepare_data.py` command"),
     "missing shard": (remove_shard, "cannot be opened"),
     "tokens of a shard": (edit_shard(tokens=49), "holds 50 tokens, the manifest says 49"),
     "unfinished": (lambda directory: (directory / "manifest.json").unlink(), "no manifest.json.*unfinished"),
     "other version": (edit_manifest(lambda manifest: manifest.update(format_version=0)), "format version 0"),
-    "broken manifest": (lambda directory: (directory / "manifest.json").write_text("{"), r"manifest\.json"),
+    "broken manifest": (lambda directory: (directory / "manifest.json").write_text("{"), r"manifest\.json is damaged"),
+    "a list": (lambda directory: (directory / "manifest.json").write_text("[]"), r"manifest\.json is damaged"),
+    "nothing": (lambda directory: (directory / "manifest.json").write_text("null"), r"manifest\.json is damaged"),
+    "no splits": (edit_manifest(lambda manifest: manifest.pop("splits")), r"manifest\.json is damaged"),
+    "no vocabulary": (edit_manifest(lambda m: m["tokenizer"].pop("vocab_size")), r"manifest\.json is damaged"),
+    "a folder for a shard": (
+        lambda d: ((d / "train_00001.npy").unlink(), (d / "train_00001.npy").mkdir()),
+        "train_00001.npy cannot be opened",
+    ),
     "missing": (shutil.rmtree, "does not exist"),
 }
 

@@ -261,6 +261,7 @@ def test_padding_and_truncation_of_a_saved_tokenizer_do_not_reach_the_data(topic
     [
         ("bpe:200", "bpe:200: .* above 256"),
         ("bpe:256", "bpe:256: .* above 256"),
+        ("bpe:12345678901234567890123", "bpe:12345678901234567890123: .* up to 2.31"),
         ("bpe:many", "bpe:many: bpe:N needs a number"),
         ("bpe:5000", "only 266 token ids; use --tokenizer bpe:266 or more text"),
         ("no_such_folder", "no_such_folder: neither gpt2, char nor bpe:N, nor a folder or Hub id"),
