@@ -289,6 +289,21 @@ def _shard_problem(path: Path, shard: dict, tokenizer: dict) -> str | None:
     return None
 
 
+def map_shard(path: Path, offset: int | None, tokens: int) -> np.ndarray:
+    """The tokens of an .npy file, or of a raw file so many uint16 from that byte on, memory-mapped.
+
+    Raises:
+        UserError: it cannot be opened.
+    """
+    try:
+        return np.load(path, mmap_mode="r") if offset is None else np.memmap(path, "<u2", "r", offset, tokens)
+    except (OSError, ValueError, EOFError) as error:
+        remedy = again(path.parent) if offset is None else "copy it again"
+        if getattr(error, "errno", None) == errno.EMFILE:
+            remedy = "allow this process more open files with `ulimit -n`"
+        raise UserError(f"shard {path} cannot be opened ({first_line(error)}); {remedy}") from error
+
+
 @dataclass(frozen=True)
 class TokenStream:
     """The shards of one split as one long sequence of tokens, memory-mapped when they are read."""
@@ -322,23 +337,11 @@ class TokenStream:
 
     def arrays(self) -> Iterator[np.ndarray]:
         """The shards, one after another."""
-        return map(self._map, range(len(self.paths)))
-
-    def _map(self, shard: int) -> np.ndarray:
-        path, offset = self.paths[shard], self.offsets[shard]
-        try:
-            if offset is None:
-                return np.load(path, mmap_mode="r")
-            return np.memmap(path, "<u2", "r", offset, self.lengths[shard])
-        except (OSError, ValueError, EOFError) as error:
-            remedy = again(path.parent) if offset is None else "copy it again"
-            if getattr(error, "errno", None) == errno.EMFILE:
-                remedy = "allow this process more open files with `ulimit -n`"
-            raise UserError(f"shard {path} cannot be opened ({first_line(error)}); {remedy}") from error
+        return map(map_shard, self.paths, self.offsets, self.lengths)
 
     @cached_property
-    def _mapped(self) -> Callable[[int], np.ndarray]:
-        return lru_cache(MAPPED_SHARDS)(self._map)
+    def _mapped(self) -> Callable[[Path, int | None, int], np.ndarray]:
+        return lru_cache(MAPPED_SHARDS)(map_shard)
 
     @cached_property
     def _ends(self) -> np.ndarray:
@@ -364,7 +367,8 @@ class TokenStream:
         shard = int(np.searchsorted(self._ends, start, side="right"))
         while done < length:
             offset = start + done - (int(self._ends[shard]) - self.lengths[shard])
-            part = self._mapped(shard)[offset : offset + length - done]
+            tokens = self._mapped(self.paths[shard], self.offsets[shard], self.lengths[shard])
+            part = tokens[offset : offset + length - done]
             out[done : done + len(part)] = part
             done += len(part)
             shard += 1
