@@ -10,6 +10,7 @@ import random
 import shutil
 import signal
 import time
+from pathlib import Path
 
 import fsspec
 import numpy as np
@@ -338,6 +339,34 @@ def test_merged_validation_is_what_one_part_writes(source, command, tmp_path, mo
     assert contents(tmp_path / "one")["val_00000.npy"] == contents(tmp_path / "many")["val_00000.npy"]
     assert len(many["train"]["shards"]) > len(one["train"]["shards"])
     assert np.array_equal(tokens_of(tmp_path / "one", "train"), tokens_of(tmp_path / "many", "train"))
+
+
+@pytest.mark.parametrize("renamed", [0, 1, 3])
+@pytest.mark.parametrize("damage", ["missing", "cut"])
+def test_a_part_whose_shard_is_gone_is_made_again(
+    source, command, uninterrupted, tmp_path, monkeypatch, renamed, damage
+):
+    """Before the shards have their final names, and while they are given them."""
+    monkeypatch.setattr(corpora, "PART_BYTES", PART_BYTES)
+    output_dir, replace, names = tmp_path / "out", Path.replace, []
+
+    def stopping(path, target):
+        if target.parent == output_dir and target.suffix == ".npy":
+            names.append(target)
+            if len(names) > renamed:
+                raise KeyboardInterrupt
+        return replace(path, target)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Path, "replace", stopping)
+        prepare(*command, "--output_dir", output_dir)
+    shard = names[0] if renamed else output_dir / "parts" / "part_00002_train_00000.npy"
+    if damage == "cut":
+        shard.write_bytes(shard.read_bytes()[:-2])
+    else:
+        shard.unlink()
+    prepare(*command, "--output_dir", output_dir)
+    assert contents(output_dir) == uninterrupted
 
 
 # ---- cuts of files ----

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import pickle
+import resource
 import shutil
 
 import numpy as np
@@ -343,3 +344,30 @@ def test_json_files_are_complete_or_absent(tmp_path):
     assert json.loads(path.read_text()) == {"old": 1}
     shards.write_json(path, {"new": 1})
     assert [json.loads(file.read_text()) for file in tmp_path.iterdir()] == [{"new": 1}]
+
+
+def test_more_shards_than_a_process_may_open(tmp_path):
+    """Read at random and again, in this process and from a copy."""
+    stream = TokenStream.open(write_prepared(tmp_path, 1), "train")
+    tokens, limits = flat(make_documents()), resource.getrlimit(resource.RLIMIT_NOFILE)
+    assert len(stream.paths) > 300
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 150, limits[1]))
+    try:
+        streams = [TokenStream.open(tmp_path, "train"), pickle.loads(pickle.dumps(stream))]
+        for start in np.random.default_rng(0).integers(0, len(tokens) - 3, 500).tolist():
+            assert streams[0].read(start, 3).tolist() == tokens[start : start + 3]
+        del streams[0]
+        assert streams[0].read(0, len(tokens)).tolist() == tokens
+        assert streams[0].counts(100).sum() == len(tokens)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+
+def test_another_trainers_folder_has_nothing_to_verify(tmp_path):
+    np.zeros(99, np.uint16).tofile(tmp_path / "train.bin")
+    with pytest.raises(UserError, match="holds nanoGPT's tokens, which have no manifest.json"):
+        shards.verify(tmp_path)
+
+
+def test_a_manifest_without_the_hashes_of_all_tokenizer_files_is_read(tmp_path):
+    assert "tokenizer_files" not in shards.verify(write_prepared(tmp_path))
