@@ -150,6 +150,8 @@ def tidy(output_dir: Path) -> None:
 
 def deduplicated(args: argparse.Namespace, corpus: Corpus) -> dict | None:
     """Run the deduplication, whose statistics the manifest records; None while Slurm is at it."""
+    if corpus.single_text or not all(piece.path for piece in corpus.pieces):
+        raise UserError(f"--dedup {args.dedup}: {args.corpus} is not many documents in files; leave it out")
     return deduplicate(
         corpus.pieces,
         Path(args.output_dir) / DEDUPLICATED,
@@ -383,6 +385,8 @@ def summary(directory: str | Path, manifest: dict) -> str:
         f"{name} {split['tokens']:,} tokens, {split['documents']:,} documents, {len(split['shards'])} shards"
         for name, split in manifest["splits"].items()
     ]
+    if left_out := sum(manifest.get("skipped_documents", {}).values()):
+        parts.append(f"{left_out:,} rows left out, which had no text")
     tokenizer = manifest["tokenizer"]
     return f"{directory}: {'; '.join(parts)}; tokenizer {tokenizer['name']}, {tokenizer['vocab_size']:,} ids"
 

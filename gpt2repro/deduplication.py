@@ -1,7 +1,8 @@
 """Deduplication before tokenization, with datatrove: exact URL (the first is kept), then MinHash.
 
-datatrove's blocks do the work and its executors run them, on this machine or on a cluster. Tasks follow from the input
-files alone, so the result is the same for every executor and number of workers. The output directory holds
+datatrove's blocks do the work and its executors run them, on this machine or on a cluster; the documents are read as
+corpora.py reads them. Tasks follow from the input files alone, so the result is the same for every executor and number
+of workers. The output directory holds
 
     documents/00000.parquet ...      what is kept, in corpus order: text, id (file/row), url, bytes, cluster
     removed/url/, removed/minhash/   what is not, likewise

@@ -70,3 +70,10 @@ def test_what_is_no_duplicate_is_prepared_as_without_deduplication(tmp_path, top
         (a, *_), (b, *_) = (plain["splits"][split]["shards"], unique["splits"][split]["shards"])
         tokens = [np.load(tmp_path / name / shard["file"]) for name, shard in (("plain", a), ("unique", b))]
         assert np.array_equal(*tokens)
+
+
+def test_one_text_has_no_duplicates(tmp_path):
+    (tmp_path / "a.txt").write_text("one")
+    for corpus in (["files", "--source", tmp_path / "a.txt"], ["python-docs"]):
+        with pytest.raises(UserError, match="is not many documents in files"):
+            prepare(*corpus, "--output_dir", tmp_path / "out", "--dedup", "minhash")
