@@ -26,10 +26,10 @@ from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from gpt2repro import preparation, shards
-from gpt2repro.corpora import HUB_CORPORA, LOCAL_CORPORA, Corpus, open_corpus
+from gpt2repro.corpora import HUB_CORPORA, LOCAL_CORPORA, SKIPPED, Corpus, open_corpus, with_attempts
 from gpt2repro.deduplication import EXECUTORS, deduplicate
 from gpt2repro.errors import Parser, UserError, run_script
-from gpt2repro.tokenization import build_tokenizer
+from gpt2repro.tokenization import build_tokenizer, expected_vocab_size
 
 
 SETTINGS = "preparing.json"  # stands in an unfinished directory: what is being prepared there
@@ -39,6 +39,11 @@ DEDUPLICATED = "deduplicated"  # the folder in the output directory that the ded
 NOT_SETTINGS = {"output_dir", "num_workers", "executor", "slurm_partition", "slurm_time", "verify", "describe"}
 # What the deduplication depends on
 DEDUPLICATION_SETTINGS = ("corpus", "source", "text_column", "hub_config", "split", "revision", "dedup", "url_column")
+
+
+SHARD_TOKENS_HELP = (
+    "tokens a shard, at most; a part of the corpus, about 90 million tokens, ends one too (default: %(default)s)"
+)
 
 
 def main(argv: list[str]) -> None:
@@ -55,33 +60,37 @@ def main(argv: list[str]) -> None:
         return
 
     output_dir = Path(args.output_dir)
-    if not already_prepared(output_dir, args):
-        with preparation.no_space(output_dir), locked(output_dir):
-            if not already_prepared(output_dir, args):  # by a command that has just let the lock go
-                prepare(output_dir, args)
+    with preparation.no_space(output_dir):
+        if not already_prepared(output_dir, args):
+            with locked(output_dir):
+                if not already_prepared(output_dir, args):  # by a command that has just let the lock go
+                    prepare(output_dir, args)
 
 
 def prepare(output_dir: Path, args: argparse.Namespace) -> None:
     """Make the directory, or what is missing of it."""
     corpus = open_asked(output_dir, args)
     split = split_settings(args, corpus)
-    shards.write_json(output_dir / SETTINGS, settings_of(args) | {"corpus_facts": corpus.facts})
+    tokenizer_name = args.tokenizer or corpus.default_tokenizer
+    check_space(output_dir, corpus, expected_vocab_size(tokenizer_name), args)
+    begun = settings_of(args) | {"corpus_facts": corpus.facts, "modified": corpus.modified}
+    built = tokenizer_of(output_dir, begun)
+    shards.write_json(output_dir / SETTINGS, begun | built)
     report = None
     if args.dedup:
         if (report := deduplicated(args, corpus)) is None:
             print("Slurm has the jobs; repeat this command when they are done, to tokenize what is kept")
             return
         corpus = replace(corpus, pieces=open_corpus("files", str(output_dir / DEDUPLICATED / "documents")).pieces)
-    tokenizer_name = args.tokenizer or corpus.default_tokenizer
-    check_space(output_dir, corpus, tokenizer_name, args.max_tokens)
-
-    tokenizer = build_tokenizer(tokenizer_name, islice(corpus.documents(), args.tokenizer_documents))
-    tokenizer.fast.save_pretrained(output_dir / "tokenizer")
+    if not built:
+        built = build_and_save(tokenizer_name, corpus, args)
+        shards.write_json(output_dir / SETTINGS, begun | built)
+    tokenizer = built["tokenizer_facts"]
     common = preparation.Settings(
         output_dir=output_dir,
         tokenizer=tokenizer_name,
-        vocab_size=tokenizer.vocab_size,
-        eot_id=tokenizer.eot_id,
+        vocab_size=tokenizer["vocab_size"],
+        eot_id=tokenizer["eot_id"],
         shard_tokens=args.shard_tokens,
         val_fraction=split.get("val_fraction", 0.0),
         single_text=corpus.single_text,
@@ -89,20 +98,47 @@ def prepare(output_dir: Path, args: argparse.Namespace) -> None:
     quota = preparation.Quota(split.get("val_tokens", 0), args.max_tokens, args.max_documents)
     with Progress(corpus, args.num_workers) as progress:
         records = preparation.prepare_parts(corpus.parts(), common, quota, args.num_workers, progress.show)
-    refuse_an_empty_split(output_dir, records, split)
+    refuse_an_empty_split(output_dir, records, split, corpus, args)
+    counted = [record["notes"] for record in records] + ([report["notes"]] if report else [])
+    notes = {note: sum(counts[note] for counts in counted) for note in preparation.COUNTED}
     manifest = {
         "format_version": shards.FORMAT_VERSION,
         "corpus": {"name": args.corpus, **corpus.facts},
-        "tokenizer": tokenizer.describe(),
+        "tokenizer": tokenizer,
+        "tokenizer_files": built["tokenizer_files"],
         "deduplication": report,
         "split": split,
         "settings": settings_of(args),
-        "repaired_documents": sum(record["repaired"] for record in records),
+        "repaired_documents": notes["repaired"],
+        "skipped_documents": {note: notes[note] for note in SKIPPED},
         "splits": preparation.put_together(records, common),
     }
     shards.write_json(output_dir / shards.MANIFEST, shards.seal(manifest))
     tidy(output_dir)
     print(summary(output_dir, manifest))
+
+
+def build_and_save(name: str, corpus: Corpus, args: argparse.Namespace) -> dict:
+    """Build the tokenizer, of all the documents if its tokens are characters; returns what SETTINGS keeps of it."""
+    count = args.max_documents if name == "char" else args.tokenizer_documents
+    tokenizer = with_attempts(lambda: build_tokenizer(name, islice(corpus.texts(), count)))
+    folder = Path(args.output_dir) / "tokenizer"
+    shutil.rmtree(folder, ignore_errors=True)
+    tokenizer.fast.save_pretrained(folder)
+    hashes = {path.name: shards.file_sha256(path) for path in sorted(folder.iterdir())}
+    return {"tokenizer_facts": tokenizer.describe(), "tokenizer_files": hashes}
+
+
+def tokenizer_of(output_dir: Path, begun: dict) -> dict:
+    """What build_and_save returned when the same preparation ran before; {} where it is not there."""
+    recorded = recorded_settings(output_dir / SETTINGS) or {}
+    built = {key: recorded.pop(key, {}) for key in ("tokenizer_facts", "tokenizer_files")}
+    files = built["tokenizer_files"]
+    same = recorded == begun and all(
+        (path := output_dir / "tokenizer" / name).is_file() and shards.file_sha256(path) == sha256
+        for name, sha256 in files.items()
+    )
+    return built if files and same else {}
 
 
 def tidy(output_dir: Path) -> None:
@@ -114,11 +150,10 @@ def tidy(output_dir: Path) -> None:
 
 def deduplicated(args: argparse.Namespace, corpus: Corpus) -> dict | None:
     """Run the deduplication, whose statistics the manifest records; None while Slurm is at it."""
-    files = list(dict.fromkeys(piece.path for piece in corpus.pieces))
-    if not all(piece.reader in ("json lines", "parquet") for piece in corpus.pieces):
-        raise UserError("--dedup reads .jsonl, .jsonl.gz and .parquet files; this corpus has others")
+    if corpus.single_text or not all(piece.path for piece in corpus.pieces):
+        raise UserError(f"--dedup {args.dedup}: {args.corpus} is not many documents in files; leave it out")
     return deduplicate(
-        files,
+        corpus.pieces,
         Path(args.output_dir) / DEDUPLICATED,
         args.dedup.split(","),
         args.executor,
@@ -137,7 +172,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--output_dir", help="where the shards go")
     parser.add_argument("--source", help="local file or folder, for `files` and the shakespeare corpora")
     parser.add_argument("--tokenizer", help="gpt2, char, bpe:N, or a saved one (default: the corpus's usual one)")
-    parser.add_argument("--shard_tokens", type=int, default=100_000_000, help="tokens a shard (default: %(default)s)")
+    parser.add_argument("--shard_tokens", type=int, default=100_000_000, help=SHARD_TOKENS_HELP)
     parser.add_argument("--val_tokens", type=int, help="validation: the first documents, at least so many tokens")
     parser.add_argument(
         "--val_fraction",
@@ -154,7 +189,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
         "--tokenizer_documents",
         type=int,
         default=1_000_000,
-        help="bpe:N and char learn from the first so many documents (default: %(default)s)",
+        help="bpe:N learns from the first so many documents (default: %(default)s); char takes them all",
     )
     parser.add_argument("--dedup", metavar="METHODS", help="remove duplicates first: url, minhash, or url,minhash")
     parser.add_argument("--url_column", default="url", help="column of the documents' URLs (default: url)")
@@ -214,12 +249,18 @@ def already_prepared(output_dir: Path, args: argparse.Namespace) -> bool:
             )
         if name == SETTINGS:
             return False
-        if args.corpus == "files":  # they may have changed since
+        if args.corpus == "files" or Path(args.corpus).is_dir():  # they may have changed since
             open_asked(output_dir, args)
+        manifest = shards.read_manifest(output_dir)
+        if damaged := shards.unsound(output_dir, manifest):
+            raise UserError("\n".join(f"{problem}; {shards.again(output_dir)}" for problem in damaged))
         tidy(output_dir)  # perhaps the last moments were missing
-        print(f"already prepared: {summary(output_dir, shards.read_manifest(output_dir))}")
+        print(f"already prepared: {summary(output_dir, manifest)}")
         return True
     raise UserError(f"{output_dir} exists and was not made by prepare_data.py; choose another --output_dir")
+
+
+NAMES = {"files": "list of files", "modified": "times of change"}  # of facts that are not called like their flags
 
 
 def open_asked(output_dir: Path, args: argparse.Namespace) -> Corpus:
@@ -229,13 +270,15 @@ def open_asked(output_dir: Path, args: argparse.Namespace) -> Corpus:
         UserError: it cannot be had, or it is not the corpus that the directory was begun with.
     """
     recorded = {}
-    if (path := output_dir / shards.MANIFEST).exists():
-        recorded = json.loads(path.read_text())["corpus"]
+    if (output_dir / shards.MANIFEST).exists():
+        recorded = shards.read_manifest(output_dir)["corpus"]
     elif (output_dir / DEDUPLICATED).exists() or any(output_dir.glob("parts/part_*.json")):
-        recorded = json.loads((output_dir / SETTINGS).read_text())["corpus_facts"]
+        found = recorded_settings(output_dir / SETTINGS) or {}
+        recorded = found.get("corpus_facts", {}) | {"modified": found.get("modified")}
     revision = args.revision or recorded.get("revision")
     corpus = open_corpus(args.corpus, args.source, args.text_column, args.hub_config, args.split, revision)
-    if changed := [fact for fact, value in corpus.facts.items() if recorded and recorded.get(fact) != value]:
+    asked = corpus.facts | ({"modified": corpus.modified} if "modified" in recorded else {})
+    if changed := [NAMES.get(fact, fact) for fact in asked if recorded and recorded.get(fact) != asked[fact]]:
         raise UserError(
             f"the corpus is not the one that {output_dir} was begun with: its {' and '.join(changed)} changed; "
             "choose another --output_dir, or delete it"
@@ -283,12 +326,16 @@ def locked(output_dir: Path) -> Iterator[None]:
             output_dir.rmdir()  # where nothing was begun
 
 
-def check_space(output_dir: Path, corpus: Corpus, tokenizer_name: str, max_tokens: int | None) -> None:
-    """Say how much disk the shards will need, and refuse what cannot fit."""
-    bytes_per_token = 1 if tokenizer_name == "char" else 4  # of UTF-8; English text has 4.2 to 4.8 with GPT-2's
-    tokens = min(sum(piece.bytes for piece in corpus.pieces) // bytes_per_token, max_tokens or math.inf)
-    made = sum(path.stat().st_size for path in output_dir.rglob("*.npy"))
-    need, free = tokens * 2 / 1e9, (shutil.disk_usage(output_dir).free + made) / 1e9
+def check_space(output_dir: Path, corpus: Corpus, vocab_size: int, args: argparse.Namespace) -> None:
+    """Say how much disk the preparation will need, and refuse what cannot fit."""
+    text = sum(piece.bytes for piece in corpus.pieces)
+    characters = (args.tokenizer or corpus.default_tokenizer) == "char"
+    bytes_per_token = 1 if characters else 4  # of UTF-8; English text has 4.2 to 4.8 with GPT-2's
+    tokens = min(text // bytes_per_token, args.max_tokens or math.inf)
+    made = sum(path.stat().st_size for path in output_dir.rglob("*") if path.is_file())
+    # The deduplication keeps the text, compressed to a half or less, and 952 bytes of a document of a few thousand.
+    need = (tokens * shards.token_dtype(vocab_size).itemsize + (0.75 * text if args.dedup else 0)) / 1e9
+    free = (shutil.disk_usage(output_dir).free + made) / 1e9
     if tokens:
         print(f"needs about {need:,.1f} GB of disk, {free:,.1f} GB are free", flush=True)
     if need > free:
@@ -319,13 +366,18 @@ class Progress(tqdm):
         self.set_postfix_str(f"{documents:,} documents, {tokens:,} tokens, {rate:,.0f} tokens/s", refresh=False)
 
 
-def refuse_an_empty_split(output_dir: Path, records: list[dict], split: dict) -> None:
+def refuse_an_empty_split(
+    output_dir: Path, records: list[dict], split: dict, corpus: Corpus, args: argparse.Namespace
+) -> None:
     for name in shards.SPLITS:
         if not any(record["splits"][name]["tokens"] for record in records):
             preparation.clean_up(output_dir)  # so that the same directory takes the other setting
-            raise UserError(
-                f"the {name} split got no document ({split}); choose another --val_tokens or --val_fraction"
-            )
+            remedy = "choose another --val_tokens or --val_fraction"
+            limits = {key: getattr(args, key) for key in ("max_tokens", "max_documents") if getattr(args, key)}
+            if limits:
+                limited = " and ".join(f"--{key} {value}" for key, value in limits.items())
+                remedy = f"allow more than {limited}" + ("" if corpus.single_text else f", or {remedy}")
+            raise UserError(f"the {name} split got no document ({split}); {remedy}")
 
 
 def summary(directory: str | Path, manifest: dict) -> str:
@@ -333,6 +385,8 @@ def summary(directory: str | Path, manifest: dict) -> str:
         f"{name} {split['tokens']:,} tokens, {split['documents']:,} documents, {len(split['shards'])} shards"
         for name, split in manifest["splits"].items()
     ]
+    if left_out := sum(manifest.get("skipped_documents", {}).values()):
+        parts.append(f"{left_out:,} rows left out, which had no text")
     tokenizer = manifest["tokenizer"]
     return f"{directory}: {'; '.join(parts)}; tokenizer {tokenizer['name']}, {tokenizer['vocab_size']:,} ids"
 

@@ -21,6 +21,7 @@ import json
 import os
 import platform
 import random
+import resource
 import statistics
 import sys
 import sysconfig
@@ -59,14 +60,19 @@ def main() -> None:
         write_files(work / "input", corpus)
         for level, pairs in planted.items():
             write_files(work / "input", [copy for _, copy, _ in pairs], name=f"z{level}")
-        began = time.perf_counter()
+        began, cpu = time.perf_counter(), time.process_time()
         found = deduplicate(work / "input", work / "output", num_workers=args.num_workers)
-        seconds = time.perf_counter() - began
+        cost = {
+            "bytes": found["bytes"]["in"],
+            "seconds": time.perf_counter() - began,
+            "cpu_seconds": time.process_time() - cpu,  # of this process: all, where --num_workers is 1
+            "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,  # the benchmark's own lists included
+        }
         rows = {
             part: pyarrow.parquet.read_table(work / "output" / part, columns=["text", "url", "cluster"]).to_pylist()
             for part in ("documents", "removed/url", "removed/minhash")
         }
-    report(args, planted, rows, {"corpus": len(corpus), **found["documents"]}, seconds)
+    report(args, planted, rows, {"corpus": len(corpus), **found["documents"]}, cost)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -184,7 +190,7 @@ def near_copy(text: str, donor: str, jaccard: float, rng: random.Random) -> str:
 # ---- the table ----
 
 
-def report(args: argparse.Namespace, planted: dict, rows: dict, documents: dict, seconds: float) -> None:
+def report(args: argparse.Namespace, planted: dict, rows: dict, documents: dict, cost: dict) -> None:
     kept = {row["url"]: row["cluster"] for row in rows["documents"]}
     removed = {row["url"]: row["cluster"] for row in rows["removed/minhash"]}
     by_url = {row["url"] for row in rows["removed/url"]}
@@ -222,10 +228,11 @@ def report(args: argparse.Namespace, planted: dict, rows: dict, documents: dict,
         "versions": {"python": platform.python_version(), "datatrove": version("datatrove"), "spacy": version("spacy")},
         "settings": {name: value for name, value in vars(args).items() if name not in ("output", "source")},
         "documents": documents,
-        "seconds": seconds,
+        **cost,
     }
     print(
-        f"\n{documents['in']:,} documents, {documents['in'] - documents['corpus']:,} of them planted; {seconds:.0f} s\n"
+        f"\n{documents['in']:,} documents, {documents['in'] - documents['corpus']:,} of them planted; "
+        f"{cost['bytes'] / 1e6:.0f} MB in {cost['seconds']:.0f} s, {cost['cpu_seconds']:.0f} s of one core\n"
     )
     print("| Jaccard | pairs | mean | recall | predicted | standard error | removed | precision |")
     print("| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |")

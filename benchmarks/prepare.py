@@ -92,7 +92,7 @@ def measure(variant: str, source: Path) -> dict:
     out = Path(tempfile.mkdtemp())
     try:
         if variant == "raw":
-            encoding, documents = gpt2_encoding(), list(open_corpus("files", str(source)).documents())
+            encoding, documents = gpt2_encoding(), list(open_corpus("files", str(source)).texts())
             began = time.perf_counter()
             tokens = sum(len(encoding.encode_ordinary(text)) + 1 for text in documents)
             seconds = time.perf_counter() - began
@@ -136,7 +136,7 @@ def usual_way(source: Path, out: Path) -> tuple[int, float]:
     with multiprocessing.Pool(os.cpu_count(), _start) as pool:
         pool.map(_tokenize, [END_OF_TEXT] * 8)  # the processes are up
         began = time.perf_counter()
-        for tokens in pool.imap(_tokenize, open_corpus("files", str(source)).documents(), chunksize=16):
+        for tokens in pool.imap(_tokenize, open_corpus("files", str(source)).texts(), chunksize=16):
             if filled + len(tokens) > len(shard):
                 np.save(out / f"{number}.npy", shard[:filled])
                 filled, number = 0, number + 1

@@ -3,11 +3,12 @@ and the facts that its manifest records."""
 
 import ast
 import difflib
-import glob
 import gzip
 import json
+import os
 import sys
 import sysconfig
+import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -15,6 +16,7 @@ from dataclasses import dataclass, field
 from hashlib import sha256
 from itertools import chain
 from pathlib import Path
+from typing import NamedTuple
 
 from gpt2repro.errors import UserError, first_line
 
@@ -37,11 +39,24 @@ DEFAULT_SPLITS = {  # of build-nanogpt and llm.c, nanoGPT; the last two have val
     "tinystories": {"val_fraction": 0.005},
 }
 LOCAL_CORPORA = ("python-docs", "shakespeare", "shakespeare-char", "files")
-TEXT_SUFFIXES = {".txt"}
-TABLE_SUFFIXES = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}  # suffix -> builder of datasets
+SUFFIXES = {".txt", ".txt.gz", ".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet"}
+PART_BYTES = 400_000_000  # of text in a part: some 90 million tokens, two minutes of work, which a failure costs
+ATTEMPTS = 6  # at what the network fails at
+FIRST_DELAY = 1.0  # seconds before the second attempt; it doubles with each
+SKIPPED = ("no text", "no JSON")  # rows that are left out and counted: null, and lines that cannot be read
 
 
-PART_BYTES = 2**28  # of text in a part: a minute of tokenizing, which is what a failure costs
+class Document(NamedTuple):
+    """A row of a corpus.
+
+    text: can be written in UTF-8; None where the row is left out.
+    url: of its page, if it has one.
+    note: what is counted: "repaired" where U+FFFD stands for halves of surrogate pairs; one of SKIPPED; or "".
+    """
+
+    text: str | None
+    url: str | None = None
+    note: str = ""
 
 
 @dataclass(frozen=True)
@@ -54,6 +69,7 @@ class Piece:
     start, stop: row groups of a parquet file, or bytes of a .jsonl file; None: the whole file.
     column: of the texts, in tables.
     builder: of datasets, for formats that it reads.
+    url_column: of the documents' URLs, for whoever wants them.
     """
 
     reader: str
@@ -63,9 +79,46 @@ class Piece:
     stop: int | None = None
     column: str = "text"
     builder: str = ""
+    url_column: str | None = None
+
+    def rows(self) -> Iterator[dict | None]:
+        """The rows as they are, of parquet the columns that are asked for; None for a line that cannot be read."""
+        return READERS[self.reader](self)
+
+    def documents(self) -> Iterator[Document]:
+        """A document for each row.
+
+        Raises:
+            UserError: no such column, or something else than text in it; or most lines cannot be read.
+        """
+        for row in self.rows():
+            if row is None:
+                yield Document(None, note="no JSON")
+                continue
+            text = _column(self, row)
+            if text is None:
+                yield Document(None, note="no text")
+                continue
+            if not isinstance(text, str):
+                raise UserError(
+                    f"{self.path}: column {self.column!r} holds {type(text).__name__}, not text; choose with "
+                    "--text_column"
+                )
+            url, repaired = row.get(self.url_column), encodable(text)
+            url = url if isinstance(url, str) and url.strip() else None
+            yield Document(repaired, url, "" if repaired is text else "repaired")
 
     def texts(self) -> Iterator[str]:
-        return READERS[self.reader](self)
+        return (document.text for document in self.documents() if document.text is not None)
+
+
+def encodable(text: str) -> str:
+    """The text itself; or with U+FFFD for halves of surrogate pairs, which UTF-8 cannot hold, as tiktoken does it."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text
 
 
 @dataclass(frozen=True)
@@ -74,6 +127,8 @@ class Corpus:
 
     pieces: the files in their order, cut where they can be cut.
     facts: what the manifest records of the origin (Hub id, configuration, commit; or files and their sizes).
+    modified: when its local files were changed, in nanoseconds since 1970: a preparation that goes on must find the
+        same, a copy of the data has others.
     single_text: the corpus is one long text, which is split for validation by position, not by document.
     default_split: val_tokens or val_fraction where the user asks for neither, as the best-known recipe on it has it.
     default_tokenizer: as build_tokenizer names it.
@@ -84,8 +139,9 @@ class Corpus:
     single_text: bool = False
     default_split: dict = field(default_factory=lambda: {"val_fraction": 0.005})
     default_tokenizer: str = "gpt2"
+    modified: list[int] = field(default_factory=list)
 
-    def documents(self) -> Iterator[str]:
+    def texts(self) -> Iterator[str]:
         """All texts, in order; every call starts a fresh pass."""
         return chain.from_iterable(piece.texts() for piece in self.pieces)
 
@@ -226,173 +282,244 @@ def _files(source: str | None, text_column: str) -> Corpus:
     if not root.exists():
         raise UserError(f"--source {source} does not exist")
     candidates = sorted(path for path in root.rglob("*") if path.is_file()) if root.is_dir() else [root]
-    files = [path for path in candidates if _suffix(path) in TEXT_SUFFIXES | TABLE_SUFFIXES.keys()]
+    files = [path for path in candidates if _suffix(path) in SUFFIXES]
     if not files:
         raise UserError(
-            f"--source {source} holds no file that ends in .txt, .jsonl, .json or .parquet (or those + .gz)"
+            f"--source {source} holds no file that ends in .txt, .jsonl, .json or .parquet (or the first three + .gz)"
         )
 
     pieces = [piece for path in files for piece in _pieces_of_file(path, text_column)]
-    facts = {"files": [{"name": path.name, "bytes": path.stat().st_size} for path in files]}
-    single_text = len(files) == 1 and _suffix(files[0]) in TEXT_SUFFIXES
-    return Corpus(pieces, facts, single_text, {"val_fraction": 0.1 if single_text else 0.005})
+    single_text = len(files) == 1 and pieces != [] and pieces[0].reader == "text"
+    split = {"val_fraction": 0.1 if single_text else 0.005}
+    facts, modified = _facts_of_files(files, root if root.is_dir() else root.parent)
+    return Corpus(pieces, facts, single_text, split, modified=modified)
+
+
+def _facts_of_files(files: list[Path], root: Path) -> tuple[dict, list[int]]:
+    """What Corpus has as facts, and as modified."""
+    found = [(os.path.relpath(path, root), path.stat()) for path in files]
+    facts = {"files": [{"name": Path(name).as_posix(), "bytes": stat.st_size} for name, stat in found]}
+    return facts, [stat.st_mtime_ns for _, stat in found]
 
 
 def _suffix(path: Path) -> str:
-    """The suffix that tells the format: `a.json.gz` is `.json`."""
-    return Path(path.stem).suffix.lower() if path.suffix.lower() == ".gz" else path.suffix.lower()
+    """The suffix that tells the format, `.json.gz` of a.json.gz."""
+    return "".join(path.suffixes[-2 if path.suffix.lower() == ".gz" else -1 :]).lower()
 
 
 def _pieces_of_file(path: Path, column: str) -> list[Piece]:
     suffix, size = _suffix(path), path.stat().st_size
-    compressed = path.suffix.lower() == ".gz"
-    if suffix in TEXT_SUFFIXES:
-        return [Piece("text", str(path), size * (4 if compressed else 1))]
-    if suffix == ".jsonl":
-        if compressed:
-            return [Piece("json lines", str(path), size * 4, column=column)]
-        cuts = [*range(0, max(size, 1), PART_BYTES), size]
-        return [Piece("json lines", str(path), b - a, a, b, column) for a, b in zip(cuts, cuts[1:])]
-    if suffix == ".parquet" and not compressed:
+    compressed = suffix.endswith(".gz")
+    if suffix == ".parquet":
         return _row_groups(str(path), column) if size else []
-    return [Piece("table", glob.escape(str(path)), size, column=column, builder=TABLE_SUFFIXES[suffix])]
+    if suffix.startswith(".txt"):
+        return [Piece("text", str(path), size * (4 if compressed else 1))]
+    if suffix.startswith(".json") and not suffix.startswith(".jsonl") and _reading(str(path), _is_json_list, path):
+        return [Piece("json list", str(path), size * (4 if compressed else 1), column=column)]
+    if compressed:
+        return [Piece("json lines", str(path), size * 4, column=column)]
+    cuts = [*range(0, max(size, 1), PART_BYTES), size]
+    return [Piece("json lines", str(path), b - a, a, b, column) for a, b in zip(cuts, cuts[1:])]
+
+
+def _open_bytes(path: Path):
+    return gzip.open(path) if path.suffix.lower() == ".gz" else open(path, "rb")
+
+
+def _is_json_list(path: Path) -> bool:
+    with _open_bytes(path) as file:
+        return file.read(4096).removeprefix(BYTE_ORDER_MARK).lstrip().startswith(b"[")
 
 
 def _hub(hub_id, config, split, revision, column, default_split) -> Corpus:
     import datasets
     from huggingface_hub import HfApi
 
-    if not Path(hub_id).is_dir():  # pin the commit, so that the manifest says exactly what was read
-        revision = _reading(hub_id, HfApi().dataset_info, hub_id, revision=revision).sha
-    builder = _reading(hub_id, datasets.load_dataset_builder, hub_id, config, revision=revision)
+    local = Path(hub_id).is_dir()
+    if local and revision:
+        raise UserError(f"--revision {revision}: {hub_id} is a folder, which has no revisions; leave it out")
+    if not local:  # pin the commit, so that the manifest says exactly what was read
+        revision = _reading(hub_id, HfApi().dataset_info, hub_id, revision=revision, remedy=HUB_REMEDY).sha
+    builder = _reading(hub_id, datasets.load_dataset_builder, hub_id, config, revision=revision, remedy=HUB_REMEDY)
     files = builder.config.data_files or {}
     if split not in files:
         raise UserError(f"{hub_id} has no split {split!r} but {', '.join(files)}; choose with --split")
     kind = type(builder).__module__.split(".")[-1]  # of datasets.packaged_modules
     if kind == "parquet":
         with ThreadPoolExecutor(16) as pool:  # the footer of each file says where it can be cut
-            pieces = list(chain.from_iterable(pool.map(lambda path: _row_groups(path, column), files[split])))
+            cut = pool.map(lambda path: with_attempts(_row_groups, path, column), files[split])
+            pieces = list(chain.from_iterable(cut))
     else:
         pieces = [Piece("table", path, PART_BYTES, column=column, builder=kind) for path in files[split]]
     facts = {"hub_id": hub_id, "config": config, "split": split, "revision": revision, "text_column": column}
-    return Corpus(pieces, facts, False, default_split)
+    of_files, modified = _facts_of_files([Path(path) for path in files[split]], Path(hub_id)) if local else ({}, [])
+    return Corpus(pieces, facts | of_files, False, default_split, modified=modified)
 
 
 def _row_groups(path: str, column: str) -> list[Piece]:
     """A parquet file cut between row groups into pieces of about PART_BYTES."""
     with _reading(path, _open_parquet, path) as file:
         _check_column(path, column, file.schema_arrow)
-        index = file.schema_arrow.names.index(column)
+        if not file.metadata.num_rows:
+            return []
+        leaves = [file.schema.column(i).path for i in range(len(file.schema))]  # a column of structs is several
+        index = leaves.index(column)
         sizes = [file.metadata.row_group(i).column(index).total_uncompressed_size for i in range(file.num_row_groups)]
-    pieces, start = [], 0
-    for stop in range(1, len(sizes) + 1):
-        if stop == len(sizes) or sum(sizes[start : stop + 1]) > PART_BYTES:
-            pieces.append(Piece("parquet", path, sum(sizes[start:stop]), start, stop, column))
-            start = stop
-    return pieces
+    cuts, filled = [0], 0
+    for group, size in enumerate(sizes):
+        if filled and filled + size > PART_BYTES:
+            cuts.append(group)
+            filled = 0
+        filled += size
+    cuts.append(len(sizes))
+    return [Piece("parquet", path, sum(sizes[a:b]), a, b, column) for a, b in zip(cuts, cuts[1:]) if a < b]
 
 
 def _open_parquet(path: str):
     import fsspec
     import pyarrow.parquet
 
-    # A local file without Python in between: Ctrl-C there would be lost, or taken for a file that was closed.
-    source = fsspec.open(path, "rb").open() if "://" in path else path
-    return pyarrow.parquet.ParquetFile(source, pre_buffer=True)
+    if "://" in path:  # few and large requests
+        return pyarrow.parquet.ParquetFile(fsspec.open(path, "rb").open(), pre_buffer=True)
+    # Not a whole row group at once, which may be a gigabyte. And without Python in between: Ctrl-C there would be lost,
+    # or taken for a file that was closed.
+    return pyarrow.parquet.ParquetFile(path, pre_buffer=False, buffer_size=2**20)
 
 
-def _check_column(path: str, column: str, schema) -> None:
-    import pyarrow
+def _check_column(path: str, column: str, schema, flag: str = "--text_column") -> None:
+    from pyarrow import types
 
-    if column not in schema.names:
-        raise UserError(f"{path} has no column {column!r} but {', '.join(schema.names)}; choose with --text_column")
+    if schema.names.count(column) != 1:
+        number = "two columns" if column in schema.names else "no column"
+        raise UserError(f"{path} has {number} {column!r} but {', '.join(schema.names)}; choose with {flag}")
     kind = schema.field(column).type
-    if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind) or pyarrow.types.is_string_view(kind)):
-        raise UserError(f"{path}: column {column!r} holds {kind}, not text; choose with --text_column")
+    values = kind.value_type if types.is_dictionary(kind) else kind
+    if not (types.is_string(values) or types.is_large_string(values) or types.is_string_view(values)):
+        raise UserError(f"{path}: column {column!r} holds {kind}, not text; choose with {flag}")
 
 
 # ---- readers of pieces ----
 
-
-def _read_text(piece: Piece) -> Iterator[str]:
-    path = Path(piece.path)
-    data = _reading(piece.path, path.read_bytes)
-    yield _reading(piece.path, lambda: (gzip.decompress(data) if path.suffix.lower() == ".gz" else data).decode())
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
-def _read_parquet(piece: Piece) -> Iterator[str]:
+def _read_text(piece: Piece) -> Iterator[dict]:
+    def read() -> str:
+        with _open_bytes(Path(piece.path)) as file:
+            return file.read().decode()
+
+    yield {piece.column: _reading(piece.path, read)}
+
+
+def _read_parquet(piece: Piece) -> Iterator[dict]:
+    columns = [piece.column] + ([piece.url_column] if piece.url_column else [])
     with _reading(piece.path, _open_parquet, piece.path) as file:
-        batches = file.iter_batches(
-            256, row_groups=range(piece.start, piece.stop), columns=[piece.column], use_threads=False
-        )
+        for column, flag in zip(columns, ("--text_column", "--url_column")):
+            _check_column(piece.path, column, file.schema_arrow, flag)
+        batches = file.iter_batches(256, row_groups=range(piece.start, piece.stop), columns=columns, use_threads=False)
         while (batch := _reading(piece.path, next, batches, None)) is not None:
-            for text in batch.column(0).to_pylist():
-                yield _text(piece, text)
+            for values in zip(*(batch.column(column).to_pylist() for column in columns)):
+                yield dict(zip(columns, values))
 
 
-def _read_json_lines(piece: Piece) -> Iterator[str]:
+def _read_json_lines(piece: Piece) -> Iterator[dict | None]:
     """The lines that begin in the piece's bytes; a line that reaches over its end belongs to it."""
-    opener = gzip.open if piece.start is None else open
-    with _reading(piece.path, opener, piece.path, "rb") as file:
+    read, broken, complaint = 0, 0, ""
+    with _reading(piece.path, _open_bytes, Path(piece.path)) as file:
         if piece.start:
             file.seek(piece.start - 1)
             file.readline()  # the rest of a line that began before
         while piece.stop is None or file.tell() < piece.stop:
-            where = f"{piece.path}, the line at byte {file.tell():,}"
-            line = _reading(where, file.readline)
+            where = f"the line at byte {file.tell():,}"
+            line = _reading(f"{piece.path}, {where}", file.readline)
             if not line:
-                return
-            if line.strip():
-                yield _text(piece, _column(piece, _reading(where, json.loads, line)))
+                break
+            if not (line := line.removeprefix(BYTE_ORDER_MARK)).strip():
+                continue
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                row, broken, complaint = None, broken + 1, complaint or f"{where}: {first_line(error)}"
+            else:
+                read += 1
+            yield row
+    if broken > read:  # a damaged file, or of another format
+        raise UserError(
+            f"{piece.path}: {broken:,} lines are no JSON and {read:,} are ({complaint}); mend the file, or leave it out"
+        )
 
 
-def _read_table(piece: Piece) -> Iterator[str]:
+def _read_json_list(piece: Piece) -> Iterator[dict]:
+    def read() -> list:
+        with _open_bytes(Path(piece.path)) as file:
+            return json.loads(file.read().removeprefix(BYTE_ORDER_MARK))
+
+    yield from _reading(piece.path, read)
+
+
+def _read_table(piece: Piece) -> Iterator[dict]:
     import datasets
 
-    if piece.builder == "json" and not piece.bytes:  # no rows; datasets takes it for a broken file
-        return
     rows = _reading(
         piece.path, datasets.load_dataset, piece.builder, data_files=piece.path, split="train", streaming=True
     )
     iterator = iter(rows)
     while (row := _reading(piece.path, next, iterator, None)) is not None:
-        yield _text(piece, _column(piece, row))
+        yield row
 
 
-def _column(piece: Piece, row: dict) -> object:
+def _column(piece: Piece, row: object) -> object:
     if not isinstance(row, dict) or piece.column not in row:
         names = ", ".join(row) if isinstance(row, dict) else f"a {type(row).__name__}"
         raise UserError(f"{piece.path} has no column {piece.column!r} but {names}; choose with --text_column")
     return row[piece.column]
 
 
-def _text(piece: Piece, value: object) -> str:
-    if not isinstance(value, str):
-        raise UserError(f"{piece.path}: column {piece.column!r} holds {type(value).__name__}, not text")
-    return value
-
-
-READERS: dict[str, Callable[[Piece], Iterator[str]]] = {
-    "python-docs": lambda piece: python_docs(),
-    "shakespeare": lambda piece: iter([_shakespeare(piece.path)]),
+READERS: dict[str, Callable[[Piece], Iterator[dict | None]]] = {
+    "python-docs": lambda piece: ({piece.column: text} for text in python_docs()),
+    "shakespeare": lambda piece: iter([{piece.column: _shakespeare(piece.path)}]),
     "text": _read_text,
     "json lines": _read_json_lines,
+    "json list": _read_json_list,
     "parquet": _read_parquet,
     "table": _read_table,
 }
+
+
+# ---- what may fail ----
+
+HUB_REMEDY = (
+    "check the name, --hub_config, --split, --revision and the network (a folder that holds a copy of the data does as "
+    "well)"
+)
 
 
 class SourceError(UserError):
     """A remote source could not be read, which may pass."""
 
 
-def _reading(origin: str, function: Callable, *args, **kwargs):
+def _reading(origin: str, function: Callable, *args, remedy: str = "mend the file, or leave it out", **kwargs):
     """Call a reader of somebody else's data; whatever it raises becomes one line that names the origin."""
     try:
         return function(*args, **kwargs)
     except Exception as error:  # network, Hub, format and configuration errors share no base class
-        kind = SourceError if "://" in origin else UserError
-        raise kind(
-            f"cannot read {origin}: {first_line(error)}; check the name, --hub_config, --split, --revision and the "
-            "network (a folder that holds a copy of the data does as well)"
-        ) from error
+        kind, remedy = (SourceError, HUB_REMEDY) if "://" in origin else (UserError, remedy)
+        raise kind(f"cannot read {origin}: {first_line(error)}; {remedy}") from error
+
+
+def with_attempts(function: Callable, *args):
+    """Call it, again with growing pauses where a remote source fails for reasons that may pass.
+
+    Raises:
+        UserError: it still failed.
+    """
+    for attempt in range(1, ATTEMPTS + 1):
+        try:
+            return function(*args)
+        except SourceError as error:
+            if attempt == ATTEMPTS:
+                raise UserError(
+                    f"{error}; tried {ATTEMPTS} times. Finished parts are kept: repeat the command"
+                ) from error
+            time.sleep(FIRST_DELAY * 2 ** (attempt - 1))
+    raise AssertionError

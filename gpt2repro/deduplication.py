@@ -1,7 +1,8 @@
 """Deduplication before tokenization, with datatrove: exact URL (the first is kept), then MinHash.
 
-datatrove's blocks do the work and its executors run them, on this machine or on a cluster. Tasks follow from the input
-files alone, so the result is the same for every executor and number of workers. The output directory holds
+datatrove's blocks do the work and its executors run them, on this machine or on a cluster; the documents are read as
+corpora.py reads them. Tasks follow from the input files alone, so the result is the same for every executor and number
+of workers. The output directory holds
 
     documents/00000.parquet ...      what is kept, in corpus order: text, id (file/row), url, bytes, cluster
     removed/url/, removed/minhash/   what is not, likewise
@@ -27,6 +28,7 @@ import sys
 import threading
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import cache, partial
 from importlib.metadata import version
 from pathlib import Path
@@ -34,13 +36,13 @@ from urllib.parse import urlsplit, urlunsplit
 
 import numpy as np
 
+from gpt2repro.corpora import SKIPPED, Piece, open_corpus
 from gpt2repro.errors import UserError, first_line
 from gpt2repro.shards import write_json
 
 
 METHODS = ("url", "minhash")
 EXECUTORS = ("local", "slurm", "ray")
-SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet")
 TRACKING = ("utm_", "gclid=", "fbclid=")  # how the query parameters begin that say whence a visitor came
 DEFAULT_PORTS = {"http": ":80", "https": ":443"}
 MAX_TASKS = 500  # a task that merges opens the signatures of all, and 1024 open files are a usual limit
@@ -49,7 +51,7 @@ EXAMPLES = 3  # of each method, in the report
 
 
 def deduplicate(
-    source: str | Path | Sequence[str | Path],
+    source: str | Path | Sequence[str | Path | Piece],
     output_dir: Path,
     methods: Sequence[str] = METHODS,
     executor: str = "local",
@@ -67,9 +69,9 @@ def deduplicate(
     What an interruption left is finished by the same call; what is finished is not repeated.
 
     Args:
-        source: files (paths or URLs that fsspec opens, in corpus order), or a folder such as hf://datasets/o/n/data,
-            whose files are taken by name. Rows without text, and lines that are no JSON, are left out, as datatrove's
-            readers do; each file of `source`, or run of files where there are more than MAX_TASKS, is one task.
+        source: a file, or a folder whose files are taken in their order, or several of them; or the pieces of a corpus.
+            They are read as prepare_data.py reads them. Each file, or run of files where there are more than MAX_TASKS,
+            is one task.
         methods: one or both of METHODS; URLs come first.
         executor: of EXECUTORS. Ray joins the cluster of RAY_ADDRESS, or starts one on this machine.
         num_workers: tasks at a time.
@@ -82,7 +84,7 @@ def deduplicate(
         UserError: a package, file or column is missing, the directory holds something else, or a task failed.
     """
     check_packages(methods, executor)
-    folder, names = find_files(source)
+    files = find_files(source, text_column, url_column if "url" in methods else None)
     settings = {
         "methods": [method for method in METHODS if method in methods],
         "text_column": text_column,
@@ -90,15 +92,15 @@ def deduplicate(
         "minhash": {"n_grams": n_grams, "num_buckets": num_buckets, "hashes_per_bucket": hashes_per_bucket}
         if "minhash" in methods
         else None,
-        "files": [{"name": name, "bytes": folder.size(name)} for name in names],
+        "files": [{"name": name, "bytes": sum(piece.bytes for piece in pieces)} for name, pieces in files],
     }
     output_dir = Path(output_dir).resolve()  # Slurm's and Ray's tasks may run in another folder
     if (finished := begin(output_dir, settings)) is not None:
         return finished
-    check_columns(folder, names[0], [text_column, url_column] if "url" in methods else [text_column])
+    check_columns(files[0][1][0])
     write_json(output_dir / SETTINGS, settings)
 
-    stages = build_stages(str(folder.fs.unstrip_protocol(folder.path)), output_dir, settings)
+    stages = build_stages(files, output_dir, settings)
     with console_to(output_dir / "logs" / "console.log"):
         if executor != "slurm":
             run_here(stages, output_dir, executor, num_workers)
@@ -126,26 +128,21 @@ def check_packages(methods: Sequence[str], executor: str) -> None:
         raise UserError(f"deduplication needs {', '.join(missing)}; pip install {install}")
 
 
-def find_files(source: str | Path | Sequence[str | Path]) -> tuple:
-    """The datatrove folder that holds all files, and their names in it, in corpus order."""
-    from datatrove.io import DataFolder, get_datafolder
-    from fsspec.core import url_to_fs
-
-    if isinstance(source, str | Path):
-        source = str(source)
-        folder = get_datafolder(source)
-        names = [name for name in folder.list_files() if name.endswith(SUFFIXES)]
-    else:
-        opened = [url_to_fs(str(file)) for file in source]  # (file system, path in it) of each
-        paths = [path for _, path in opened]
-        root = os.path.commonpath([os.path.dirname(path) for path in paths]) if paths else ""
-        folder = DataFolder(root, fs=opened[0][0]) if paths else None
-        names = [os.path.relpath(path, root) for path in paths]
-    if not names:
-        raise UserError(f"{source or 'an empty list'} has no file to deduplicate that ends in {', '.join(SUFFIXES)}")
-    if unknown := [name for name in names if not name.endswith(SUFFIXES)]:
-        raise UserError(f"cannot deduplicate {unknown[0]}: files must end in {', '.join(SUFFIXES)}")
-    return folder, names
+def find_files(
+    source: str | Path | Sequence[str | Path | Piece], text_column: str, url_column: str | None
+) -> list[tuple[str, list[Piece]]]:
+    """(name, pieces) of each file, in corpus order; the name is its path in the folder that holds them all."""
+    pieces: list[Piece] = []
+    for item in [source] if isinstance(source, str | Path) else source:
+        pieces += [item] if isinstance(item, Piece) else open_corpus("files", str(item), text_column).pieces
+    by_path: dict[str, list[Piece]] = {}
+    for piece in pieces:  # Slurm's and Ray's tasks may run in another folder
+        path = piece.path if "://" in piece.path else os.path.abspath(piece.path)
+        by_path.setdefault(path, []).append(replace(piece, path=path, url_column=url_column))
+    if not by_path:
+        raise UserError("the corpus has no document to deduplicate; add files to it, or leave --dedup out")
+    root = os.path.commonpath([os.path.dirname(path) for path in by_path])
+    return [(os.path.relpath(path, root), pieces) for path, pieces in by_path.items()]
 
 
 def begin(output_dir: Path, settings: dict) -> dict | None:
@@ -174,54 +171,34 @@ def clean(output_dir: Path) -> None:
     (output_dir / SETTINGS).unlink(missing_ok=True)
 
 
-def check_columns(folder, name: str, needed: list[str]) -> None:
+def check_columns(piece: Piece) -> None:
     """The first row of the first file must have the columns; later rows may lack the URL."""
-
-    def adapter(reader, row: dict, path: str, number: int) -> dict:
-        return {"text": "any", "id": "", "metadata": row}
-
-    try:
-        first = next(reader_of(name)(folder, adapter=adapter).read_file(name), None)
-    except Exception as error:  # whatever file systems, gzip and Arrow raise
-        raise UserError(f"cannot read {name}: {first_line(error)}") from error
-    columns = set(first.metadata) - {"file_path"} if first else set(needed)
-    for column in needed:
-        if column not in columns:
-            raise UserError(
-                f"{name} has no column {column!r} but {', '.join(sorted(columns))}; choose with "
-                f"--{'text_column' if column == needed[0] else 'url_column'}"
-            )
+    next(piece.documents(), None)
+    row = next(piece.rows(), None)
+    if row is not None and piece.url_column and piece.url_column not in row:
+        raise UserError(
+            f"{piece.path} has no column {piece.url_column!r} but {', '.join(sorted(row))}; choose with --url_column"
+        )
 
 
 # ---- the steps of the pipelines that datatrove has no block for ----
 
 
-def reader_of(name: str) -> type:
-    from datatrove.pipeline.readers import JsonlReader, ParquetReader
+def read_documents(data, rank: int, world_size: int, files: list[tuple[str, list[Piece]]], notes: str) -> Iterator:
+    """The documents of one task: an equal share of the files, in order, so that tasks follow corpus order. What they
+    have of notes is counted in a file of the folder `notes`."""
+    from datatrove.data import Document
 
-    return ParquetReader if name.endswith(".parquet") else JsonlReader
-
-
-def read_documents(data, rank: int, world_size: int, folder: str, settings_file: str) -> Iterator:
-    """The documents of one task: an equal share of the files, in order, so that tasks follow corpus order."""
-    settings = json.loads(Path(settings_file).read_text())
-    adapter = partial(as_document, text_column=settings["text_column"], url_column=settings["url_column"])
-    names = [file["name"] for file in settings["files"]]
-    for name in names[len(names) * rank // world_size : len(names) * (rank + 1) // world_size]:
-        for document in reader_of(name)(folder, adapter=adapter).read_file(name):
-            document.metadata["task"] = rank
-            yield document
-
-
-def as_document(reader, row: dict, path: str, number: int, text_column: str, url_column: str) -> dict:
-    if not isinstance(row.get(text_column, 0), str | None):
-        raise UserError(f"{path}, row {number}: column {text_column!r} is missing or no text")
-    url = row.get(url_column)
-    return {
-        "text": row[text_column],
-        "id": f"{path}/{number}",
-        "metadata": {"url": url if isinstance(url, str) and url.strip() else None},
-    }
+    counts = dict.fromkeys(("repaired", *SKIPPED), 0)
+    for name, pieces in files[len(files) * rank // world_size : len(files) * (rank + 1) // world_size]:
+        documents = (document for piece in pieces for document in piece.documents())
+        for number, document in enumerate(documents):
+            if document.note:
+                counts[document.note] += 1
+            if document.text is not None:
+                yield Document(document.text, f"{name}/{number}", metadata={"url": document.url, "task": rank})
+    Path(notes).mkdir(parents=True, exist_ok=True)
+    write_json(Path(notes) / f"{rank:05d}.json", counts)
 
 
 def as_row(writer, document) -> dict:
@@ -284,7 +261,7 @@ def watch_parent() -> None:
         threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
-def build_stages(folder: str, output_dir: Path, settings: dict) -> list[tuple[str, int, list]]:
+def build_stages(files: list[tuple[str, list[Piece]]], output_dir: Path, settings: dict) -> list[tuple[str, int, list]]:
     """(name, tasks, pipeline) of each stage, each to start when the one before is complete."""
     import pyarrow
     from datatrove.pipeline import dedup
@@ -304,8 +281,8 @@ def build_stages(folder: str, output_dir: Path, settings: dict) -> list[tuple[st
         )
 
     hash_config = HashConfig(hash_fc="sha1")
-    read = partial(read_documents, folder=folder, settings_file=str(output_dir / SETTINGS))
-    tasks = min(len(settings["files"]), MAX_TASKS)
+    read = partial(read_documents, files=files, notes=work("notes"))
+    tasks = min(len(files), MAX_TASKS)
     stages, without_urls, filters = [], [], []
     if "url" in settings["methods"]:
         config = dedup.ExactDedupConfig(url_key, document_priority, hash_config)
@@ -440,17 +417,25 @@ def statistics(output_dir: Path, settings: dict) -> dict:
     Returns:
         documents and bytes (UTF-8 of the texts): {"in", "removed_url", "removed_minhash", "out"};
         cluster_sizes: for each method {size: clusters}, the kept document included, from 2 on;
-        datatrove: its version; settings: what was asked for, with the input files and their sizes in bytes.
+        notes: how many documents were repaired, and rows left out, of what was read (corpora.Document has the names);
+        datatrove: its version; settings: what was asked for, with the input files and the bytes of text in them.
     """
     folders = {**{f"removed_{method}": f"removed/{method}" for method in settings["methods"]}, "out": "documents"}
-    sizes = {part: [row["bytes"] for row in rows(output_dir / folder, ["bytes"])] for part, folder in folders.items()}
+    counts = {part: count_rows(output_dir / folder) for part, folder in folders.items()}
+    notes: Counter = Counter(dict.fromkeys(("repaired", *SKIPPED), 0))
+    for path in (output_dir / "work" / "notes").glob("*.json"):
+        notes.update(json.loads(path.read_text()))
     groups = {
         method: Counter(group_of(method, row) for row in rows(output_dir / "removed" / method, ["url", "cluster"]))
         for method in settings["methods"]
     }
     return {
-        "documents": {"in": sum(map(len, sizes.values()))} | {part: len(found) for part, found in sizes.items()},
-        "bytes": {"in": sum(map(sum, sizes.values()))} | {part: sum(found) for part, found in sizes.items()},
+        **{
+            unit: {"in": sum(count[i] for count in counts.values())}
+            | {part: count[i] for part, count in counts.items()}
+            for i, unit in enumerate(("documents", "bytes"))
+        },
+        "notes": dict(notes),
         "cluster_sizes": {
             method: {str(size + 1): count for size, count in sorted(Counter(group.values()).items())}
             for method, group in groups.items()
@@ -458,6 +443,14 @@ def statistics(output_dir: Path, settings: dict) -> dict:
         "datatrove": version("datatrove"),
         "settings": settings,
     }
+
+
+def count_rows(folder: Path) -> tuple[int, int]:
+    """Documents, and bytes of their texts."""
+    documents = text_bytes = 0
+    for row in rows(folder, ["bytes"]):
+        documents, text_bytes = documents + 1, text_bytes + row["bytes"]
+    return documents, text_bytes
 
 
 def rows(folder: Path, columns: list[str]) -> Iterator[dict]:
@@ -494,6 +487,12 @@ def report(output_dir: Path, result: dict) -> str:
         for counts in (result["documents"], result["bytes"]):
             cells += [f"{counts[part]:,}", f"{100 * counts[part] / max(counts['in'], 1):.2f}"]
         lines.append(f"| {' | '.join(cells)} |")
+    notes = result["notes"]
+    lines += [
+        "",
+        f"Left out: {notes['no text']:,} rows without text, {notes['no JSON']:,} lines that are no JSON. "
+        f"Repaired: {notes['repaired']:,} documents with halves of surrogate pairs.",
+    ]
     if minhash := result["settings"]["minhash"]:
         buckets, hashes = minhash["num_buckets"], minhash["hashes_per_bucket"]
         found = [

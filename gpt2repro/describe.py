@@ -35,9 +35,8 @@ def describe(data_dir: str | Path) -> str:
                   f"{split['tokens'] / max(split['bytes'], 1):.4f} tokens per byte"]  # fmt: skip
         starts = [0]
         if eot_id is not None:
-            lengths = document_lengths(stream, eot_id)
-            starts = np.concatenate([[0], np.cumsum(lengths)[: SHOWN_DOCUMENTS - 1]]).tolist()
-            lines += ["", f"{'tokens in a document':>24} {'documents':>12}", *histogram(lengths)]
+            starts, counts = document_lengths(stream, eot_id)
+            lines += ["", f"{'tokens in a document':>24} {'documents':>12}", *histogram(counts)]
         for number, start in enumerate(starts[: split["documents"]], start=1):
             ids = stream.read(start, min(SHOWN_TOKENS, len(stream) - start)).tolist()
             if eot_id in ids[1:]:
@@ -46,21 +45,26 @@ def describe(data_dir: str | Path) -> str:
     return "\n".join(lines)
 
 
-def document_lengths(stream: shards.TokenStream, eot_id: int) -> np.ndarray:
-    """(documents,) int64: tokens of each document, its opening id included."""
-    starts, offset = [], 0
-    for tokens in stream.arrays:
-        starts.append(np.flatnonzero(tokens == eot_id) + offset)
-        offset += len(tokens)
-    return np.diff(np.concatenate(starts), append=offset)
+def document_lengths(stream: shards.TokenStream, eot_id: int) -> tuple[list[int], np.ndarray]:
+    """Where the first SHOWN_DOCUMENTS start; and (64,) int64, how many documents have 2^i ... 2^(i+1) - 1 tokens, their
+    opening id included."""
+    first, counts, offset, last = [], np.zeros(64, np.int64), 0, np.empty(0, np.int64)
+    for tokens in stream.arrays():
+        starts = np.concatenate([last, np.flatnonzero(tokens == eot_id) + offset])
+        first += starts[len(last) :][: SHOWN_DOCUMENTS - len(first)].tolist()
+        counts += _powers_of_two(np.diff(starts))
+        last, offset = starts[-1:], offset + len(tokens)
+    return first, counts + _powers_of_two(offset - last)
 
 
-def histogram(lengths: np.ndarray) -> list[str]:
+def _powers_of_two(lengths: np.ndarray) -> np.ndarray:
+    return np.bincount(np.log2(lengths).astype(int), minlength=64)
+
+
+def histogram(counts: np.ndarray) -> list[str]:
     """A line for each power of two, with a bar."""
-    exponents = np.floor(np.log2(lengths)).astype(int)
-    counts = np.bincount(exponents)
+    used, largest = np.flatnonzero(counts), int(counts.max())
     return [
-        f"{f'{2**i:,} to {2 ** (i + 1) - 1:,}':>24} {count:12,} {'#' * -(-BAR * int(count) // int(counts.max()))}"
-        for i, count in enumerate(counts)
-        if i >= exponents.min()
+        f"{f'{2**i:,} to {2 ** (i + 1) - 1:,}':>24} {counts[i]:12,} {'#' * -(-BAR * int(counts[i]) // largest)}"
+        for i in range(used.min(initial=64), used.max(initial=0) + 1)
     ]

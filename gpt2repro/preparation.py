@@ -15,7 +15,6 @@ import os
 import shutil
 import signal
 import threading
-import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -27,14 +26,13 @@ from pathlib import Path
 import numpy as np
 
 from gpt2repro import shards
-from gpt2repro.corpora import Piece, SourceError
-from gpt2repro.errors import UserError
+from gpt2repro.corpora import SKIPPED, Document, Piece, with_attempts
+from gpt2repro.errors import UserError, first_line
 from gpt2repro.tokenization import load_encoder
 
 
 BATCH_DOCUMENTS = 64
-ATTEMPTS = 6  # at a part, where the network fails; a part that is tried again starts anew
-FIRST_DELAY = 1.0  # seconds before the second attempt; it doubles with each
+COUNTED = ("repaired", *SKIPPED)  # notes of documents, which a record counts
 
 
 @dataclass(frozen=True)
@@ -108,13 +106,12 @@ def prepare_part(
         split: shards.ShardWriter(folder, f"part_{number:05d}_{split}", dtype, settings.shard_tokens, settings.eot_id)
         for split in shards.SPLITS
     }
-    complete, repaired, val_lengths = True, 0, []
+    complete, notes, val_lengths = True, dict.fromkeys(COUNTED, 0), []
     with no_space(settings.output_dir), _discarding(writers.values()):
-        documents = _divided(pieces, settings)
+        documents = _divided(pieces, settings, notes)
         while batch := list(islice(documents, BATCH_DOCUMENTS)):
-            texts = [_encodable(text) for _, text in batch]
             counted = [0, 0, 0]
-            for (split, original), text, tokens in zip(batch, texts, encode(texts)):
+            for (split, document), tokens in zip(batch, encode([document.text for _, document in batch])):
                 size = len(tokens) + (settings.eot_id is not None)
                 if quota.val_tokens > writers["val"].tokens:
                     split = "val"
@@ -122,9 +119,10 @@ def prepare_part(
                 if (quota.tokens is not None and done[0] + size > quota.tokens) or done[1] == quota.documents:
                     complete = False
                     break
-                text_bytes = len(text.encode())
+                text_bytes = len(document.text.encode())
                 writers[split].add(tokens, text_bytes)
-                repaired += text is not original
+                if document.note:
+                    notes[document.note] += 1
                 if split == "val":
                     val_lengths.append(size)
                 counted = [counted[0] + 1, counted[1] + size, counted[2] + text_bytes]
@@ -134,7 +132,7 @@ def prepare_part(
         record = {
             "quota": dataclasses.asdict(quota),
             "complete": complete,
-            "repaired": repaired,
+            "notes": notes,
             "splits": {split: writer.finish() for split, writer in writers.items()},
             "val_lengths": val_lengths,  # tokens of each document, for `_merged`
         }
@@ -144,7 +142,7 @@ def prepare_part(
 
 @contextlib.contextmanager
 def no_space(output_dir: Path) -> Iterator[None]:
-    """Turn a full disk into a UserError."""
+    """Turn a full disk, and what else forbids to write there, into a UserError."""
     try:
         yield
     except Exception as error:
@@ -153,6 +151,10 @@ def no_space(output_dir: Path) -> Iterator[None]:
         if in_rust or number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise UserError(
                 f"no space is left for {output_dir}; finished parts are kept: make space, repeat the command"
+            ) from error
+        if isinstance(error, OSError) and str(getattr(error, "filename", None)).startswith(str(output_dir)):
+            raise UserError(
+                f"{output_dir} cannot be written ({first_line(error)}); mend that, or choose another --output_dir"
             ) from error
         raise
 
@@ -167,33 +169,25 @@ def _discarding(writers: Iterable[shards.ShardWriter]) -> Iterator[None]:
             writer.discard()
 
 
-def _divided(pieces: tuple[Piece, ...], settings: Settings) -> Iterator[tuple[str, str]]:
-    """(split, text) of every document.
+def _divided(pieces: tuple[Piece, ...], settings: Settings, notes: dict[str, int]) -> Iterator[tuple[str, Document]]:
+    """(split, document) of every document; rows that are none are counted in `notes`.
 
     One long text is cut by position, as nanoGPT's data/shakespeare*/prepare.py cut it. Of many documents those are
     held out whose hash falls below the fraction, so that a document keeps its place when the corpus grows, and its
     exact copies go where it goes.
     """
-    for piece in pieces:
-        for text in piece.texts():
-            if not settings.val_fraction:
-                yield "train", text
-            elif settings.single_text:
-                cut = int(len(text) * (1 - settings.val_fraction))
-                yield "train", text[:cut]
-                yield "val", text[cut:]
-            else:
-                digest = blake2b(_encodable(text).encode(), digest_size=8).digest()
-                yield "val" if int.from_bytes(digest) < settings.val_fraction * 2**64 else "train", text
-
-
-def _encodable(text: str) -> str:
-    """The text itself; or with U+FFFD for halves of surrogate pairs, which UTF-8 cannot hold, as tiktoken does it."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    return text
+    for document in (document for piece in pieces for document in piece.documents()):
+        if document.text is None:
+            notes[document.note] += 1
+        elif not settings.val_fraction:
+            yield "train", document
+        elif settings.single_text:
+            cut = int(len(document.text) * (1 - settings.val_fraction))
+            yield "train", document._replace(text=document.text[:cut])
+            yield "val", document._replace(text=document.text[cut:], note="")
+        else:
+            digest = blake2b(document.text.encode(), digest_size=8).digest()
+            yield "val" if int.from_bytes(digest) < settings.val_fraction * 2**64 else "train", document
 
 
 # ---- all parts ----
@@ -217,7 +211,7 @@ def prepare_parts(
     folder.mkdir(exist_ok=True)
     for unfinished in folder.glob("*.tmp"):
         unfinished.unlink()
-    records = {int(path.stem.split("_")[1]): json.loads(path.read_text()) for path in folder.glob("part_*.json")}
+    records = finished_parts(settings)
     context = multiprocessing.get_context("spawn")  # a forked process may inherit locks that nobody will open
     shared = context.RawArray("q", len(parts) * len(UNITS))  # without a lock: who holds it may be killed
     counts = np.frombuffer(shared, np.int64).reshape(-1, len(UNITS))  # what is done of each part
@@ -255,6 +249,25 @@ def prepare_parts(
         ) from error
     finally:
         _stop(executor)
+
+
+def finished_parts(settings: Settings) -> dict[int, dict]:
+    """number -> record of the parts whose shards are all there, under their own names or already under their final
+    ones; records of others are removed."""
+    folder, output_dir = settings.output_dir / "parts", settings.output_dir
+    dtype = shards.token_dtype(settings.vocab_size)
+    records, before = {}, dict.fromkeys(shards.SPLITS, 0)  # shards of the parts before
+    for marker in sorted(folder.glob("part_*.json")):
+        record = json.loads(marker.read_text())
+        for split in shards.SPLITS:
+            for number, shard in enumerate(record["splits"][split]["shards"], start=before[split]):
+                places = folder / shard["file"], output_dir / f"{split}_{number:05d}.npy"
+                if not any(shards.has_tokens(path, shard["tokens"], dtype) for path in places):
+                    marker.unlink(missing_ok=True)
+            before[split] += len(record["splits"][split]["shards"])
+        if marker.exists():
+            records[int(marker.stem.split("_")[1])] = record
+    return records
 
 
 UNITS = ("documents", "tokens", "bytes")
@@ -333,17 +346,11 @@ def _attempt(
         done[:] += more
         show()
 
-    for attempt in range(1, ATTEMPTS + 1):
+    def attempt() -> dict:
         done[:] = 0
-        try:
-            return prepare_part(number, pieces, settings, quota, count)
-        except SourceError as error:
-            if attempt == ATTEMPTS:
-                raise UserError(
-                    f"{error}; tried {ATTEMPTS} times. Finished parts are kept: repeat the command"
-                ) from error
-            time.sleep(FIRST_DELAY * 2 ** (attempt - 1))
-    raise AssertionError
+        return prepare_part(number, pieces, settings, quota, count)
+
+    return with_attempts(attempt)
 
 
 def _stop(executor: ProcessPoolExecutor) -> None:
@@ -375,6 +382,8 @@ def put_together(records: list[dict], settings: Settings) -> dict:
             final = output_dir / f"{split}_{number:05d}.npy"
             if (folder / shard["file"]).exists():
                 (folder / shard["file"]).replace(final)
+            elif not final.exists():
+                raise UserError(f"{folder / shard['file']} is missing; repeat the command, which makes it again")
             pieces[number] = shard | {"file": final.name}
         splits[split] = {unit: sum(part[unit] for part in parts) for unit in ("tokens", "documents", "bytes")}
         # Without a token to open them, the documents of a part may all be empty, and in no shard.
@@ -390,10 +399,17 @@ def _merged(records: list[dict], settings: Settings) -> list[dict]:
     opening = len(writer.opening)
     with no_space(settings.output_dir), _discarding([writer]):
         for record in records:
-            pieces = [np.load(folder / shard["file"], mmap_mode="r") for shard in record["splits"]["val"]["shards"]]
-            tokens = np.concatenate([np.empty(0, dtype), *pieces])
-            for length, end in zip(record["val_lengths"], np.cumsum(record["val_lengths"])):
-                writer.add(tokens[end - length + opening : end], text_bytes=0)
+            pieces = record["splits"]["val"]["shards"]
+            stream = shards.TokenStream(
+                tuple(folder / shard["file"] for shard in pieces),
+                tuple(shard["tokens"] for shard in pieces),
+                (None,) * len(pieces),
+                settings.vocab_size,
+            )
+            end = 0
+            for length in record["val_lengths"]:
+                writer.add(stream.read(end + opening, length - opening), text_bytes=0)
+                end += length
         return writer.finish()["shards"]
 
 

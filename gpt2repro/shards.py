@@ -7,29 +7,37 @@ manifest.json, which is written last: a directory without one is unfinished. Eve
 
 import contextlib
 import dataclasses
+import errno
 import hashlib
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 import numpy as np
 
-from gpt2repro.errors import UserError
-from gpt2repro.foreign_tokens import foreign_manifest
+from gpt2repro.errors import UserError, first_line
+from gpt2repro.foreign_tokens import foreign_format, foreign_manifest
 
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 SPLITS = ("train", "val")
+HEADER_BYTES = 128  # of the .npy files that ShardWriter writes
+MAPPED_SHARDS = 128  # of a stream at a time: each keeps a file open, of which 1024 are a usual limit
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
     """The smallest of uint16 and uint32 that holds every id."""
     return np.dtype(np.uint16 if vocab_size <= 2**16 else np.uint32)
+
+
+def has_tokens(path: Path, tokens: int, dtype: np.dtype) -> bool:
+    """Whether there is a shard of so many tokens, by its size."""
+    return path.is_file() and path.stat().st_size == HEADER_BYTES + tokens * dtype.itemsize
 
 
 def file_sha256(path: Path) -> str:
@@ -159,20 +167,51 @@ def read_manifest(data_dir: str | Path) -> dict:
     if not path.parent.is_dir():
         raise UserError(f"data directory {data_dir} does not exist; make it with `python prepare_data.py`")
     if not path.exists():
+        if name := foreign_format(path.parent):
+            raise UserError(
+                f"{data_dir} holds {name}'s tokens, which have no {MANIFEST} that describes them; train on them as "
+                "they are, or prepare the text with `python prepare_data.py`"
+            )
         raise UserError(
             f"data directory {data_dir} has no {MANIFEST}, so its preparation is unfinished; "
             "repeat the `python prepare_data.py` command that started it"
         )
     try:
         manifest = json.loads(path.read_text())
-    except ValueError as error:
-        raise UserError(f"{path} is damaged ({error}); prepare the data again") from error
-    if manifest.get("format_version") != FORMAT_VERSION:
-        raise UserError(
-            f"{path} has format version {manifest.get('format_version')}, this program reads {FORMAT_VERSION}; "
-            "prepare the data again"
-        )
+        version = manifest.get("format_version")
+        if version == FORMAT_VERSION:
+            _touch(manifest)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} is damaged ({first_line(error)}); {again(data_dir)}") from error
+    if version != FORMAT_VERSION:
+        raise UserError(f"{path} has format version {version}, this program reads {FORMAT_VERSION}; {again(data_dir)}")
     return manifest
+
+
+def again(data_dir: str | Path) -> str:
+    """The remedy for what is damaged."""
+    return f"prepare the data again: delete {data_dir} and repeat the `python prepare_data.py` command that made it"
+
+
+def _touch(manifest: dict) -> None:
+    """Raise what the lack of a key raises."""
+    for key in ("vocab_size", "eot_id", "name", "sha256"):
+        manifest["tokenizer"][key]
+    for name in SPLITS:
+        split = manifest["splits"][name]
+        for unit in ("tokens", "documents", "bytes"):
+            split[unit] + 0
+        for shard in split["shards"]:
+            shard["file"] + shard["sha256"]
+            shard["tokens"] + shard["documents"]
+
+
+def unsound(data_dir: str | Path, manifest: dict) -> list[str]:
+    """What is wrong with a prepared directory at first sight: shards that are missing or have another size."""
+    dtype = token_dtype(manifest["tokenizer"]["vocab_size"])
+    listed = [shard for split in SPLITS for shard in manifest["splits"][split]["shards"]]
+    paths = [(Path(data_dir) / shard["file"], shard["tokens"]) for shard in listed]
+    return [f"{path} is missing or has another size" for path, n in paths if not has_tokens(path, n, dtype)]
 
 
 def find_manifest(data_dir: str | Path) -> dict:
@@ -208,7 +247,7 @@ def verify(data_dir: str | Path, num_workers: int = 1, progress: Callable = iter
     root = Path(data_dir)
     manifest = read_manifest(root)
     if manifest != seal(manifest):
-        raise UserError(f"{root / MANIFEST} was changed after it was written; prepare the data again")
+        raise UserError(f"{root / MANIFEST} was changed after it was written; {again(root)}")
     tokenizer = manifest["tokenizer"]
     listed = [shard for split in SPLITS for shard in manifest["splits"][split]["shards"]]
     with ThreadPoolExecutor(num_workers) as pool:
@@ -219,18 +258,15 @@ def verify(data_dir: str | Path, num_workers: int = 1, progress: Callable = iter
             total = sum(shard[unit] for shard in split["shards"])
             if split[unit] != total:
                 problems.append(f"{root / MANIFEST}: {name} has {split[unit]:,} {unit}, its shards have {total:,}")
-    path = root / "tokenizer" / "tokenizer.json"
-    if not path.exists():
-        problems.append(f"{path} is missing")
-    elif file_sha256(path) != tokenizer["sha256"]:
-        problems.append(f"{path} is damaged: its sha256 differs from the manifest's")
+    hashes = manifest.get("tokenizer_files", {"tokenizer.json": tokenizer["sha256"]})
+    problems += filter(None, (_file_problem(root / "tokenizer" / name, sha256) for name, sha256 in hashes.items()))
     if problems:
-        raise UserError("\n".join(f"{problem}; prepare the data again" for problem in problems))
+        raise UserError("\n".join(f"{problem}; {again(root)}" for problem in problems))
     return manifest
 
 
 def verify_once(data_dir: str | Path, verified: dict[str, list[int]]) -> dict[str, list[int]]:
-    """Compare the shards' hashes with the manifest, but for those that have not changed since.
+    """Compare the shards with the manifest's hashes, but for those that have not changed since the last call.
 
     Args:
         verified: what the last call returned: size in bytes and time of change in ns of each shard.
@@ -238,29 +274,32 @@ def verify_once(data_dir: str | Path, verified: dict[str, list[int]]) -> dict[st
         UserError: one line for each shard that is missing or not what was prepared. Another trainer's files have no
             hashes, and pass.
     """
-    root, now, problems = Path(data_dir), {}, []
-    for split in find_manifest(root)["splits"].values():
-        for shard in split["shards"]:
-            path = root / shard["file"]
-            try:
-                status = path.stat()
-                now[str(path)] = [status.st_size, status.st_mtime_ns]
-                same = verified.get(str(path)) == now[str(path)] or shard.get("sha256") in (None, file_sha256(path))
-            except OSError as error:
-                problems.append(f"{path} cannot be read ({error.strerror}); prepare the data again")
-                continue
-            if not same:
-                problems.append(f"{path} is not what was prepared: its sha256 differs; prepare the data again")
+    root, seen, todo = Path(data_dir), {}, {}
+    for shard in (shard for split in find_manifest(root)["splits"].values() for shard in split["shards"]):
+        path = root / shard["file"]
+        if path.exists():
+            seen[str(path)] = [path.stat().st_size, path.stat().st_mtime_ns]
+        if "sha256" in shard and verified.get(str(path)) != seen.get(str(path), []):
+            todo[path] = shard["sha256"]
+    with ThreadPoolExecutor() as pool:  # hashing leaves them to work side by side
+        problems = [problem for problem in pool.map(_file_problem, todo, todo.values()) if problem]
     if problems:
-        raise UserError("\n".join(problems))
-    return now
+        raise UserError("\n".join(f"{problem}; {again(root)}" for problem in problems))
+    return seen
+
+
+def _file_problem(path: Path, sha256: str) -> str | None:
+    if not path.is_file():
+        return f"{path} is missing"
+    try:
+        return None if file_sha256(path) == sha256 else f"{path} is damaged: its sha256 differs from the manifest's"
+    except OSError as error:
+        return f"{path} cannot be read ({first_line(error)})"
 
 
 def _shard_problem(path: Path, shard: dict, tokenizer: dict) -> str | None:
-    if not path.exists():
-        return f"{path} is missing"
-    if file_sha256(path) != shard["sha256"]:
-        return f"{path} is damaged: its sha256 differs from the manifest's"
+    if problem := _file_problem(path, shard["sha256"]):
+        return problem
     tokens = np.load(path, mmap_mode="r")
     if len(tokens) != shard["tokens"]:
         return f"{path} holds {len(tokens):,} tokens, the manifest says {shard['tokens']:,}"
@@ -273,9 +312,24 @@ def _shard_problem(path: Path, shard: dict, tokenizer: dict) -> str | None:
     return None
 
 
+def map_shard(path: Path, offset: int | None, tokens: int) -> np.ndarray:
+    """The tokens of an .npy file, or of a raw file so many uint16 from that byte on, memory-mapped.
+
+    Raises:
+        UserError: it cannot be opened.
+    """
+    try:
+        return np.load(path, mmap_mode="r") if offset is None else np.memmap(path, "<u2", "r", offset, tokens)
+    except (OSError, ValueError, EOFError) as error:
+        remedy = again(path.parent) if offset is None else "copy it again"
+        if getattr(error, "errno", None) == errno.EMFILE:
+            remedy = "allow this process more open files with `ulimit -n`"
+        raise UserError(f"shard {path} cannot be opened ({first_line(error)}); {remedy}") from error
+
+
 @dataclass(frozen=True)
 class TokenStream:
-    """The shards of one split as one long sequence of tokens, memory-mapped."""
+    """The shards of one split as one long sequence of tokens, memory-mapped when they are read."""
 
     paths: tuple[Path, ...]
     lengths: tuple[int, ...]
@@ -297,22 +351,20 @@ class TokenStream:
             tuple(shard.get("offset") for shard in shards),
             manifest["tokenizer"]["vocab_size"],
         )
-        for path, expected, tokens in zip(stream.paths, stream.lengths, stream.arrays):
+        for path, expected, tokens in zip(stream.paths, stream.lengths, stream.arrays()):
             if len(tokens) != expected:
                 raise UserError(
-                    f"{path} holds {len(tokens):,} tokens, the manifest says {expected:,}; prepare it again"
+                    f"{path} holds {len(tokens):,} tokens, the manifest says {expected:,}; {again(data_dir)}"
                 )
         return stream
 
+    def arrays(self) -> Iterator[np.ndarray]:
+        """The shards, one after another."""
+        return map(map_shard, self.paths, self.offsets, self.lengths)
+
     @cached_property
-    def arrays(self) -> list[np.ndarray]:
-        try:
-            return [
-                np.load(path, mmap_mode="r") if offset is None else np.memmap(path, "<u2", "r", offset, length)
-                for path, length, offset in zip(self.paths, self.lengths, self.offsets)
-            ]
-        except (OSError, ValueError, EOFError) as error:
-            raise UserError(f"a shard cannot be opened ({error}); prepare the data again") from error
+    def _mapped(self) -> Callable[[Path, int | None, int], np.ndarray]:
+        return lru_cache(MAPPED_SHARDS)(map_shard)
 
     @cached_property
     def _ends(self) -> np.ndarray:
@@ -322,7 +374,7 @@ class TokenStream:
         return int(self._ends[-1])
 
     def __getstate__(self) -> dict:
-        fields = dataclasses.fields(self)  # without the arrays: a worker process maps the files for itself
+        fields = dataclasses.fields(self)  # without the maps: a worker process maps the files for itself
         return {field.name: getattr(self, field.name) for field in fields}
 
     def read(self, start: int, length: int) -> np.ndarray:
@@ -338,7 +390,8 @@ class TokenStream:
         shard = int(np.searchsorted(self._ends, start, side="right"))
         while done < length:
             offset = start + done - (int(self._ends[shard]) - self.lengths[shard])
-            part = self.arrays[shard][offset : offset + length - done]
+            tokens = self._mapped(self.paths[shard], self.offsets[shard], self.lengths[shard])
+            part = tokens[offset : offset + length - done]
             out[done : done + len(part)] = part
             done += len(part)
             shard += 1
@@ -346,14 +399,14 @@ class TokenStream:
             path = self.paths[np.searchsorted(self._ends, start + out.argmax(), side="right")]
             raise UserError(
                 f"{path} holds token {largest}, but its tokenizer has the ids 0 to {self.vocab_size - 1}: it is "
-                "damaged or of another tokenizer; prepare the data again"
+                f"damaged or of another tokenizer; {again(path.parent)}"
             )
         return out
 
     def counts(self, vocab_size: int) -> np.ndarray:
         """(vocab_size,) int64: how often each token occurs."""
         counts = np.zeros(vocab_size, np.int64)
-        for tokens in self.arrays:
+        for tokens in self.arrays():
             for first in range(0, len(tokens), 2**24):  # bincount copies its argument to int64
                 counts += np.bincount(tokens[first : first + 2**24], minlength=vocab_size)[:vocab_size]
         return counts

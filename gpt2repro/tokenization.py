@@ -5,7 +5,7 @@ import json
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache
 from hashlib import sha256
 from pathlib import Path
 
@@ -77,18 +77,32 @@ def build_tokenizer(name: str, texts: Iterable[str]) -> Tokenizer:
         return _from_fast(name, _train_bpe(name, texts))
     try:
         return _from_fast(name, AutoTokenizer.from_pretrained(name))
-    except (OSError, ValueError, KeyError) as error:
+    except UserError:
+        raise
+    except Exception as error:  # whatever transformers and tokenizers raise for a file that is none of theirs
         raise UserError(
             f"--tokenizer {name}: neither gpt2, char nor bpe:N, nor a folder or Hub id that holds a tokenizer "
             f"({first_line(error)})"
         ) from error
 
 
+def expected_vocab_size(name: str) -> int:
+    """The vocabulary of the tokenizer that `name` asks for, before it is built; of characters, as most texts have.
+
+    Raises:
+        UserError: as build_tokenizer, as far as the texts have no part in it.
+    """
+    if name in ("gpt2", "char"):
+        return 50_257
+    return _bpe_size(name) if name.startswith("bpe:") else build_tokenizer(name, ()).vocab_size
+
+
 def _from_fast(name: str, fast: PreTrainedTokenizerBase) -> Tokenizer:
     if not fast.is_fast:
         raise UserError(f"--tokenizer {name}: a slow tokenizer; only those with a tokenizer.json are supported")
     backend = tokenizers.Tokenizer.from_str(fast.backend_tokenizer.to_str())
-    return Tokenizer(name, len(fast), fast.eos_token_id, _fast_encode_batch(backend), fast)
+    vocab_size = max(fast.get_vocab().values()) + 1  # there may be gaps
+    return Tokenizer(name, vocab_size, fast.eos_token_id, _fast_encode_batch(backend), fast)
 
 
 def load_encoder(name: str, folder: Path) -> Callable[[list[str]], list[Sequence[int]]]:
@@ -99,15 +113,44 @@ def load_encoder(name: str, folder: Path) -> Callable[[list[str]], list[Sequence
 
 
 def _gpt2_encode_batch(encoding: tiktoken.Encoding) -> Callable[[list[str]], list[Sequence[int]]]:
-    encode = partial(encoding.encode_to_numpy, disallowed_special=())  # as encode_ordinary, without a list of ints
+    def encode(text: str) -> Sequence[int]:
+        try:  # as encode_ordinary, without a list of ints
+            return encoding.encode_to_numpy(text, disallowed_special=())
+        except ValueError:  # its pattern matching gives up at a million blanks in a row; the equal tokenizer does not
+            return _fast_encode_batch(_gpt2_backend())([text])[0]
+
     return lambda batch: [encode(text) for text in batch]
+
+
+@cache
+def _gpt2_backend() -> tokenizers.Tokenizer:
+    return fast_from_tiktoken(gpt2_encoding()).backend_tokenizer
 
 
 def _fast_encode_batch(backend: tokenizers.Tokenizer) -> Callable[[list[str]], list[Sequence[int]]]:
     backend.encode_special_tokens = True  # `<|endoftext|>` written in a document is text, not a token
     backend.no_truncation()
     backend.no_padding()
-    return lambda batch: [encoding.ids for encoding in backend.encode_batch_fast(batch, add_special_tokens=False)]
+
+    def encode(batch: list[str]) -> list[Sequence[int]]:
+        return [encoding.ids for encoding in backend.encode_batch_fast(batch, add_special_tokens=False)]
+
+    if backend.pre_tokenizer or json.loads(backend.to_str())["model"].get("merges") != []:
+        return encode
+
+    def encode_characters(batch: list[str]) -> list[Sequence[int]]:
+        """One id a character; without this check those that the vocabulary lacks would be dropped."""
+        ids = encode(batch)
+        for text, found in zip(batch, ids):
+            if len(found) != len(text):
+                unknown = next(character for character in text if backend.token_to_id(character) is None)
+                raise UserError(
+                    f"the text has the character {unknown!r}, which the tokenizer's vocabulary of characters lacks; "
+                    "use --tokenizer char, which takes them from the corpus, or gpt2"
+                )
+        return ids
+
+    return encode_characters
 
 
 @cache
@@ -177,30 +220,40 @@ def _byte_level(model: models.BPE) -> PreTrainedTokenizerFast:
     return _as_transformers(backend, eos_token=END_OF_TEXT, bos_token=END_OF_TEXT)
 
 
-def _train_bpe(name: str, texts: Iterable[str]) -> PreTrainedTokenizerFast:
+def _bpe_size(name: str) -> int:
     size = name.removeprefix("bpe:")
-    if not size.isdecimal() or int(size) <= 256:
-        raise UserError(f"--tokenizer {name}: bpe:N needs a number of token ids N above 256, one for each byte")
+    if not size.isdecimal() or not 256 < int(size) <= 2**31:
+        raise UserError(
+            f"--tokenizer {name}: bpe:N needs a number of token ids N above 256, one for each byte, and up to 2^31"
+        )
+    return int(size)
+
+
+def _train_bpe(name: str, texts: Iterable[str]) -> PreTrainedTokenizerFast:
+    size = _bpe_size(name)
     backend = _byte_level(models.BPE()).backend_tokenizer
     trainer = trainers.BpeTrainer(
-        vocab_size=int(size) - 1,  # the last id is end-of-text, as in GPT-2
+        vocab_size=size - 1,  # the last id is end-of-text, as in GPT-2
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
     backend.train_from_iterator(texts, trainer)
     trained = json.loads(backend.to_str())["model"]
-    if len(trained["vocab"]) < int(size) - 1:
+    if len(trained["vocab"]) < size - 1:
         raise UserError(
             f"--tokenizer {name}: the corpus has pairs for only {len(trained['vocab']) + 1} token ids; "
             f"use --tokenizer bpe:{len(trained['vocab']) + 1} or more text"
         )
-    vocab = trained["vocab"] | {END_OF_TEXT: int(size) - 1}
+    vocab = trained["vocab"] | {END_OF_TEXT: size - 1}
     return _byte_level(models.BPE(vocab=vocab, merges=[tuple(pair) for pair in trained["merges"]]))
 
 
 def _character_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
     """One token a character, ids in code point order as in nanoGPT's data/shakespeare_char/prepare.py."""
-    characters = sorted(set().union(*map(set, texts)))
+    seen: set[str] = set()
+    for text in texts:
+        seen.update(text)
+    characters = sorted(seen)
     backend = tokenizers.Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(characters)}, merges=[]))
     backend.decoder = decoders.Fuse()
     return _as_transformers(backend)

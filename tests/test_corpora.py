@@ -27,8 +27,12 @@ LINES = "".join(json.dumps(row) + "\n" for row in ROWS).encode()
 
 
 def parquet(rows):
+    return parquet_of(pyarrow.Table.from_pylist(rows))
+
+
+def parquet_of(table, **options):
     buffer = pyarrow.BufferOutputStream()
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), buffer)
+    pyarrow.parquet.write_table(table, buffer, **options)
     return buffer.getvalue().to_pybytes()
 
 
@@ -41,7 +45,7 @@ def write_files(folder, files):
 
 
 def read(name, *args, **kwargs):
-    return list(open_corpus(name, *args, **kwargs).documents())
+    return list(open_corpus(name, *args, **kwargs).texts())
 
 
 def mistake(name, *args, **kwargs):
@@ -110,8 +114,8 @@ TABLES = {
 def test_tables(tmp_path, name, content):
     write_files(tmp_path, {name: content})
     corpus = open_corpus("files", str(tmp_path / name))
-    assert list(corpus.documents()) == TEXTS
-    assert list(corpus.documents()) == TEXTS  # a tokenizer takes a pass of its own
+    assert list(corpus.texts()) == TEXTS
+    assert list(corpus.texts()) == TEXTS  # a tokenizer takes a pass of its own
     assert not corpus.single_text
     assert corpus.facts == {"files": [{"name": Path(name).name, "bytes": len(content)}]}
 
@@ -121,7 +125,7 @@ def test_a_text_file_is_one_document(tmp_path, name, pack):
     text = "eins\r\nzwei\n\n\0 👋 \ufeff"
     write_files(tmp_path, {name: pack(text.encode())})
     corpus = open_corpus("files", str(tmp_path / name))
-    assert list(corpus.documents()) == [text]
+    assert list(corpus.texts()) == [text]
     assert corpus.single_text and corpus.default_split == {"val_fraction": 0.1}
 
 
@@ -137,9 +141,10 @@ def test_a_folder_is_read_in_the_order_of_its_paths(tmp_path):
     }
     corpus = open_corpus("files", str(write_files(tmp_path, files)))
     names = [file["name"] for file in corpus.facts["files"]]
-    assert names == [path.name for path in sorted(map(tmp_path.__truediv__, files)) if path.suffix != ".md"]
-    by_name = {"a.txt": "1", "c.txt": "2", "z.jsonl": "34", "b.txt": "5", "c.parquet": "6", "d.txt.gz": "7"}
-    assert "".join(corpus.documents()) == "".join(by_name[name] for name in names)
+    paths = [path.relative_to(tmp_path) for path in sorted(map(tmp_path.__truediv__, files)) if path.suffix != ".md"]
+    assert names == [path.as_posix() for path in paths]
+    by_name = {"a.txt": "1", "a/b/c.txt": "2", "a/z.jsonl": "34", "b.txt": "5", "c.parquet": "6", "d.txt.gz": "7"}
+    assert "".join(corpus.texts()) == "".join(by_name[name] for name in names)
     assert not corpus.single_text
 
 
@@ -154,6 +159,40 @@ def test_the_text_column_is_chosen(tmp_path):
     assert read("files", str(tmp_path), text_column="content") == ["yes", "yes"]
 
 
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.jsonl.gz", "list.json", "list.json.gz"])
+def test_rows_that_are_no_text(tmp_path, name):
+    """Null is left out, halves of surrogate pairs are repaired, a broken line is left out; and all are counted."""
+    rows = [{"text": None}, {"text": "half \ud83d"}, {"text": ""}, {"text": "two"}]
+    content = "\n".join(map(json.dumps, rows)) + '\n{"text": "broken\n'
+    notes = ["no text", "repaired", "", "", "no JSON"]
+    if name.startswith("list"):
+        content, notes = json.dumps(rows), notes[:4]
+    content = b"\xef\xbb\xbf" + content.encode()
+    write_files(tmp_path, {name: gzip.compress(content) if name.endswith(".gz") else content})
+    corpus = open_corpus("files", str(tmp_path / name))
+    assert list(corpus.texts()) == ["half \ufffd", "", "two"]
+    assert [document.note for piece in corpus.pieces for document in piece.documents()] == notes
+
+
+def test_a_dictionary_of_texts_is_text(tmp_path):
+    table = pyarrow.table({"text": pyarrow.array(["b", "a", "b", None]).dictionary_encode()})
+    write_files(tmp_path, {"a.parquet": parquet_of(table)})
+    assert read("files", str(tmp_path)) == ["b", "a", "b"]
+
+
+def test_a_column_is_measured_behind_a_column_of_structs(tmp_path, monkeypatch):
+    """Which is several columns of the file; a wrong measure made one part of a whole corpus."""
+    rows = [{"meta": {"a": 1, "b": 2, "c": 3}, "text": "".join(map(chr, range(n, n + 2000)))} for n in range(300, 320)]
+    table = pyarrow.Table.from_pylist(rows)
+    write_files(tmp_path, {"a.parquet": parquet_of(table, row_group_size=2, use_dictionary=False)})
+    monkeypatch.setattr(corpora, "PART_BYTES", 20_000)
+    pieces = open_corpus("files", str(tmp_path)).pieces
+    text_bytes = sum(len(row["text"].encode()) for row in rows)
+    assert sum(piece.bytes for piece in pieces) == pytest.approx(text_bytes, rel=0.1)
+    assert len(pieces) > 3 and all(piece.bytes <= 20_000 for piece in pieces)
+    assert [text for piece in pieces for text in piece.texts()] == [row["text"] for row in rows]
+
+
 UNREADABLE = {
     "other columns": (
         "a.jsonl",
@@ -166,12 +205,18 @@ UNREADABLE = {
         ["a.parquet", "content, id", "--text_column"],
     ),
     "numbers": ("a.jsonl", b'{"text": 3}\n', ["a.jsonl", "'text' holds int, not text"]),
-    "broken line": (
+    "mostly broken lines": (
         "a.jsonl",
-        b'{"text": "x"}\n{"text": "y"\n{"text": "z"}\n',
-        ["a.jsonl, the line at byte 14", "Expecting ',' delimiter"],
+        b'{"text": "x"}\n{"text": "y"\n{"text": "z"\n',
+        ["a.jsonl: 2 lines are no JSON and 1 are", "the line at byte 14", "Expecting ',' delimiter", "mend the file"],
     ),
     "no UTF-8": ("a.jsonl", b'{"text": "x\xff"}\n', ["a.jsonl", "utf-8"]),
+    "cut list": ("a.json", b'[{"text": "x"}, {"te', ["cannot read", "a.json", "mend the file"]),
+    "two columns of text": (
+        "a.parquet",
+        parquet_of(pyarrow.table([["x"], ["y"]], names=["text", "text"])),
+        ["a.parquet has two columns 'text'", "--text_column"],
+    ),
     "no UTF-8 text": ("a.txt", b"abc\xff", ["a.txt", "'utf-8' codec can't decode byte 0xff in position 3"]),
     "no gzip": ("a.txt.gz", b"abc", ["a.txt.gz", "Not a gzipped file"]),
     "no parquet": ("a.parquet", b"abc", ["a.parquet", "Parquet"]),
@@ -212,7 +257,7 @@ def dataset(tmp_path):
 
 def test_a_dataset_in_the_hubs_format(dataset):
     corpus = open_corpus(dataset)
-    assert list(corpus.documents()) == TEXTS == list(corpus.documents())
+    assert list(corpus.texts()) == TEXTS == list(corpus.texts())
     assert corpus.facts["hub_id"] == dataset and corpus.facts["split"] == "train"
     assert read(dataset, split="test") == ["test"]
     assert read(dataset, hub_config="small") == ["small"]
@@ -279,7 +324,7 @@ def test_shakespeare_from_a_local_copy(shared):
     source = shared / "tinyshakespeare.txt"
     for name, tokenizer in (("shakespeare", "gpt2"), ("shakespeare-char", "char")):
         corpus = open_corpus(name, str(source))
-        assert list(corpus.documents()) == [source.read_text()]
+        assert list(corpus.texts()) == [source.read_text()]
         assert corpus.single_text and corpus.default_tokenizer == tokenizer
         assert corpus.default_split == {"val_fraction": 0.1}
 

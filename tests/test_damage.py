@@ -51,11 +51,11 @@ def remove(path, chance):
 
 
 def edit(path, chance):
-    """Change one character of the manifest that is not white space, so that it is still JSON."""
+    """Change one letter or digit of the manifest; it may be JSON no more."""
     text = path.read_text()
-    digit = chance.choice([match.start() for match in re.finditer(r"\d", text)])
-    new = chance.choice([d for d in "123456789" if d != text[digit]])
-    path.write_text(text[:digit] + new + text[digit + 1 :])
+    place = chance.choice([match.start() for match in re.finditer(r"[a-z0-9]", text)])
+    new = chance.choice([c for c in "abcdefxyz123456789" if c != text[place]])
+    path.write_text(text[:place] + new + text[place + 1 :])
 
 
 SHARD_DAMAGE = [flip_a_byte, truncate, lengthen, swap, remove]
@@ -68,7 +68,8 @@ def test_random_damage_is_found_and_named(prepared, tmp_path, number):
     damage = chance.choice([*SHARD_DAMAGE, *SHARD_DAMAGE, edit])
     path = tmp_path / "data" / "manifest.json"
     if damage is not edit:
-        path = chance.choice(sorted((tmp_path / "data").glob("*.npy")) + [tmp_path / "data/tokenizer/tokenizer.json"])
+        files = sorted((tmp_path / "data").glob("*.npy")), sorted((tmp_path / "data" / "tokenizer").iterdir())
+        path = chance.choice(files[chance.random() < 0.2])
         if damage is swap and path.suffix != ".npy":
             damage = flip_a_byte
     damage(path, chance)
@@ -97,7 +98,8 @@ def test_description_counts_what_is_there(prepared):
     for split in shards.SPLITS:
         tokens = np.concatenate([np.load(prepared / shard["file"]) for shard in manifest["splits"][split]["shards"]])
         lengths = np.diff(np.flatnonzero(tokens == 499), append=len(tokens))
-        assert np.array_equal(describe.document_lengths(shards.TokenStream.open(prepared, split), 499), lengths)
+        starts, _ = describe.document_lengths(shards.TokenStream.open(prepared, split), 499)
+        assert starts == np.flatnonzero(tokens == 499)[:3].tolist()
         assert f"{split}: {len(tokens):,} tokens in {len(lengths):,} documents" in text
         for power in range(4, 16):
             count = int(((lengths >= 2**power) & (lengths < 2 ** (power + 1))).sum())

@@ -360,7 +360,7 @@ def test_a_shard_that_changed_is_refused(data_dir, stopped, tmp_path):
     tokens[1000] += 1
     np.save(changed / "train_00000.npy", tokens)
     again = Training(tmp_path, changed)
-    assert again.wait() == 2 and "train_00000.npy is not what was prepared: its sha256 differs" in again.printed
+    assert again.wait() == 2 and "train_00000.npy is damaged: its sha256 differs" in again.printed
 
 
 def test_a_full_disk_costs_a_checkpoint_not_the_run(data_dir, undisturbed, tmp_path):

@@ -277,7 +277,8 @@ def test_a_weight_that_no_block_can_meet_is_refused(directories, weight):
 
 
 def test_different_tokenizers_are_named(directories, tmp_path):
-    write(tmp_path / "d", "train", np.zeros(99, np.uint16), TOKENIZER | {"name": "char", "sha256": "5" * 64})
+    for split in ("train", "val"):
+        write(tmp_path / "d", split, np.zeros(99, np.uint16), TOKENIZER | {"name": "char", "sha256": "5" * 64})
     message = refused(directories | {str(tmp_path / "d"): 1.0})
     assert f"{tmp_path / 'a'} has tokens of bpe:600 (600 ids, sha256 00000000...)" in message
     assert f"{tmp_path / 'd'} of char (600 ids, sha256 55555555...)" in message and "\n" not in message
@@ -298,7 +299,8 @@ def test_tokens_without_a_tokenizer_mix_with_those_of_gpt2(tmp_path):
 
 def test_two_directories_of_one_name_are_refused(directories, tmp_path):
     (tmp_path / "deep").mkdir()
-    write(tmp_path / "deep" / "a", "train", np.zeros(99, np.uint16))
+    for split in ("train", "val"):
+        write(tmp_path / "deep" / "a", split, np.zeros(99, np.uint16))
     assert "data has two directories named a" in refused(directories | {str(tmp_path / "deep" / "a"): 1.0})
 
 

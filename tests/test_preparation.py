@@ -10,6 +10,7 @@ import random
 import shutil
 import signal
 import time
+from pathlib import Path
 
 import fsspec
 import numpy as np
@@ -215,7 +216,7 @@ def test_the_source_is_cut_into_parts(source, texts, small_parts):
     parts = corpus.parts()
     assert len(parts) > 4
     assert all(len(part) == 1 or sum(piece.bytes for piece in part) <= PART_BYTES for part in parts)
-    assert [text for part in parts for piece in part for text in piece.texts()] == texts == list(corpus.documents())
+    assert [text for part in parts for piece in part for text in piece.texts()] == texts == list(corpus.texts())
 
 
 @pytest.mark.parametrize("documents", [0, 1, 60, 149, 150])
@@ -340,6 +341,34 @@ def test_merged_validation_is_what_one_part_writes(source, command, tmp_path, mo
     assert np.array_equal(tokens_of(tmp_path / "one", "train"), tokens_of(tmp_path / "many", "train"))
 
 
+@pytest.mark.parametrize("renamed", [0, 1, 3])
+@pytest.mark.parametrize("damage", ["missing", "cut"])
+def test_a_part_whose_shard_is_gone_is_made_again(
+    source, command, uninterrupted, tmp_path, monkeypatch, renamed, damage
+):
+    """Before the shards have their final names, and while they are given them."""
+    monkeypatch.setattr(corpora, "PART_BYTES", PART_BYTES)
+    output_dir, replace, names = tmp_path / "out", Path.replace, []
+
+    def stopping(path, target):
+        if target.parent == output_dir and target.suffix == ".npy":
+            names.append(target)
+            if len(names) > renamed:
+                raise KeyboardInterrupt
+        return replace(path, target)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Path, "replace", stopping)
+        prepare(*command, "--output_dir", output_dir)
+    shard = names[0] if renamed else output_dir / "parts" / "part_00002_train_00000.npy"
+    if damage == "cut":
+        shard.write_bytes(shard.read_bytes()[:-2])
+    else:
+        shard.unlink()
+    prepare(*command, "--output_dir", output_dir)
+    assert contents(output_dir) == uninterrupted
+
+
 # ---- cuts of files ----
 
 LINES = (
@@ -371,7 +400,7 @@ def test_lines_are_read_once_whatever_the_size_of_a_part(tmp_path, monkeypatch, 
     (tmp_path / "a.jsonl").write_bytes(LINES)
     corpus = open_corpus("files", str(tmp_path / "a.jsonl"))
     assert len(corpus.pieces) == -(-len(LINES) // part_bytes)
-    assert list(corpus.documents()) == LINE_TEXTS
+    assert list(corpus.texts()) == LINE_TEXTS
 
 
 @pytest.mark.parametrize("part_bytes", [1, 60, 100, 300, 10**6])
@@ -382,7 +411,7 @@ def test_row_groups_are_read_once(tmp_path, monkeypatch, row_group_size, part_by
     pyarrow.parquet.write_table(table, tmp_path / "a [1].parquet", row_group_size=row_group_size)
     monkeypatch.setattr(corpora, "PART_BYTES", part_bytes)
     corpus = open_corpus("files", str(tmp_path))
-    assert list(corpus.documents()) == texts
+    assert list(corpus.texts()) == texts
     groups = -(-40 // row_group_size)
     borders = [(piece.start, piece.stop) for piece in corpus.pieces]
     assert [start for start, _ in borders] == [0, *(stop for _, stop in borders[:-1])] and borders[-1][1] == groups
@@ -573,7 +602,7 @@ def test_ctrl_c(preparer, command, uninterrupted, tmp_path):
 def test_no_python_runs_inside_the_reader_of_a_local_table(source, texts, monkeypatch):
     """pyarrow drops the KeyboardInterrupt of a Ctrl-C that meets Python code which it has called."""
     monkeypatch.setattr(fsspec, "open", None)
-    assert list(open_corpus("files", str(source / "b.parquet")).documents()) == texts[150:]
+    assert list(open_corpus("files", str(source / "b.parquet")).texts()) == texts[150:]
 
 
 @pytest.mark.parametrize("moment", ["while they start", "while they work"])
@@ -699,17 +728,17 @@ class Flaky:
         self.failures, self.texts = failures, texts
 
     def __call__(self, piece):
-        yield from self.texts[:2]
-        if self.failures:
-            self.failures -= 1
-            raise corpora.SourceError("the line is dead")
-        yield from self.texts[2:]
+        for number, text in enumerate(self.texts):
+            if number == 2 and self.failures:
+                self.failures -= 1
+                raise corpora.SourceError("the line is dead")
+            yield {"text": text}
 
 
-@pytest.mark.parametrize("failures", [0, 1, preparation.ATTEMPTS - 1, preparation.ATTEMPTS])
+@pytest.mark.parametrize("failures", [0, 1, corpora.ATTEMPTS - 1, corpora.ATTEMPTS])
 def test_a_part_is_tried_again(monkeypatch, tmp_path, tokenizer, failures):
     delays, shown = [], []
-    monkeypatch.setattr(preparation.time, "sleep", delays.append)
+    monkeypatch.setattr(corpora.time, "sleep", delays.append)
     monkeypatch.setitem(corpora.READERS, "flaky", Flaky(failures, ["one", "two", "three", "four"]))
     settings = preparation.Settings(tmp_path, str(tokenizer), 400, 399, 1000)
     shutil.copytree(tokenizer, tmp_path / "tokenizer")
@@ -717,13 +746,13 @@ def test_a_part_is_tried_again(monkeypatch, tmp_path, tokenizer, failures):
     def make():
         return preparation.prepare_parts([(Piece("flaky"),)], settings, Quota(3), 1, lambda *done: shown.append(done))
 
-    if failures == preparation.ATTEMPTS:
+    if failures == corpora.ATTEMPTS:
         with pytest.raises(UserError, match=rf"the line is dead; tried {failures} times.*repeat the command"):
             make()
         assert not list((tmp_path / "parts").iterdir())
         (record,) = make()
     else:
         (record,) = make()
-    assert delays == [preparation.FIRST_DELAY * 2**n for n in range(min(failures, preparation.ATTEMPTS - 1))]
+    assert delays == [corpora.FIRST_DELAY * 2**n for n in range(min(failures, corpora.ATTEMPTS - 1))]
     assert record["splits"]["train"]["documents"] + record["splits"]["val"]["documents"] == 4
     assert shown[-1] == tuple(sum(split[unit] for split in record["splits"].values()) for unit in preparation.UNITS)

@@ -1,5 +1,6 @@
 """Data preparation, run as a user runs it, against the texts that went in: nothing lost, changed or counted twice."""
 
+import contextlib
 import gzip
 import hashlib
 import json
@@ -11,7 +12,7 @@ import pyarrow.parquet
 import pytest
 
 import prepare_data
-from gpt2repro import corpora, shards
+from gpt2repro import corpora, preparation, shards
 from gpt2repro.errors import UserError
 
 
@@ -324,3 +325,186 @@ def test_verify_finds_damage(command, tmp_path):
         file.seek(-2, os.SEEK_END)
         file.write(b"\xff")
     assert "train_00001.npy is damaged" in mistake("--verify", tmp_path)
+
+
+# ---- directories that are damaged, corpora that change ----
+
+
+@pytest.mark.parametrize("damage", ["missing", "cut", "a folder"])
+def test_a_damaged_directory_is_not_called_prepared(command, tmp_path, damage):
+    prepare(*command, "--output_dir", tmp_path)
+    path = tmp_path / "train_00001.npy"
+    data = path.read_bytes()
+    path.unlink()
+    if damage == "cut":
+        path.write_bytes(data[:-1])
+    elif damage == "a folder":
+        path.mkdir()
+    (line,) = mistake(*command, "--output_dir", tmp_path).splitlines()
+    assert "train_00001.npy is missing or has another size" in line and f"delete {tmp_path} and repeat" in line
+    for flag in ("--verify", "--describe"):
+        assert "train_00001.npy" in mistake(flag, tmp_path)
+
+
+@pytest.mark.parametrize("content", ["[]", "null", "{", '{"format_version": 1}', '{"format_version": 1, "splits": []}'])
+def test_a_damaged_manifest_is_one_line(command, tmp_path, content):
+    (tmp_path / "manifest.json").write_text(content)
+    for args in (["--verify", tmp_path], ["--describe", tmp_path], [*command, "--output_dir", tmp_path]):
+        (line,) = mistake(*args).splitlines()
+        assert str(tmp_path) in line
+
+
+def test_every_file_of_the_tokenizer_is_verified(command, tmp_path):
+    prepare(*command, "--output_dir", tmp_path)
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    names = {path.name for path in (tmp_path / "tokenizer").iterdir()}
+    assert set(manifest["tokenizer_files"]) == names >= {"tokenizer.json", "tokenizer_config.json"}
+    (tmp_path / "tokenizer" / "tokenizer_config.json").write_text("[]")
+    assert "tokenizer_config.json is damaged" in mistake("--verify", tmp_path)
+    assert "no tokenizer can be loaded" in mistake("--describe", tmp_path)
+
+
+def dataset(folder, texts):
+    """A local folder in the Hub's format."""
+    (folder / "data").mkdir(parents=True, exist_ok=True)
+    pyarrow.parquet.write_table(pyarrow.table({"text": texts}), folder / "data" / "train-0.parquet", row_group_size=5)
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["files", "dataset"])
+def test_a_corpus_that_changes_is_noticed(tmp_path, monkeypatch, kind):
+    """While it is prepared also where the sizes of the files stay; afterwards by the sizes."""
+    monkeypatch.setattr(corpora, "PART_BYTES", 100)
+    texts = [f"document {n:02d} " + "word " * 9 for n in range(20)]
+    folder = dataset(tmp_path / "source", texts)
+    corpus = ["files", "--source", folder] if kind == "files" else [folder]
+    command = [*corpus, "--output_dir", tmp_path / "out", "--val_tokens", 9]
+    with monkeypatch.context() as patch:
+        patch.setattr(preparation, "put_together", None)  # all parts are made, then it fails
+        with pytest.raises(TypeError):
+            prepare(*command)
+    before = (folder / "data" / "train-0.parquet").stat()
+    dataset(folder, [text.replace("word", "work") for text in texts])
+    assert (folder / "data" / "train-0.parquet").stat().st_size == before.st_size
+    assert "its times of change changed" in mistake(*command)
+    dataset(folder, texts)
+    os.utime(folder / "data" / "train-0.parquet", ns=(before.st_atime_ns, before.st_mtime_ns))
+    prepare(*command)
+    prepare(*command)  # already prepared
+    dataset(folder, texts + ["another"] * 50)
+    assert "its list of files" in mistake(*command)
+
+
+def test_files_of_one_name_are_told_apart(tmp_path):
+    for folder, count in (("a", 3), ("b", 5)):
+        (tmp_path / "source" / folder).mkdir(parents=True)
+        (tmp_path / "source" / folder / "x.jsonl").write_text('{"text": "some words"}\n' * count)
+    command = ["files", "--source", tmp_path / "source", "--output_dir", tmp_path / "out", "--val_tokens", 5]
+    prepare(*command)
+    files = json.loads((tmp_path / "out" / "manifest.json").read_text())["corpus"]["files"]
+    assert [file["name"] for file in files] == ["a/x.jsonl", "b/x.jsonl"]
+
+
+def test_characters_are_learnt_from_every_document(tmp_path):
+    texts = ["abc"] * 30 + ["xyz"]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    command = ["files", "--source", tmp_path / "a.jsonl", "--output_dir", tmp_path / "out", "--tokenizer", "char"]
+    prepare(*command, "--val_tokens", 3, "--tokenizer_documents", 5)
+    manifest, train = load(tmp_path / "out", "train")
+    assert manifest["tokenizer"]["vocab_size"] == 6 and len(train) == 3 * 30
+
+
+@pytest.mark.parametrize("tokenizer", ["bpe:300", "char"])
+def test_tokenizers_are_trained_on_repaired_text(tmp_path, tokenizer):
+    texts = ["half \ud800 " + "some words to learn from, and some more of them " * 3, "whole"]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    command = ["files", "--source", tmp_path / "a.jsonl", "--output_dir", tmp_path / "out", "--val_tokens", 3]
+    prepare(*command, "--tokenizer", tokenizer if tokenizer == "char" else "bpe:270")
+    assert load(tmp_path / "out", "val")[0]["repaired_documents"] == 1
+
+
+def test_rows_left_out_are_counted_in_the_manifest(tmp_path):
+    rows = ['{"text": null}', '{"text": "one"}', '{"text": "tw', '{"text": "three"}', '{"text": null}']
+    (tmp_path / "a.jsonl").write_text("\n".join(rows))
+    prepare("files", "--source", tmp_path / "a.jsonl", "--output_dir", tmp_path / "out", "--val_tokens", 1)
+    manifest = load(tmp_path / "out", "train")[0]
+    assert manifest["skipped_documents"] == {"no text": 2, "no JSON": 1}
+    assert sum(split["documents"] for split in manifest["splits"].values()) == 2
+
+
+def test_the_tokenizer_is_kept_for_a_resume(command, tmp_path, monkeypatch):
+    """Until a setting or a file of it changes."""
+    built = []
+    build = prepare_data.build_tokenizer
+    monkeypatch.setattr(prepare_data, "build_tokenizer", lambda *args: built.append(1) or build(*args))
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr(preparation, "prepare_parts", None)  # fails when the tokenizer is there
+        for change, count in (([], 1), ([], 1), (["--shard_tokens", 700], 2), ([], 3)):
+            with pytest.raises(TypeError):
+                prepare(*command, *change, "--output_dir", out)
+            assert len(built) == count
+        (out / "tokenizer" / "tokenizer_config.json").write_text("{}")
+        with pytest.raises(TypeError):
+            prepare(*command, "--output_dir", out)
+        assert len(built) == 4
+    prepare(*command, "--output_dir", out)
+    assert len(built) == 4
+    shards.verify(out)
+
+
+def test_a_source_that_fails_while_the_tokenizer_is_trained(command, tmp_path, monkeypatch):
+    """Or while the footers of its tables are read: it is tried again."""
+    failures, row_groups, texts = [1, 1], corpora._row_groups, corpora.Corpus.texts
+    monkeypatch.setattr(corpora.time, "sleep", lambda seconds: None)
+
+    def fail():
+        if failures:
+            failures.pop()
+            raise corpora.SourceError("the line is dead")
+
+    def failing(corpus):
+        for text in texts(corpus):
+            yield text
+            fail()
+
+    monkeypatch.setattr(corpora.Corpus, "texts", failing)
+    prepare(*command, "--output_dir", tmp_path / "out")
+    assert not failures
+    failures += [1, 1]
+    monkeypatch.setattr(corpora, "_row_groups", lambda *args: fail() or row_groups(*args))
+    prepare(dataset(tmp_path / "source", ["one", "two"]), "--output_dir", tmp_path / "tables", "--val_tokens", 1)
+    assert not failures
+
+
+@pytest.mark.parametrize("place", ["file/out", "x" * 300])
+def test_places_that_cannot_be_are_one_line(command, tmp_path, place):
+    (tmp_path / "file").write_text("mine")
+    (line,) = mistake(*command, "--output_dir", tmp_path / place).splitlines()
+    assert "choose another --output_dir" in line
+
+
+def test_remedies_that_help(tmp_path, texts, shared):
+    source = dataset(tmp_path / "source", texts)
+    assert "is a folder, which has no revisions; leave it out" in mistake(
+        source, "--revision", "main", "--output_dir", tmp_path / "out"
+    )
+    shakespeare = ["shakespeare-char", "--source", shared / "tinyshakespeare.txt", "--output_dir", tmp_path / "out"]
+    line = mistake(*shakespeare, "--max_tokens", 1000)
+    assert line.endswith("allow more than --max_tokens 1000")
+    (tmp_path / "a.txt").write_bytes(b"\xff")
+    line = mistake("files", "--source", tmp_path / "a.txt", "--output_dir", tmp_path / "out2")
+    assert "network" not in line and "mend the file" in line
+
+
+def test_disk_space_is_said_for_ids_of_four_bytes_and_for_deduplication(tmp_path, capsys):
+    corpus = corpora.Corpus([corpora.Piece("text", bytes=4 * 10**9)], {})
+    said = []
+    for vocab_size, dedup in ((65_536, None), (65_537, None), (65_536, "url")):
+        args = prepare_data.parse_arguments(
+            ["x/y", "--output_dir", str(tmp_path), *(["--dedup", dedup] if dedup else [])]
+        )
+        with contextlib.suppress(UserError):
+            prepare_data.check_space(tmp_path, corpus, vocab_size, args)
+        said.append(capsys.readouterr().out.split(" GB")[0])
+    assert said == [f"needs about {need}" for need in ("2.0", "4.0", "5.0")]

@@ -1,5 +1,6 @@
 """prepare_data.py --dedup: what is removed is in no shard, and the manifest says how much it was."""
 
+import gzip
 import importlib.util
 import json
 
@@ -49,8 +50,30 @@ def test_without_datatrove_the_install_line_is_told_and_nothing_is_left(source, 
     prepare(*command)  # the directory takes other settings
 
 
-def test_text_files_are_refused(tmp_path):
+@pytest.mark.skipif(not DATATROVE, reason="datatrove is not installed: pip install gpt2repro[dedup]")
+def test_what_is_no_duplicate_is_prepared_as_without_deduplication(tmp_path, topics):
+    """Every kind of file by the same reader: the same tokens, and the same rows left out and repaired."""
+    folder = tmp_path / "source"
+    folder.mkdir()
+    (folder / "a.txt").write_text(topics[0])
+    lines = b'\xef\xbb\xbf{"text": "one"}\n{"text": null}\n{"text": "\\ud800"}\n'
+    (folder / "b.JSONL.GZ").write_bytes(gzip.compress(lines))
+    (folder / "c.json").write_text(json.dumps([{"text": ""}, {"text": topics[1]}]))
+    command = ("files", "--source", folder, "--val_tokens", 5)
+    prepare(*command, "--output_dir", tmp_path / "plain")
+    prepare(*command, "--output_dir", tmp_path / "unique", "--dedup", "minhash")
+    plain, unique = (json.loads((tmp_path / name / "manifest.json").read_text()) for name in ("plain", "unique"))
+    for name in ("repaired_documents", "skipped_documents"):
+        assert plain[name] == unique[name]
+    assert plain["repaired_documents"] == plain["skipped_documents"]["no text"] == 1
+    for split in ("train", "val"):
+        (a, *_), (b, *_) = (plain["splits"][split]["shards"], unique["splits"][split]["shards"])
+        tokens = [np.load(tmp_path / name / shard["file"]) for name, shard in (("plain", a), ("unique", b))]
+        assert np.array_equal(*tokens)
+
+
+def test_one_text_has_no_duplicates(tmp_path):
     (tmp_path / "a.txt").write_text("one")
-    (tmp_path / "b.txt").write_text("two")
-    with pytest.raises(UserError, match="--dedup reads .jsonl"):
-        prepare("files", "--source", tmp_path, "--output_dir", f"{tmp_path}_out", "--dedup", "minhash")
+    for corpus in (["files", "--source", tmp_path / "a.txt"], ["python-docs"]):
+        with pytest.raises(UserError, match="is not many documents in files"):
+            prepare(*corpus, "--output_dir", tmp_path / "out", "--dedup", "minhash")

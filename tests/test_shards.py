@@ -6,6 +6,7 @@ import json
 import math
 import os
 import pickle
+import resource
 import shutil
 
 import numpy as np
@@ -281,6 +282,10 @@ DAMAGES = {
     "dropped shard": (edit_manifest(lambda manifest: manifest["splits"]["train"]["shards"].pop()), "train .*tokens"),
     "vocabulary": (edit_manifest(lambda manifest: manifest["tokenizer"].update(vocab_size=EOT)), "token 99, above"),
     "other tokenizer": (change_tokenizer, r"tokenizer\.json"),
+    "a folder for a shard": (
+        lambda d: ((d / "train_00001.npy").unlink(), (d / "train_00001.npy").mkdir()),
+        "train_00001.npy is missing",
+    ),
     "missing tokenizer": (lambda directory: shutil.rmtree(directory / "tokenizer"), r"tokenizer\.json"),
 }
 
@@ -304,12 +309,20 @@ def test_verify_reports_every_damaged_file(tmp_path):
 
 
 UNREADABLE = {
-    "truncated shard": (truncate, "cannot be opened"),
+    "truncated shard": (truncate, "cannot be opened.*delete .* and repeat the `python prepare_data.py` command"),
     "missing shard": (remove_shard, "cannot be opened"),
     "tokens of a shard": (edit_shard(tokens=49), "holds 50 tokens, the manifest says 49"),
     "unfinished": (lambda directory: (directory / "manifest.json").unlink(), "no manifest.json.*unfinished"),
     "other version": (edit_manifest(lambda manifest: manifest.update(format_version=0)), "format version 0"),
-    "broken manifest": (lambda directory: (directory / "manifest.json").write_text("{"), r"manifest\.json"),
+    "broken manifest": (lambda directory: (directory / "manifest.json").write_text("{"), r"manifest\.json is damaged"),
+    "a list": (lambda directory: (directory / "manifest.json").write_text("[]"), r"manifest\.json is damaged"),
+    "nothing": (lambda directory: (directory / "manifest.json").write_text("null"), r"manifest\.json is damaged"),
+    "no splits": (edit_manifest(lambda manifest: manifest.pop("splits")), r"manifest\.json is damaged"),
+    "no vocabulary": (edit_manifest(lambda m: m["tokenizer"].pop("vocab_size")), r"manifest\.json is damaged"),
+    "a folder for a shard": (
+        lambda d: ((d / "train_00001.npy").unlink(), (d / "train_00001.npy").mkdir()),
+        "train_00001.npy cannot be opened",
+    ),
     "missing": (shutil.rmtree, "does not exist"),
 }
 
@@ -331,3 +344,30 @@ def test_json_files_are_complete_or_absent(tmp_path):
     assert json.loads(path.read_text()) == {"old": 1}
     shards.write_json(path, {"new": 1})
     assert [json.loads(file.read_text()) for file in tmp_path.iterdir()] == [{"new": 1}]
+
+
+def test_more_shards_than_a_process_may_open(tmp_path):
+    """Read at random and again, in this process and from a copy."""
+    stream = TokenStream.open(write_prepared(tmp_path, 1), "train")
+    tokens, limits = flat(make_documents()), resource.getrlimit(resource.RLIMIT_NOFILE)
+    assert len(stream.paths) > 300
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 150, limits[1]))
+    try:
+        streams = [TokenStream.open(tmp_path, "train"), pickle.loads(pickle.dumps(stream))]
+        for start in np.random.default_rng(0).integers(0, len(tokens) - 3, 500).tolist():
+            assert streams[0].read(start, 3).tolist() == tokens[start : start + 3]
+        del streams[0]
+        assert streams[0].read(0, len(tokens)).tolist() == tokens
+        assert streams[0].counts(100).sum() == len(tokens)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+
+def test_another_trainers_folder_has_nothing_to_verify(tmp_path):
+    np.zeros(99, np.uint16).tofile(tmp_path / "train.bin")
+    with pytest.raises(UserError, match="holds nanoGPT's tokens, which have no manifest.json"):
+        shards.verify(tmp_path)
+
+
+def test_a_manifest_without_the_hashes_of_all_tokenizer_files_is_read(tmp_path):
+    assert "tokenizer_files" not in shards.verify(write_prepared(tmp_path))

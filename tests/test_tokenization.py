@@ -10,6 +10,7 @@ import pytest
 import tiktoken.registry
 from transformers import AutoTokenizer
 
+from gpt2repro import tokenization
 from gpt2repro.errors import UserError
 from gpt2repro.tokenization import END_OF_TEXT, build_tokenizer, gpt2_encoding
 
@@ -104,6 +105,27 @@ def test_the_fast_tokenizer_knows_its_special_token(gpt2):
     assert fast("a<|endoftext|>b")["input_ids"] == [64, 50_256, 65]  # in a prompt it is the token
     assert fast.padding_side == "left"  # for batched generation
     assert fast.decode([50_256, 64], skip_special_tokens=True) == "a"
+
+
+BLANKS = [" ", "\n", "\t \n", "\u3000 ", "\r\n"]
+
+
+@pytest.mark.parametrize("text", ["a{}b", "{}1", "!{}", "{}", "x{}  .", "{}\nword {}y"])
+def test_blanks_that_tiktoken_gives_up_on(gpt2, encoding, text):
+    """A million of them before a letter are encoded by the equal tokenizer: shown on runs that tiktoken can do, and by
+    the rule that all blanks but the last are one piece."""
+    texts = [text.replace("{}", blank * n) for blank in BLANKS for n in (1, 2, 7, 5000)]
+    expected = [encoding.encode_ordinary(text) for text in texts]
+    assert tokenization._fast_encode_batch(tokenization._gpt2_backend())(texts) == expected
+
+
+def test_a_million_blanks(gpt2, encoding):
+    with pytest.raises(ValueError):
+        encoding.encode_to_numpy(" " * 1_000_000 + "word")
+    (ids,) = gpt2.encode_batch(["see:" + " " * 1_000_000 + "word"])
+    assert list(ids) == [
+        *encoding.encode_ordinary("see:"), *encoding.encode_ordinary(" " * 999_999), *encoding.encode_ordinary(" word")
+    ]  # fmt: skip
 
 
 # ---- where the vocabulary comes from ----
@@ -253,6 +275,24 @@ def test_padding_and_truncation_of_a_saved_tokenizer_do_not_reach_the_data(topic
     assert build_tokenizer(str(tmp_path), []).encode_batch(texts) == tokenizer.encode_batch(texts)
 
 
+def test_ids_with_gaps(tmp_path):
+    """The vocabulary reaches to the largest id, above what 16 bits hold."""
+    tokenizer = build_tokenizer("char", ["ab"])
+    tokenizer.fast.save_pretrained(tmp_path)
+    path = tmp_path / "tokenizer.json"
+    definition = json.loads(path.read_text())
+    definition["model"]["vocab"]["b"] = 70_000
+    path.write_text(json.dumps(definition))
+    gaps = build_tokenizer(str(tmp_path), [])
+    assert gaps.vocab_size == 70_001 and gaps.encode_batch(["ab"]) == [[0, 70_000]]
+
+
+def test_a_character_that_the_vocabulary_lacks_is_named(tmp_path):
+    build_tokenizer("char", ["ab"]).fast.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="the character 'c', which .* lacks; use --tokenizer char"):
+        build_tokenizer(str(tmp_path), []).encode_batch(["ab", "bc"])
+
+
 # ---- mistakes ----
 
 
@@ -261,6 +301,7 @@ def test_padding_and_truncation_of_a_saved_tokenizer_do_not_reach_the_data(topic
     [
         ("bpe:200", "bpe:200: .* above 256"),
         ("bpe:256", "bpe:256: .* above 256"),
+        ("bpe:12345678901234567890123", "bpe:12345678901234567890123: .* up to 2.31"),
         ("bpe:many", "bpe:many: bpe:N needs a number"),
         ("bpe:5000", "only 266 token ids; use --tokenizer bpe:266 or more text"),
         ("no_such_folder", "no_such_folder: neither gpt2, char nor bpe:N, nor a folder or Hub id"),
@@ -277,6 +318,13 @@ def test_mistakes_are_one_line(monkeypatch, name, complaint):
 
 def test_the_size_that_the_message_proposes_works():
     assert build_tokenizer("bpe:266", ["hello world"]).vocab_size == 266
+
+
+def test_a_damaged_configuration_of_a_tokenizer(tmp_path):
+    build_tokenizer("char", ["ab"]).fast.save_pretrained(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text("[]")
+    with pytest.raises(UserError, match="neither gpt2, char nor bpe:N"):
+        build_tokenizer(str(tmp_path), [])
 
 
 @pytest.mark.parametrize("definition", [None, "{", '{"version": "1.0"}'])
