@@ -1,5 +1,7 @@
 """Validation loss on a fixed set of windows, whatever the number of processes."""
 
+import math
+
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
@@ -41,7 +43,9 @@ def validation_loss(model: torch.nn.Module, stream: TokenStream, recipe: Recipe,
     was_training = model.training
     model.eval()
     total = 0.0
-    for first in range(0, len(mine), batch_size):
+    # As many batches on each process, though the last may hold no window: a sharded model hangs if one process runs a
+    # forward pass more than the others.
+    for first in range(0, math.ceil(n_windows / accelerator.num_processes), batch_size):
         windows = mine[first : first + batch_size]
         tokens = torch.zeros(batch_size, T + 1, dtype=torch.int64)
         for row, window in enumerate(windows):
@@ -50,7 +54,9 @@ def validation_loss(model: torch.nn.Module, stream: TokenStream, recipe: Recipe,
         labels[len(windows) :] = -100
         inputs, labels = tokens[:, :-1].to(accelerator.device), labels.to(accelerator.device)
         # The loss covers every position; logits_to_keep spares the logits, which nobody reads here.
-        loss = model(input_ids=inputs, shift_labels=labels, logits_to_keep=1, use_cache=False).loss
-        total += loss.item() * len(windows)
+        with accelerator.autocast():
+            loss = model(input_ids=inputs, shift_labels=labels, logits_to_keep=1, use_cache=False).loss
+        if windows:
+            total += loss.item() * len(windows)
     model.train(was_training)
     return sum(gather_object([total])) / n_windows
