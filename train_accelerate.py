@@ -23,6 +23,7 @@ import torch
 import yaml
 from accelerate import Accelerator, PartialState
 from accelerate.utils import GradientAccumulationPlugin, set_seed
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
@@ -70,6 +71,8 @@ def main(argv: list[str]) -> None:
             f"WORLD_SIZE is {world_size()}, but accelerate runs {accelerator.num_processes} process(es); "
             "start the processes with `accelerate launch` or torchrun"
         )
+    if accelerator.is_fsdp2:  # as DDP: float32 weights and autocast; Accelerate's policy has even the loss in 16 bits
+        accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy()
     if accelerator.device.type == "cpu":
         use_all_cores()
     torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in float32
@@ -110,13 +113,14 @@ def main(argv: list[str]) -> None:
                 scores, _ = evaluate_hellaswag(raw_model, hellaswag, accelerator, hellaswag_batch)
                 telemetry.log(step, **scores)
                 telemetry.say(f"step {step:,}: HellaSwag acc_norm {scores['hellaswag_acc_norm']:.4f}")
-            if due(recipe.sample_every) and accelerator.is_main_process:
-                samples = draw_samples(raw_model, tokenizer, recipe)
+            if due(recipe.sample_every):  # all processes draw the same: a sharded model needs them all
+                with accelerator.autocast():
+                    samples = draw_samples(raw_model, tokenizer, recipe)
                 telemetry.log(step, samples=samples)
             if due(recipe.checkpoint_every):
                 checkpoint.save(accelerator, recipe.output_dir, {"step": step}, recipe.keep_last, raw_model, tokenizer)
-    telemetry.close()
     raw_model = unwrapped(raw_model)  # where it is sharded, all processes gather
+    telemetry.close()  # and go their own ways
     if accelerator.is_main_process:
         finish(recipe, manifest, raw_model, tokenizer, train_data)
 
@@ -133,7 +137,8 @@ def train_step(accelerator, model, optimizer, batches, recipe: Recipe, step: int
         # Dropout is a function of where we are, so that a resumed run drops what the uninterrupted one would have.
         torch.manual_seed(stateless_seed(recipe.seed, step, micro, accelerator.process_index))
         with accelerator.accumulate(model):
-            loss = model(input_ids=tokens[:, :-1], shift_labels=tokens[:, 1:], use_cache=False).loss
+            with accelerator.autocast():  # FSDP2's prepare does not see to it
+                loss = model(input_ids=tokens[:, :-1], shift_labels=tokens[:, 1:], use_cache=False).loss
             accelerator.backward(loss)  # divides by the accumulation
             if accelerator.sync_gradients:
                 grad_norm = accelerator.clip_grad_norm_(model.parameters(), recipe.max_grad_norm)
