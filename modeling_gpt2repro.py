@@ -479,7 +479,9 @@ class GPT2ReproForCausalLM(GPT2ReproPreTrainedModel, GenerationMixin):
         if len(hidden) != len(targets):
             raise ValueError(f"{len(targets)} labels for {len(hidden)} positions; give one for each input token")
         real = self.config.unpadded_vocab_size
-        if type(self.lm_head) is nn.Linear and not hasattr(self.lm_head, "_hf_hook"):
+        # FSDP2 makes the head a subclass of Linear that computes the same, and has gathered its weight by now: it is
+        # sharded together with the token embedding.
+        if type(self.lm_head).forward is nn.Linear.forward and not hasattr(self.lm_head, "_hf_hook"):
             return linear_cross_entropy(hidden, self.lm_head.weight, targets, real, num_items_in_batch)
         # With an adapter (PEFT) or offloaded weights (accelerate), only the head itself knows its logits.
         return fixed_cross_entropy(self.lm_head(hidden)[:, :real].float(), targets, num_items_in_batch)

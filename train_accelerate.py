@@ -24,7 +24,9 @@ from uuid import uuid4
 import torch
 import yaml
 from accelerate import Accelerator, PartialState
-from accelerate.utils import GradientAccumulationPlugin, broadcast_object_list, set_seed
+from accelerate.utils import DistributedType, GradientAccumulationPlugin, broadcast_object_list, set_seed
+from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
@@ -123,21 +125,23 @@ def main(argv: list[str]) -> None:
                 scores, _ = evaluate_hellaswag(raw_model, hellaswag, accelerator, hellaswag_batch)
                 telemetry.log(step, **scores)
                 telemetry.say(f"step {step:,}: HellaSwag acc_norm {scores['hellaswag_acc_norm']:.4f}")
-            if due(recipe.sample_every):
-                telemetry.log(step, samples=draw_samples(raw_model, tokenizer, recipe))
+            if due(recipe.sample_every):  # all processes draw the same: a sharded model needs them all
+                with accelerator.autocast():
+                    samples = draw_samples(raw_model, tokenizer, recipe)
+                telemetry.log(step, samples=samples)
             if due(recipe.checkpoint_every) or stopping or (recipe.patience and best.step == step):
                 states = {"guard": guard.state_dict(), "best": best.state_dict(), "telemetry": telemetry.state_dict()}
                 checkpoints.save({"step": step, "val_loss": val_loss} | states)
     checkpoints.close()
+    if recipe.patience and not stopping:
+        checkpoints.restore(best=True)
+    raw_model = unwrapped(raw_model)  # where it is sharded, all processes gather
     # DDP goes before the processes part: it frees their group while it holds Python's lock, for which gloo may wait.
     model, *optimizers = accelerator.free_memory(model, *optimizers)
     telemetry.close()
     if stopping:
         accelerator.print(f"{stopping}: stopped and saved after step {step:,}; the same command goes on")
         sys.exit(EXIT_CODE)
-    if recipe.patience:
-        checkpoints.restore(best=True)
-    raw_model = unwrapped(raw_model)  # where it is sharded, all processes gather
     if accelerator.is_main_process:
         finish(recipe, manifest, raw_model, tokenizer, train_data)
 
@@ -156,10 +160,13 @@ def forward_backward(
         # Dropout is a function of where we are, so that a resumed run drops what the uninterrupted one would have.
         torch.manual_seed(stateless_seed(recipe.seed, step, micro, accelerator.process_index))
         with accelerator.accumulate(model):
-            loss = model(input_ids=tokens[:, :-1], shift_labels=tokens[:, 1:], use_cache=False).loss
+            with accelerator.autocast():  # which prepare sees to but for FSDP2
+                loss = model(input_ids=tokens[:, :-1], shift_labels=tokens[:, 1:], use_cache=False).loss
             accelerator.backward(loss)  # divides by the accumulation
         micro_losses.append(loss.detach())
     grad_norm = accelerator.clip_grad_norm_(model.parameters(), recipe.max_grad_norm)
+    if isinstance(grad_norm, DTensor):
+        grad_norm = grad_norm.full_tensor()
     return torch.stack(micro_losses).mean(), float(grad_norm)
 
 
@@ -220,6 +227,14 @@ def build_accelerator(recipe: Recipe) -> Accelerator:
     if accelerator.device.type == "cpu":
         use_all_cores()
     torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in float32
+    if accelerator.is_fsdp2:  # float32 weights and autocast, as DDP; Accelerate's policy has even the loss in 16 bits
+        accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy()
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:  # which accumulates and clips by itself
+        accelerator.state.deepspeed_plugin.deepspeed_config |= {
+            "train_micro_batch_size_per_gpu": recipe.micro_batch_size,
+            "gradient_accumulation_steps": recipe.accumulation(world_size()),
+            "gradient_clipping": recipe.max_grad_norm,
+        }
     return accelerator
 
 

@@ -14,7 +14,7 @@ from threading import Thread
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import DistributedType, broadcast_object_list
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint.state_dict import (
@@ -97,6 +97,8 @@ class Checkpoints:
         checkpoints as before. If it cannot be written, e.g. as the disk is full, that is said and training goes on.
         """
         self.wait()
+        if self.accelerator.distributed_type == DistributedType.DEEPSPEED:
+            return self._save_with_deepspeed(state)
         options = StateDictOptions(full_state_dict=True, cpu_offload=True)  # whole tensors, to the main process
         weights = get_model_state_dict(self.model, options=options)
         moments = {"state": {}}
@@ -131,29 +133,50 @@ class Checkpoints:
             raise SharedError(f"{failure}; make space and repeat the command: it goes on from the newest checkpoint")
 
     def _write(self, weights: dict, moments: dict, state: dict) -> None:
-        final = self.root / f"step_{state['step']:08d}"
-        temporary = self.root / f"writing_{final.name}"
+        temporary = self._temporary(state)
         try:
-            for unfinished in (*self.root.glob("writing_*"), *self.root.glob("removing_*")):
-                shutil.rmtree(unfinished)
-            temporary.mkdir(parents=True)
+            self._begin(temporary)
             save_file(weights, temporary / MODEL, metadata={"format": "pt"})
             save_file(moments, temporary / OPTIMIZER)
-            (temporary / STATE).write_text(json.dumps(state) + "\n")
-            self.model.config.save_pretrained(temporary)
-            self.tokenizer.save_pretrained(temporary)
-            hashes = {path.name: file_sha256(path) for path in temporary.iterdir()}
-            (temporary / HASHES).write_text(json.dumps(hashes, indent=2) + "\n")
-            for path in (*temporary.iterdir(), temporary):
-                flush(path)
-            temporary.rename(final)
-            flush(self.root)
-            self._remove_old()
+            self._complete(temporary, state)
             self.failure = None
         except (OSError, SafetensorError) as error:
             self.failure = f"the checkpoint at step {state['step']:,} could not be written ({first_line(error)})"
             self.say(f"{self.failure}; training goes on")
             shutil.rmtree(temporary, ignore_errors=True)
+
+    def _save_with_deepspeed(self, state: dict) -> None:
+        """DeepSpeed has its own shards of the optimizer: they are written as they are, by all, and only as many
+        processes can go on with them."""
+        temporary = self._temporary(state)
+        if self.accelerator.is_main_process:
+            self._begin(temporary)
+        self.accelerator.wait_for_everyone()
+        self.accelerator.save_state(str(temporary))
+        self.accelerator.wait_for_everyone()
+        if self.accelerator.is_main_process:
+            self._complete(temporary, state)
+
+    def _temporary(self, state: dict) -> Path:
+        return self.root / f"writing_step_{state['step']:08d}"
+
+    def _begin(self, temporary: Path) -> None:
+        for unfinished in (*self.root.glob("writing_*"), *self.root.glob("removing_*")):
+            shutil.rmtree(unfinished)
+        temporary.mkdir(parents=True)
+
+    def _complete(self, temporary: Path, state: dict) -> None:
+        (temporary / STATE).write_text(json.dumps(state) + "\n")
+        self.model.config.save_pretrained(temporary)
+        self.tokenizer.save_pretrained(temporary)
+        files = [path for path in temporary.rglob("*") if path.is_file()]
+        hashes = {path.relative_to(temporary).as_posix(): file_sha256(path) for path in files}
+        (temporary / HASHES).write_text(json.dumps(hashes, indent=2) + "\n")
+        for path in (*temporary.rglob("*"), temporary):
+            flush(path)
+        temporary.rename(self.root / temporary.name.removeprefix("writing_"))
+        flush(self.root)
+        self._remove_old()
 
     def _remove_old(self) -> None:
         """All but the last keep_last, every keep_every-th step, and the one with the best validation loss."""
@@ -177,19 +200,25 @@ class Checkpoints:
             SharedError: all are damaged, or it is of another model.
         """
         self.wait()
-        state, problem, weights, moments = None, None, {}, {}
+        deepspeed = self.accelerator.distributed_type == DistributedType.DEEPSPEED
+        checkpoint, state, problem, weights, moments = None, None, None, {}, {}
         if self.accelerator.is_main_process:
             try:
                 if checkpoint := self._best() if best else self._newest_whole():
                     state = read_state(checkpoint)
-                    weights, moments = self._read(checkpoint)
+                    weights, moments = ({}, {}) if deepspeed else self._read(checkpoint)
             except UserError as error:
                 problem = str(error)
-        state, problem, has_moments = broadcast_object_list([state, problem, bool(moments)])
+        found = [checkpoint, state, problem, bool(moments)]
+        checkpoint, state, problem, has_moments = broadcast_object_list(found)
         if problem:
             raise SharedError(problem)
         if state is None:
             return None
+        if deepspeed:
+            self.accelerator.load_state(str(checkpoint))
+            self.accelerator.step = 0  # the count of micro-batches: a checkpoint lies between two steps
+            return state
         several = self.accelerator.num_processes > 1
         options = StateDictOptions(
             full_state_dict=True, broadcast_from_rank0=several, strict=False

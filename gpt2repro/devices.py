@@ -28,7 +28,9 @@ def device_name(device: torch.device) -> str:
 def missing_gpu() -> list[str]:
     """One line where the launch command asks for a GPU and torch finds none; accelerate would use the CPU silently."""
     # A config for GPUs shows in its 16-bit precision, or in several processes.
-    half = os.environ.get("ACCELERATE_MIXED_PRECISION") in ("bf16", "fp16") and "ACCELERATE_USE_CPU" in os.environ
+    half = (
+        os.environ.get("ACCELERATE_MIXED_PRECISION") in ("bf16", "fp16", "fp8") and "ACCELERATE_USE_CPU" in os.environ
+    )
     several = int(os.environ.get("WORLD_SIZE", 1)) > 1
     if cpu_asked() or not (half or several) or torch.accelerator.is_available():
         return []

@@ -79,12 +79,13 @@ def validation_loss(model: torch.nn.Module, stream: TokenStream, recipe: Recipe,
     if recipe.validation_tokens:
         n_windows = min(n_windows, max(1, recipe.validation_tokens // T))
     mine = range(accelerator.process_index, n_windows, accelerator.num_processes)
-    most = math.ceil(n_windows / accelerator.num_processes)  # of any process: a sharded model needs all at each forward
 
     was_training = model.training
     model.eval()
     total = 0.0
-    for first in range(0, most, batch_size):
+    # As many batches on each process, though the last may hold no window: a sharded model hangs if one process runs a
+    # forward pass more than the others.
+    for first in range(0, math.ceil(n_windows / accelerator.num_processes), batch_size):
         windows = mine[first : first + batch_size]
         tokens = torch.zeros(batch_size, T + 1, dtype=torch.int64)
         for row, window in enumerate(windows):
@@ -93,7 +94,8 @@ def validation_loss(model: torch.nn.Module, stream: TokenStream, recipe: Recipe,
         labels[len(windows) :] = -100
         inputs, labels = tokens[:, :-1].to(accelerator.device), labels.to(accelerator.device)
         # The loss covers every position; logits_to_keep spares the logits, which nobody reads here.
-        loss = model(input_ids=inputs, shift_labels=labels, logits_to_keep=1, use_cache=False).loss
+        with accelerator.autocast():
+            loss = model(input_ids=inputs, shift_labels=labels, logits_to_keep=1, use_cache=False).loss
         if windows:
             total += loss.item() * len(windows)
     model.train(was_training)

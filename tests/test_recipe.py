@@ -4,10 +4,11 @@ import dataclasses
 from pathlib import Path
 
 import pytest
+import torch
 
 from gpt2repro.errors import UserError
 from gpt2repro.recipe import Recipe, differences, parse_recipe
-from modeling_gpt2repro import GPT2ReproConfig
+from modeling_gpt2repro import GPT2ReproConfig, GPT2ReproForCausalLM
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -40,6 +41,23 @@ def test_shipped_recipes_keep_their_sources_numbers():
     assert (fineweb.warmup_steps, fineweb.min_learning_rate) == (700, 0)
     assert fineweb.max_steps * fineweb.global_batch_tokens == 10_255_073_280  # the last row of llm.c's log
     assert owt.global_batch_tokens == 12 * 1024 * 5 * 8 and owt.accumulation(8) == 5 and owt.max_steps == 600_000
+
+
+@pytest.mark.parametrize(
+    "name, steps, batch_tokens, peak, end, parameters",  # llm.c scripts/run_gpt2_{350M,774M,1558M}.sh
+    [
+        ("gpt2-medium-fineweb", 60_000, 2**19, 3e-4, 0, 354_871_296),
+        ("gpt2-large-fineweb", 286_102, 2**19, 2.5e-4, 0, 774_090_240),
+        ("gpt2-xl-fineweb-edu", 32_000, 2**20, 6e-4, 6e-5, 1_557_686_400),
+    ],
+)
+def test_larger_recipes_are_those_of_llmc(name, steps, batch_tokens, peak, end, parameters):
+    recipe, problems = parse_recipe(["--config", str(ROOT / "recipes" / f"{name}.yaml")], ROOT, GPT2ReproConfig)
+    assert not problems and not recipe.problems(8)
+    assert (recipe.max_steps, recipe.global_batch_tokens) == (steps, batch_tokens)
+    assert (recipe.learning_rate, recipe.min_learning_rate, recipe.warmup_steps) == (peak, end, 700)
+    with torch.device("meta"):  # OpenAI's sizes, and 47 padding rows of the embedding
+        assert GPT2ReproForCausalLM(GPT2ReproConfig(**recipe.model)).num_parameters() == parameters
 
 
 def test_flags_override_yaml_and_yaml_overrides_defaults(tmp_path):

@@ -5,7 +5,6 @@ import sys
 from pathlib import Path
 
 import pytest
-from accelerate.commands.config.config_args import load_config_from_file
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -37,9 +36,3 @@ def test_the_package_imports_neither_scripts_nor_the_model(path):
 
 def test_the_model_file_needs_torch_and_transformers_only():
     assert imported(ROOT / "modeling_gpt2repro.py") - sys.stdlib_module_names == {"torch", "transformers"}
-
-
-@pytest.mark.parametrize("path", sorted((ROOT / "accelerate_configs").glob("*.yaml")), ids=lambda path: path.stem)
-def test_accelerate_reads_every_config(path):
-    config = load_config_from_file(str(path))
-    assert config.num_processes == {"ddp_8gpu": 8, "multi_cpu": 2}.get(path.stem, 1)
