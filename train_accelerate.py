@@ -38,7 +38,7 @@ from gpt2repro.mixture import Mixture, data_manifest, data_record, each_source
 from gpt2repro.model_card import model_card
 from gpt2repro.model_folder import find_model, generate, load_tokenizer, save_model_folder
 from gpt2repro.openai_weights import from_gpt2, gpt2_config
-from gpt2repro.optimizers import build_optimizer, set_lr
+from gpt2repro.optimizers import build_optimizers, launch_problems, set_lr
 from gpt2repro.recipe import Recipe, differences, parse_recipe
 from gpt2repro.schedule import lr_at
 from gpt2repro.telemetry import Telemetry, plot_losses, provenance, read_metrics
@@ -59,7 +59,7 @@ def main(argv: list[str]) -> None:
     accelerator = Accelerator(
         cpu=cpu_asked(),
         gradient_accumulation_plugin=GradientAccumulationPlugin(
-            num_steps=recipe.accumulation(world_size()), sync_with_dataloader=False
+            num_steps=recipe.accumulation(world_size(), step=0), sync_with_dataloader=False
         ),
         dynamo_backend="inductor" if recipe.compile else None,
         log_with=None if recipe.report_to == "none" else recipe.report_to,
@@ -70,6 +70,8 @@ def main(argv: list[str]) -> None:
             f"WORLD_SIZE is {world_size()}, but accelerate runs {accelerator.num_processes} process(es); "
             "start the processes with `accelerate launch` or torchrun"
         )
+    if problems := launch_problems(recipe, accelerator):
+        raise UserError("\n".join(problems))
     if accelerator.device.type == "cpu":
         use_all_cores()
     torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in float32
@@ -80,7 +82,7 @@ def main(argv: list[str]) -> None:
     train_data = Mixture.open(recipe.sources, "train")
     val_data = Mixture.open(recipe.sources, "val")
     raw_model = build_model(recipe, config)  # neither wrapped nor compiled: for HellaSwag, samples and saving
-    model, optimizer = accelerator.prepare(raw_model, build_optimizer(raw_model, recipe))
+    model, *optimizers = accelerator.prepare(raw_model, *build_optimizers(raw_model, recipe))
     step = 0
     if newest := checkpoint.latest(recipe.output_dir):
         step = checkpoint.load(accelerator, newest)["step"]
@@ -97,8 +99,9 @@ def main(argv: list[str]) -> None:
     model.train()
     while step < recipe.max_steps:
         lr = lr_at(step, recipe)
-        set_lr(optimizer, lr)
-        loss, grad_norm = train_step(accelerator, model, optimizer, batches, recipe, step)
+        for optimizer in optimizers:
+            set_lr(optimizer, lr)
+        loss, grad_norm = train_step(accelerator, model, optimizers, batches, recipe, step)
         step += 1
         telemetry.log_step(step, loss, lr, grad_norm)
         with telemetry.paused():
@@ -121,14 +124,16 @@ def main(argv: list[str]) -> None:
         finish(recipe, manifest, raw_model, tokenizer, train_data)
 
 
-def train_step(accelerator, model, optimizer, batches, recipe: Recipe, step: int) -> tuple[torch.Tensor, torch.Tensor]:
+def train_step(accelerator, model, optimizers, batches, recipe: Recipe, step: int) -> tuple[torch.Tensor, torch.Tensor]:
     """One optimizer step over all micro-batches of this process.
 
     Returns:
         () the mean loss of this process in nats per token, and () the global gradient norm before clipping.
     """
     micro_losses = []
-    for micro in range(recipe.accumulation(accelerator.num_processes)):
+    accelerator.gradient_accumulation_steps = recipe.accumulation(accelerator.num_processes, step)
+    accelerator.step = 0  # its count of micro-batches, by which it knows the last one of a step
+    for micro in range(accelerator.gradient_accumulation_steps):
         tokens = next(batches).to(accelerator.device, non_blocking=True)  # (micro_batch_size, T + 1)
         # Dropout is a function of where we are, so that a resumed run drops what the uninterrupted one would have.
         torch.manual_seed(stateless_seed(recipe.seed, step, micro, accelerator.process_index))
@@ -137,8 +142,9 @@ def train_step(accelerator, model, optimizer, batches, recipe: Recipe, step: int
             accelerator.backward(loss)  # divides by the accumulation
             if accelerator.sync_gradients:
                 grad_norm = accelerator.clip_grad_norm_(model.parameters(), recipe.max_grad_norm)
-            optimizer.step()  # a no-op until the last micro-batch, and so is zero_grad
-            optimizer.zero_grad()
+            for optimizer in optimizers:
+                optimizer.step()  # a no-op until the last micro-batch, and so is zero_grad
+                optimizer.zero_grad()
         micro_losses.append(loss.detach())
     return torch.stack(micro_losses).mean(), grad_norm
 

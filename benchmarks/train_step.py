@@ -26,7 +26,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from gpt2repro.optimizers import build_optimizer
+from gpt2repro.optimizers import build_optimizers
 from gpt2repro.recipe import Recipe
 from gpt2repro.telemetry import flops_per_token, peak_flops, provenance
 from modeling_gpt2repro import GPT2ReproConfig, GPT2ReproForCausalLM
@@ -114,11 +114,11 @@ def our_step(args: argparse.Namespace, batches):
     )
     sizes = {"n_layer": args.n_layer, "n_head": args.n_head, "n_embd": args.n_embd}
     raw_model = GPT2ReproForCausalLM(GPT2ReproConfig(**sizes))
-    model, optimizer = accelerator.prepare(raw_model, build_optimizer(raw_model, recipe))
+    model, *optimizers = accelerator.prepare(raw_model, *build_optimizers(raw_model, recipe))
     model.train()
 
     def step(i: int) -> None:
-        train_step(accelerator, model, optimizer, batches, recipe, i)
+        train_step(accelerator, model, optimizers, batches, recipe, i)
 
     return step, raw_model.config, raw_model.num_parameters()
 

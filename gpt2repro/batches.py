@@ -15,11 +15,10 @@ from gpt2repro.recipe import Recipe
 
 @dataclass(frozen=True)
 class MicroBatches(Dataset):
-    """Item i is the i-th micro-batch that this process sends through the model since the start of the run.
+    """Item (s, m) is the m-th micro-batch that this process sends through the model in step s.
 
-    Step s takes the samples s * S ... s * S + S - 1, where S sequences make a global batch; its micro-batch m takes
-    the next micro_batch_size samples for each rank in turn. So the tokens of a step do not depend on the number of
-    processes.
+    A step takes the next samples, as many as its batch has; its micro-batch m takes the next micro_batch_size of them
+    for each rank in turn. So the tokens of a step do not depend on the number of processes.
     """
 
     data: Mixture
@@ -27,18 +26,17 @@ class MicroBatches(Dataset):
     rank: int
     num_processes: int
 
-    def samples(self, index: int) -> np.ndarray:
-        """(micro_batch_size,) int64: the numbers of the samples in micro-batch `index`."""
-        step, micro = divmod(index, self.recipe.accumulation(self.num_processes))
-        first = step * self.recipe.sequences_per_step
+    def samples(self, step: int, micro: int) -> np.ndarray:
+        """(micro_batch_size,) int64: the numbers of the samples in a micro-batch."""
+        first = self.recipe.first_sample(step)
         first += (micro * self.num_processes + self.rank) * self.recipe.micro_batch_size
         return np.arange(first, first + self.recipe.micro_batch_size)
 
-    def __getitem__(self, index: int) -> torch.Tensor:
+    def __getitem__(self, where: tuple[int, int]) -> torch.Tensor:
         """(micro_batch_size, T + 1) int64 token ids: inputs are all but the last column, targets all but the first."""
         recipe, T = self.recipe, self.recipe.sequence_length
         tokens = np.empty((recipe.micro_batch_size, T + 1), np.int64)
-        sources, numbers = mix(self.samples(index), self.data.slots, recipe.seed)
+        sources, numbers = mix(self.samples(*where), self.data.slots, recipe.seed)
         for source, stream in enumerate(self.data.streams):
             rows = np.flatnonzero(sources == source)
             seed = source_seed(recipe.seed, source)
@@ -53,11 +51,11 @@ class MicroBatches(Dataset):
         Raises:
             UserError: a token that is no id of the vocabulary.
         """
-        accumulation = self.recipe.accumulation(self.num_processes)
+        steps = range(first_step, self.recipe.max_steps)
         loader = DataLoader(
             self,
             batch_size=None,  # an item is a batch already
-            sampler=range(first_step * accumulation, self.recipe.max_steps * accumulation),
+            sampler=((s, m) for s in steps for m in range(self.recipe.accumulation(self.num_processes, s))),
             num_workers=self.recipe.num_workers,
             pin_memory=pin_memory,
         )

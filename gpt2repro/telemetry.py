@@ -138,7 +138,8 @@ class Telemetry:
                 "start another run with a lower learning_rate or max_grad_norm, or in float32"
             )
         now = time.perf_counter()
-        tokens_per_second = len(self.losses) * self.recipe.global_batch_tokens / (now - self.lap_start)
+        tokens = self.recipe.tokens_before(step) - self.recipe.tokens_before(step - len(self.losses))
+        tokens_per_second = tokens / (now - self.lap_start)
         self.losses, self.lap_start = [], now
         mfu = None
         if self.peak_flops:
@@ -159,7 +160,7 @@ class Telemetry:
         """A row of other values, e.g. val_loss or samples."""
         if self.metrics is None:
             return
-        row = {"step": step, "tokens": step * self.recipe.global_batch_tokens, **values}
+        row = {"step": step, "tokens": self.recipe.tokens_before(step), **values}
         if self.metrics.append(row):
             self.accelerator.log({k: v for k, v in values.items() if isinstance(v, int | float)}, step=step)
 
