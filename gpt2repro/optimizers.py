@@ -53,7 +53,7 @@ def launch_problems(recipe: Recipe, accelerator: Accelerator) -> list[str]:
         problems.append("optimizer=muon is two optimizers, of which DeepSpeed takes one; use FSDP2 or adamw")
     if recipe.batch_ramp_start and deepspeed:
         problems.append(
-            f"batch_ramp_start={recipe.batch_ramp_start} needs an accumulation that changes, DeepSpeed's is fixed; use FSDP2"
+            f"batch_ramp_start={recipe.batch_ramp_start} changes the accumulation, as DeepSpeed cannot; use FSDP2"
         )
     return problems
 

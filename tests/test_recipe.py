@@ -39,6 +39,8 @@ def test_shipped_recipes_keep_their_sources_numbers():
     assert (edu.learning_rate, edu.min_learning_rate, edu.weight_decay, edu.adam_beta2) == (6e-4, 6e-5, 0.1, 0.95)
     assert (fineweb.warmup_steps, fineweb.min_learning_rate) == (700, 0)
     assert fineweb.max_steps * fineweb.global_batch_tokens == 10_255_073_280  # the last row of llm.c's log
+    muon = read("gpt2-124m-fineweb-muon")
+    assert (muon.optimizer, 3 * muon.max_steps) == ("muon", fineweb.max_steps) and muon.model == fineweb.model
     assert owt.global_batch_tokens == 12 * 1024 * 5 * 8 and owt.accumulation(8, 0) == 5 and owt.max_steps == 600_000
 
 
