@@ -32,11 +32,10 @@ from gpt2repro.telemetry import provenance, read_metrics
 ROOT = Path(__file__).resolve().parents[1]
 # Tried on the first seed. Beside Muon's learning rate, learning_rate is AdamW's for embeddings, biases and LayerNorms.
 SWEEP = {
-    "adamw": [{"learning_rate": 3e-3}, {"learning_rate": 6e-3}, {"learning_rate": 1.2e-2}],
+    "adamw": [{"learning_rate": 1.5e-3}, {"learning_rate": 3e-3}, {"learning_rate": 6e-3}],
     "muon": [
         {"optimizer": "muon", "muon_learning_rate": 0.02, "learning_rate": 3e-3},
-        {"optimizer": "muon", "muon_learning_rate": 0.02, "learning_rate": 6e-3},
-        {"optimizer": "muon", "muon_learning_rate": 0.04, "learning_rate": 6e-3},
+        {"optimizer": "muon", "muon_learning_rate": 0.04, "learning_rate": 3e-3},
     ],
 }
 SETTINGS = {

@@ -185,7 +185,7 @@ def test_any_layout_reads_the_identical_stream(directories, num_processes, micro
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_a_resumed_run_reads_the_tail_of_the_whole_run(directories, num_workers):
     batches = MicroBatches(Mixture.open(directories, "train"), recipe(max_steps=70, num_workers=num_workers), 1, 2)
-    whole = [batches[i] for i in range(70 * 4)]
+    whole = [batches[step, micro] for step in range(70) for micro in range(4)]
     resumed = list(batches.iterate(60, pin_memory=False))
     assert len(resumed) == 10 * 4 and all(torch.equal(a, b) for a, b in zip(resumed, whole[60 * 4 :]))
 
