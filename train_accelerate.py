@@ -18,12 +18,14 @@ import math
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from uuid import uuid4
 
 import torch
 import yaml
 from accelerate import Accelerator, PartialState
+from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils import DistributedType, GradientAccumulationPlugin, broadcast_object_list, set_seed
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
@@ -44,7 +46,7 @@ from gpt2repro.mixture import Mixture, data_manifest, data_record, each_source
 from gpt2repro.model_card import model_card
 from gpt2repro.model_folder import find_model, generate, load_tokenizer, save_model_folder
 from gpt2repro.openai_weights import from_gpt2, gpt2_config
-from gpt2repro.optimizers import build_optimizers, set_lr
+from gpt2repro.optimizers import build_optimizers, launch_problems, set_lr
 from gpt2repro.recipe import Recipe, differences, parse_recipe
 from gpt2repro.schedule import lr_at
 from gpt2repro.stopping import EXIT_CODE, StopRequest
@@ -97,15 +99,9 @@ def main(argv: list[str]) -> None:
     model.train()
     while step < recipe.max_steps and not stopping and not best.is_old:
         lr = lr_at(step, recipe)
-        loss, grad_norm = forward_backward(accelerator, model, stream, recipe, step, telemetry)
-        loss, stopping = agree(accelerator, loss, stop)
-        if guard.accepts(step, loss, grad_norm, accelerator.scaler):
-            with telemetry.update(step):
-                for optimizer in optimizers:
-                    set_lr(optimizer, lr)
-                    optimizer.step()
-        for optimizer in optimizers:
-            optimizer.zero_grad()
+        loss, grad_norm, stopping = train_step(
+            accelerator, model, optimizers, stream, recipe, step, lr, guard, stop, telemetry
+        )
         step += 1
         telemetry.log_step(step, loss, lr, grad_norm, guard)
         if guard.gives_up:
@@ -146,16 +142,28 @@ def main(argv: list[str]) -> None:
         finish(recipe, manifest, raw_model, tokenizer, train_data)
 
 
-def forward_backward(
-    accelerator, model, stream, recipe: Recipe, step: int, telemetry: Telemetry
-) -> tuple[torch.Tensor, float]:
-    """The gradient of one global batch, over all micro-batches of this process, clipped.
+def train_step(
+    accelerator: Accelerator,
+    model: torch.nn.Module,
+    optimizers: list[AcceleratedOptimizer],
+    stream: Iterator[torch.Tensor],
+    recipe: Recipe,
+    step: int,
+    lr: float,
+    guard: Guard,
+    stop: StopRequest,
+    telemetry: Telemetry,
+) -> tuple[float, float, str | None]:
+    """Step `step`, counted from 0: the gradient of a global batch, and the update, if it may be made.
 
     Returns:
-        () the mean loss of this process in nats per token, and the global gradient norm before clipping.
+        The mean loss of all processes in nats per token, the gradient's norm before clipping, and why the run is to
+        stop, if it is. They are the same on all processes.
     """
     micro_losses = []
-    for micro in range(recipe.accumulation(accelerator.num_processes)):
+    accelerator.gradient_accumulation_steps = recipe.accumulation(accelerator.num_processes, guard.batch(step))
+    accelerator.step = 0  # its count of micro-batches, by which it knows the last one of a step
+    for micro in range(accelerator.gradient_accumulation_steps):
         tokens = telemetry.next_of(stream).to(accelerator.device, non_blocking=True)  # (micro_batch_size, T + 1)
         # Dropout is a function of where we are, so that a resumed run drops what the uninterrupted one would have.
         torch.manual_seed(stateless_seed(recipe.seed, step, micro, accelerator.process_index))
@@ -165,9 +173,17 @@ def forward_backward(
             accelerator.backward(loss)  # divides by the accumulation
         micro_losses.append(loss.detach())
     grad_norm = accelerator.clip_grad_norm_(model.parameters(), recipe.max_grad_norm)
-    if isinstance(grad_norm, DTensor):
-        grad_norm = grad_norm.full_tensor()
-    return torch.stack(micro_losses).mean(), float(grad_norm)
+    grad_norm = grad_norm.full_tensor() if isinstance(grad_norm, DTensor) else grad_norm
+
+    mean_loss, stopping = agree(accelerator, torch.stack(micro_losses).mean(), stop)
+    if guard.accepts(step, mean_loss, float(grad_norm), accelerator.scaler):
+        with telemetry.update(step):
+            for optimizer in optimizers:
+                set_lr(optimizer, lr)
+                optimizer.step()
+    for optimizer in optimizers:
+        optimizer.zero_grad()
+    return mean_loss, float(grad_norm), stopping
 
 
 def agree(accelerator: Accelerator, loss: torch.Tensor, stop: StopRequest) -> tuple[float, str | None]:
@@ -213,7 +229,7 @@ def build_accelerator(recipe: Recipe) -> Accelerator:
     accelerator = Accelerator(
         cpu=cpu_asked(),
         gradient_accumulation_plugin=GradientAccumulationPlugin(
-            num_steps=recipe.accumulation(world_size()), sync_with_dataloader=False
+            num_steps=recipe.accumulation(world_size(), step=0), sync_with_dataloader=False
         ),
         dynamo_backend="inductor" if recipe.compile else None,
         log_with=None if recipe.report_to == "none" else recipe.report_to,
@@ -224,6 +240,8 @@ def build_accelerator(recipe: Recipe) -> Accelerator:
             f"WORLD_SIZE is {world_size()}, but accelerate runs {accelerator.num_processes} process(es); "
             "start the processes with `accelerate launch` or torchrun"
         )
+    if problems := launch_problems(recipe, accelerator):
+        raise UserError("\n".join(problems))
     if accelerator.device.type == "cpu":
         use_all_cores()
     torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in float32
@@ -232,7 +250,7 @@ def build_accelerator(recipe: Recipe) -> Accelerator:
     if accelerator.distributed_type == DistributedType.DEEPSPEED:  # which accumulates and clips by itself
         accelerator.state.deepspeed_plugin.deepspeed_config |= {
             "train_micro_batch_size_per_gpu": recipe.micro_batch_size,
-            "gradient_accumulation_steps": recipe.accumulation(world_size()),
+            "gradient_accumulation_steps": recipe.accumulation(world_size(), step=0),
             "gradient_clipping": recipe.max_grad_norm,
         }
     return accelerator

@@ -16,6 +16,7 @@ import resource
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -26,9 +27,12 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from gpt2repro.guard import Guard
 from gpt2repro.optimizers import build_optimizers
 from gpt2repro.recipe import Recipe
-from gpt2repro.telemetry import flops_per_token, peak_flops, provenance
+from gpt2repro.schedule import lr_at
+from gpt2repro.stopping import StopRequest
+from gpt2repro.telemetry import Telemetry, flops_per_token, peak_flops, provenance
 from modeling_gpt2repro import GPT2ReproConfig, GPT2ReproForCausalLM
 from train_accelerate import train_step
 
@@ -102,6 +106,7 @@ def measure(args: argparse.Namespace) -> dict:
 def our_step(args: argparse.Namespace, batches):
     """The trainer's own step, as train_accelerate.py sets it up."""
     recipe = Recipe(
+        output_dir=tempfile.mkdtemp(),
         global_batch_tokens=args.batch_size * args.sequence_length,
         micro_batch_size=args.batch_size,
         sequence_length=args.sequence_length,
@@ -114,11 +119,14 @@ def our_step(args: argparse.Namespace, batches):
     )
     sizes = {"n_layer": args.n_layer, "n_head": args.n_head, "n_embd": args.n_embd}
     raw_model = GPT2ReproForCausalLM(GPT2ReproConfig(**sizes))
-    model, optimizer = accelerator.prepare(raw_model, *build_optimizers(raw_model, recipe))
+    model, *optimizers = accelerator.prepare(raw_model, *build_optimizers(raw_model, recipe))
     model.train()
+    telemetry, guard, stop = Telemetry(recipe, accelerator, raw_model), Guard(recipe), StopRequest(recipe.max_hours)
 
     def step(i: int) -> None:
-        train_step(accelerator, model, optimizer, batches, recipe, i)
+        lr = lr_at(i, recipe)
+        loss, norm, _ = train_step(accelerator, model, optimizers, batches, recipe, i, lr, guard, stop, telemetry)
+        telemetry.log_step(i + 1, loss, lr, norm, guard)
 
     return step, raw_model.config, raw_model.num_parameters()
 

@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 import torch
@@ -18,9 +19,8 @@ from gpt2repro.recipe import Recipe
 class MicroBatches(Dataset):
     """Item (b, m) is the m-th micro-batch of batch b that this process sends through the model.
 
-    Batch b takes the samples b * S ... b * S + S - 1, where S sequences make a global batch; its micro-batch m takes
-    the next micro_batch_size samples for each rank in turn. So the tokens of a batch do not depend on the number of
-    processes.
+    A batch takes the next samples, as many as it has; its micro-batch m takes the next micro_batch_size of them for
+    each rank in turn. So the tokens of a batch do not depend on the number of processes.
     """
 
     data: Mixture
@@ -30,7 +30,7 @@ class MicroBatches(Dataset):
 
     def samples(self, batch: int, micro: int) -> np.ndarray:
         """(micro_batch_size,) int64: the numbers of the samples in a micro-batch."""
-        first = batch * self.recipe.sequences_per_step
+        first = self.recipe.first_sample(batch)
         first += (micro * self.num_processes + self.rank) * self.recipe.micro_batch_size
         return np.arange(first, first + self.recipe.micro_batch_size)
 
@@ -58,14 +58,12 @@ class MicroBatches(Dataset):
         Raises:
             UserError: a token that is no id of the vocabulary.
         """
-        accumulation = self.recipe.accumulation(self.num_processes)
-        done, restarted_at = first_step * accumulation, -1  # micro-batches since the start of the run
-        while done < self.recipe.max_steps * accumulation:
-            todo = range(done, self.recipe.max_steps * accumulation)
+        done, restarted_at = 0, -1  # micro-batches
+        while True:
             loader = DataLoader(
                 self,
                 batch_size=None,  # an item is a batch already
-                sampler=((batch_of(i // accumulation), i % accumulation) for i in todo),
+                sampler=islice(self._each(first_step, batch_of), done, None),
                 num_workers=self.recipe.num_workers,
                 pin_memory=pin_memory,
             )
@@ -73,6 +71,7 @@ class MicroBatches(Dataset):
                 for tokens in loader:
                     yield tokens
                     done += 1
+                return
             except UserError as error:  # a worker process sends it as the last line of its traceback
                 raise UserError(str(error).strip().rpartition("UserError: ")[2]) from error
             except RuntimeError as error:
@@ -80,3 +79,8 @@ class MicroBatches(Dataset):
                     raise
                 restarted_at = done
                 print(f"{first_line(error)}; started again", file=sys.stderr, flush=True)
+
+    def _each(self, first_step: int, batch_of: Callable[[int], int]) -> Iterator[tuple[int, int]]:
+        for batch in map(batch_of, range(first_step, self.recipe.max_steps)):
+            for micro in range(self.recipe.accumulation(self.num_processes, batch)):
+                yield batch, micro

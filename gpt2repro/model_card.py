@@ -122,7 +122,8 @@ def _facts(model: PreTrainedModel, record: dict, metrics: dict) -> dict[str, str
         f"tokenizer {_public(data['tokenizer']['name'])}; sha256 of the manifest {data['manifest_sha256']}"
     )
     if "tokens" in metrics:
-        facts["training"] = f"{metrics['step']:,} steps of {record['global_batch_tokens']:,} tokens, " + (
+        growing = "up to " if record.get("batch_ramp_start") else ""
+        facts["training"] = f"{metrics['step']:,} steps of {growing}{record['global_batch_tokens']:,} tokens, " + (
             f"{metrics['tokens']:,} in all, starting from {_started_from(record)}"
         )
     if "hardware" in record:

@@ -4,6 +4,7 @@ import argparse
 import copy
 import dataclasses
 import difflib
+import functools
 import math
 import typing
 from dataclasses import dataclass, field
@@ -46,19 +47,28 @@ class Recipe:
 
     max_steps: int = option(19_073, "optimizer steps")
     global_batch_tokens: int = option(524_288, "tokens a step, over all processes and micro-batches")
+    batch_ramp_start: int = option(0, "tokens of the first step, where the batch grows; 0: it has its size at once")
+    batch_ramp_tokens: int = option(0, "tokens in which the batch grows from its start, by as much at a time")
     micro_batch_size: int = option(64, "sequences a process sends through the model at once", changeable=True)
     sequence_length: int = option(1024, "tokens a sequence (T); what init_from has beyond is cut off")
     sampling: Literal[SAMPLING] = option("shuffle", "order of the training windows: see gpt2repro/data_order.py")
 
-    optimizer: Literal["adamw"] = option("adamw", "the optimizer")
-    learning_rate: float = option(6e-4, "peak learning rate")
-    min_learning_rate: float = option(6e-5, "learning rate at the last step of the cosine")
+    optimizer: Literal["adamw", "muon"] = option("adamw", "for all weights; muon: for the blocks' matrices only")
+    learning_rate: float = option(6e-4, "peak learning rate of AdamW")
+    min_learning_rate: float = option(6e-5, "learning rate at the end of the decay")
     warmup_steps: int = option(715, "steps of linear warm-up")
-    lr_schedule: Literal["cosine", "constant"] = option("cosine", "after the warm-up: cosine decay, or constant")
+    lr_schedule: Literal["cosine", "linear", "constant", "wsd"] = option(
+        "cosine", "after the warm-up: decay to the minimum as a cosine or a line, no decay, or one at the end"
+    )
+    decay_fraction: float = option(0.2, "part of max_steps, the last, in which wsd decays")
+    decay_shape: Literal["linear", "1-sqrt"] = option("1-sqrt", "the decay of wsd")
     weight_decay: float = option(0.1, "decoupled decay of tensors with 2 or more dimensions")
     adam_beta1: float = option(0.9, "AdamW's first moment decay")
     adam_beta2: float = option(0.95, "AdamW's second moment decay")
     adam_epsilon: float = option(1e-8, "AdamW's epsilon")
+    muon_learning_rate: float = option(0.02, "Muon's peak learning rate; it follows the schedule of learning_rate")
+    muon_momentum: float = option(0.95, "Muon's momentum")
+    muon_weight_decay: float = option(0.05, "Muon's decoupled decay")
     max_grad_norm: float = option(1.0, "global gradient norm above which gradients are scaled down")
 
     log_every: int = option(1, "steps between rows of metrics.jsonl", changeable=True)
@@ -103,13 +113,22 @@ class Recipe:
         """The directories that the run reads, with their weights."""
         return self.data or {self.data_dir: 1.0}
 
-    @property
-    def sequences_per_step(self) -> int:
-        return self.global_batch_tokens // self.sequence_length
+    def tokens_before(self, step: int) -> int:
+        """Tokens of the batches of all steps before `step`."""
+        ramp = (0,)
+        if self.batch_ramp_start:
+            ramp = _ramp(self.batch_ramp_start, self.global_batch_tokens, self.batch_ramp_tokens)
+        past = step - (len(ramp) - 1)  # steps since the ramp
+        return ramp[step] if past < 0 else ramp[-1] + past * self.global_batch_tokens
 
-    def accumulation(self, num_processes: int) -> int:
-        """Micro-batches of each process in one step."""
-        return self.sequences_per_step // (self.micro_batch_size * num_processes)
+    def first_sample(self, step: int) -> int:
+        """The number of a step's first training sample: how many sequences the batches before it have."""
+        return self.tokens_before(step) // self.sequence_length
+
+    def accumulation(self, num_processes: int, step: int) -> int:
+        """Micro-batches of each process in a step."""
+        tokens = self.tokens_before(step + 1) - self.tokens_before(step)
+        return tokens // (self.micro_batch_size * self.sequence_length * num_processes)
 
     def problems(self, num_processes: int) -> list[str]:
         """What is wrong with the values: one line each, with the rule and the remedy."""
@@ -121,12 +140,19 @@ class Recipe:
         ]
         if not found:
             found += self._batch_problems(num_processes)
-        if self.lr_schedule == "cosine" and self.min_learning_rate > self.learning_rate:
+        if self.lr_schedule != "constant" and self.min_learning_rate > self.learning_rate:
             found.append(f"min_learning_rate={self.min_learning_rate} is above learning_rate={self.learning_rate}")
         if self.warmup_steps >= self.max_steps:
             found.append(
                 f"warmup_steps={self.warmup_steps} must be below max_steps={self.max_steps}; change one of them"
             )
+        elif self.lr_schedule == "wsd" and self.warmup_steps > (stable := self.max_steps * (1 - self.decay_fraction)):
+            found.append(
+                f"warmup_steps={self.warmup_steps} must be at most {stable:g}, where the decay begins (max_steps="
+                f"{self.max_steps} x (1 - decay_fraction={self.decay_fraction})); lower warmup_steps or decay_fraction"
+            )
+        if self.optimizer == "muon" and self.learning_rate == 0:
+            found.append("learning_rate=0 must be above 0 with muon, whose learning rate is in proportion to it")
         if self.push_to_hub and (self.hub_model_id or "").count("/") != 1:
             found.append("push_to_hub needs a repository: add --hub_model_id owner/name")
         return found
@@ -134,7 +160,7 @@ class Recipe:
     def _batch_problems(self, num_processes: int) -> list[str]:
         unit = self.micro_batch_size * self.sequence_length * num_processes
         if self.global_batch_tokens % unit == 0:
-            return []
+            return self._ramp_problems(unit)
         below = self.global_batch_tokens // unit * unit
         remedy = "use global_batch_tokens=" + (f"{below} or {below + unit}" if below else f"{unit}")
         sequences, rest = divmod(self.global_batch_tokens, self.sequence_length * num_processes)
@@ -147,6 +173,36 @@ class Recipe:
             + remedy
         ]
 
+    def _ramp_problems(self, unit: int) -> list[str]:
+        if (self.batch_ramp_start > 0) != (self.batch_ramp_tokens > 0):
+            return [
+                f"batch_ramp_start={self.batch_ramp_start} and batch_ramp_tokens={self.batch_ramp_tokens}: a ramp has "
+                "both; give both, or neither"
+            ]
+        units = self.global_batch_tokens // unit
+        starts = [unit * size for size in range(1, units + 1) if units % size == 0]
+        if not self.batch_ramp_start or self.batch_ramp_start in starts:
+            return []
+        nearest = sorted(starts, key=lambda start: abs(start - self.batch_ramp_start))[:2]
+        return [
+            f"batch_ramp_start={self.batch_ramp_start} must divide global_batch_tokens={self.global_batch_tokens} and "
+            f"be a multiple of {unit} (micro_batch_size x sequence_length x processes); use "
+            + " or ".join(map(str, sorted(nearest)))
+        ]
+
+
+@functools.cache
+def _ramp(start: int, full: int, length: int) -> tuple[int, ...]:
+    """Tokens before each step of a batch-size ramp, and before the first step after it.
+
+    The batch grows linearly with the tokens seen, in multiples of `start`, and is full once `length` tokens were seen.
+    Source: GPT-3 paper, section 2.3 and appendix B; Megatron-LM's rampup_batch_size.
+    """
+    before = [0]
+    while (seen := before[-1]) < length:
+        before.append(seen + start * (1 + seen * (full // start - 1) // length))
+    return tuple(before)
+
 
 _RULES = (  # fields, what their value must be, the test of it
     (
@@ -156,15 +212,17 @@ _RULES = (  # fields, what their value must be, the test of it
         lambda value: value >= 1,
     ),
     (
-        "learning_rate min_learning_rate warmup_steps weight_decay validate_every validation_tokens "
-        "hellaswag_every sample_every num_workers keep_every max_hours patience max_rollbacks",
+        "learning_rate min_learning_rate warmup_steps weight_decay muon_learning_rate muon_weight_decay "
+        "batch_ramp_start batch_ramp_tokens validate_every validation_tokens hellaswag_every sample_every num_workers "
+        "keep_every max_hours patience max_rollbacks",
         "at least 0",
         lambda value: value >= 0,
     ),
     ("adam_epsilon max_grad_norm sample_temperature spike_zscore", "above 0", lambda value: value > 0),
     ("peak_tflops dollars_per_hour", "above 0", lambda value: value is None or value > 0),
     ("seed", "at least 0 and below 2**32", lambda value: 0 <= value < 2**32),
-    ("adam_beta1 adam_beta2", "at least 0 and below 1", lambda value: 0 <= value < 1),
+    ("decay_fraction", "above 0 and at most 1", lambda value: 0 < value <= 1),
+    ("adam_beta1 adam_beta2 muon_momentum", "at least 0 and below 1", lambda value: 0 <= value < 1),
     (
         "hellaswag_data",
         "a HellaSwag file, .jsonl or .jsonl.gz",

@@ -177,7 +177,8 @@ class Telemetry:
         now = time.perf_counter()
         seconds = now - self.lap_start
         self.hours += seconds / 3600
-        tokens_per_second = self.timed_steps * self.recipe.global_batch_tokens / seconds
+        tokens = self.recipe.tokens_before(step) - self.recipe.tokens_before(step - self.timed_steps)
+        tokens_per_second = tokens / seconds
         finite = [value for value in self.losses if math.isfinite(value)]
         mean_loss = sum(finite) / len(finite) if finite else None
         mfu = None
@@ -210,7 +211,7 @@ class Telemetry:
         """A row of other values, e.g. val_loss or samples."""
         if self.metrics is None:
             return
-        row = {"step": step, "tokens": step * self.recipe.global_batch_tokens, **values}
+        row = {"step": step, "tokens": self.recipe.tokens_before(step), **values}
         if self.metrics.append(row):
             self.accelerator.log({k: v for k, v in values.items() if isinstance(v, int | float)}, step=step)
 

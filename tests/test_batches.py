@@ -76,6 +76,45 @@ def test_sequential_steps_walk_through_the_text(stream):
     assert batch[:, 1:].flatten().tolist() == TOKENS[1 : SEQUENCES * T + 1].tolist()
 
 
+RAMP = {"batch_ramp_start": 2 * T, "batch_ramp_tokens": 16 * T, "global_batch_tokens": 8 * T}
+# Sequences a step: 2 and 6/16 for each one seen, of which whole pairs are taken, until 16 were seen.
+RAMP_SEQUENCES = [2, 2, 2, 4, 4, 6, 8, 8]
+
+
+def test_the_batch_grows_with_the_tokens_seen():
+    recipe = Recipe(sequence_length=T, micro_batch_size=1, **RAMP)
+    seen = [sum(RAMP_SEQUENCES[:step]) for step in range(9)]
+    assert [recipe.first_sample(step) for step in range(9)] == seen
+    assert [recipe.tokens_before(step) for step in range(9)] == [n * T for n in seen]
+    assert [recipe.accumulation(2, step) for step in range(8)] == [n // 2 for n in RAMP_SEQUENCES]
+    assert recipe.first_sample(1_000_006) == seen[6] + 1_000_000 * 8
+
+
+def test_gpt3s_ramp_is_linear_and_has_its_length():
+    """32k tokens to 0.5M over the first 4 billion, as GPT-3 125M could have had it: appendix B."""
+    recipe = Recipe(batch_ramp_start=2**15, batch_ramp_tokens=4 * 10**9)
+    steps = next(step for step in range(10**6) if recipe.tokens_before(step) >= 4 * 10**9)
+    sizes = [recipe.tokens_before(step + 1) - recipe.tokens_before(step) for step in range(steps + 2)]
+    assert sizes[0] == 2**15 and sizes[-2:] == [2**19] * 2 and sizes == sorted(sizes)
+    assert set(sizes) == {2**15 * n for n in range(1, 17)}
+    for step in range(0, steps, 500):
+        line = 2**15 + (2**19 - 2**15) * recipe.tokens_before(step) / (4 * 10**9)
+        assert line - 2**15 < sizes[step] <= line
+    assert recipe.tokens_before(steps) - 4 * 10**9 < 2**19
+
+
+@pytest.mark.parametrize("num_processes, micro_batch_size", [(1, 1), (1, 2), (2, 1)])
+@pytest.mark.parametrize("first_step", [0, 2, 7])
+def test_a_growing_batch_is_the_same_for_any_number_of_processes(stream, num_processes, micro_batch_size, first_step):
+    """Steps read the samples one after another, none twice and none left out, from any step."""
+    fields = RAMP | {"max_steps": len(RAMP_SEQUENCES)}
+    ranks = [micro_batches(stream, rank, num_processes, micro_batch_size, **fields) for rank in range(num_processes)]
+    found = torch.cat([torch.cat(each) for each in zip(*(rank.iterate(first_step, False) for rank in ranks))])
+    samples = np.arange(sum(RAMP_SEQUENCES[:first_step]), sum(RAMP_SEQUENCES))
+    starts = window_starts("shuffle", samples, len(TOKENS), T, Recipe.seed)
+    assert found.tolist() == [TOKENS[start : start + T + 1].tolist() for start in starts]
+
+
 def test_the_seed_changes_the_batches(stream):
     assert not torch.equal(global_batch(stream, 0, 1, 2, seed=1), global_batch(stream, 0, 1, 2, seed=2))
 

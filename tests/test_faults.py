@@ -232,13 +232,13 @@ validation.validation_loss = validation_loss
 
 def test_a_second_signal_ends_it_at_once(data_dir, tmp_path):
     hook = """
-forward_backward = train_accelerate.forward_backward
+train_step = train_accelerate.train_step
 def slow(*args):
     print("in the step", flush=True)
     for _ in range(600):
         time.sleep(0.1)
-    return forward_backward(*args)
-train_accelerate.forward_backward = slow
+    return train_step(*args)
+train_accelerate.train_step = slow
 """
     run = Training(tmp_path, data_dir, hook=hook)
     run.until("in the step")
@@ -417,18 +417,17 @@ os.environ["FLAG"] = {flag!r}
 # ---- bad steps ----
 
 NAN_AT = """
-forward_backward = train_accelerate.forward_backward
-def poisoned(accelerator, model, stream, recipe, step, telemetry):
-    seen = torch.nn.Module.__call__
+train_step = train_accelerate.train_step
+def poisoned(accelerator, model, *args):
     count[0] += 1
-    if count[0] in {counts} and os.environ.get("RANK", "0") == "{rank}":
-        handle = next(model.parameters()).register_hook(lambda gradient: gradient * float("nan"))
-    loss, norm = forward_backward(accelerator, model, stream, recipe, step, telemetry)
-    if count[0] in {counts} and os.environ.get("RANK", "0") == "{rank}":
-        handle.remove()
-    return loss, norm
+    if count[0] not in {counts} or os.environ.get("RANK", "0") != "{rank}":
+        return train_step(accelerator, model, *args)
+    handle = next(model.parameters()).register_hook(lambda gradient: gradient * float("nan"))
+    result = train_step(accelerator, model, *args)
+    handle.remove()
+    return result
 count = [0]
-train_accelerate.forward_backward = poisoned
+train_accelerate.train_step = poisoned
 """
 
 

@@ -66,7 +66,7 @@ def global_batch(data, step, num_processes=1, micro_batch_size=16, **fields):
     """(SEQUENCES, T + 1): what all processes read in a step, in the order of the samples."""
     run = recipe(micro_batch_size=micro_batch_size, **fields)
     ranks = [MicroBatches(data, run, rank, num_processes) for rank in range(num_processes)]
-    accumulation = run.accumulation(num_processes)
+    accumulation = run.accumulation(num_processes, step)
     return torch.cat([rank[step, micro] for micro in range(accumulation) for rank in ranks])
 
 

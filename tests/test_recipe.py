@@ -40,7 +40,9 @@ def test_shipped_recipes_keep_their_sources_numbers():
     assert (edu.learning_rate, edu.min_learning_rate, edu.weight_decay, edu.adam_beta2) == (6e-4, 6e-5, 0.1, 0.95)
     assert (fineweb.warmup_steps, fineweb.min_learning_rate) == (700, 0)
     assert fineweb.max_steps * fineweb.global_batch_tokens == 10_255_073_280  # the last row of llm.c's log
-    assert owt.global_batch_tokens == 12 * 1024 * 5 * 8 and owt.accumulation(8) == 5 and owt.max_steps == 600_000
+    muon = read("gpt2-124m-fineweb-muon")
+    assert (muon.optimizer, 3 * muon.max_steps) == ("muon", fineweb.max_steps) and muon.model == fineweb.model
+    assert owt.global_batch_tokens == 12 * 1024 * 5 * 8 and owt.accumulation(8, 0) == 5 and owt.max_steps == 600_000
 
 
 @pytest.mark.parametrize(
@@ -162,6 +164,49 @@ def test_batch_that_does_not_divide_names_what_does(tokens, micro, length, proce
         number = int(remedy.split("=")[-1])
         fixed = {"micro_batch_size": number} if "micro" in remedy else {"global_batch_tokens": number}
         assert dataclasses.replace(recipe, **fixed).problems(processes) == []
+
+
+@pytest.mark.parametrize(
+    ("fields", "problem"),
+    [
+        (
+            {"lr_schedule": "wsd", "max_steps": 1000, "decay_fraction": 0.4},
+            "warmup_steps=715 must be at most 600, where the decay begins (max_steps=1000 x (1 - decay_fraction=0.4)); "
+            "lower warmup_steps or decay_fraction",
+        ),
+        ({"lr_schedule": "wsd", "decay_fraction": 0}, "decay_fraction=0 must be above 0 and at most 1"),
+        ({"lr_schedule": "linear", "min_learning_rate": 1}, "min_learning_rate=1 is above learning_rate=0.0006"),
+        ({"muon_momentum": 1.0}, "muon_momentum=1.0 must be at least 0 and below 1"),
+        (
+            {"optimizer": "muon", "learning_rate": 0, "min_learning_rate": 0},
+            "learning_rate=0 must be above 0 with muon, whose learning rate is in proportion to it",
+        ),
+        (
+            {"batch_ramp_start": 65536},
+            "batch_ramp_start=65536 and batch_ramp_tokens=0: a ramp has both; give both, or neither",
+        ),
+        (
+            {"batch_ramp_tokens": 10},
+            "batch_ramp_start=0 and batch_ramp_tokens=10: a ramp has both; give both, or neither",
+        ),
+        ({"batch_ramp_start": -1}, "batch_ramp_start=-1 must be at least 0"),
+    ],
+)
+def test_contradictions_of_schedule_and_optimizer_are_one_line(fields, problem):
+    assert Recipe(**fields).problems(1) == [problem]
+
+
+@pytest.mark.parametrize(
+    ("start", "processes", "remedies"),
+    [(100_000, 1, [65_536, 131_072]), (196_608, 1, [131_072, 262_144]), (65_536, 2, [131_072, 262_144])],
+)
+def test_a_ramp_that_does_not_divide_names_what_does(start, processes, remedies):
+    """524,288 tokens a step in micro-batches of 65,536 a process."""
+    recipe = Recipe(batch_ramp_start=start, batch_ramp_tokens=10**9)
+    (problem,) = recipe.problems(processes)
+    assert problem.endswith(f"use {remedies[0]} or {remedies[1]}")
+    for remedy in remedies:
+        assert dataclasses.replace(recipe, batch_ramp_start=remedy).problems(processes) == []
 
 
 def test_only_what_changes_the_result_makes_another_run():

@@ -18,7 +18,11 @@ from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, LlamaConfig
 
 import prepare_data
 import train_accelerate
+from gpt2repro.batches import MicroBatches
 from gpt2repro.errors import UserError
+from gpt2repro.mixture import Mixture
+from gpt2repro.optimizers import build_optimizers, set_lr
+from gpt2repro.schedule import lr_at
 from gpt2repro.shards import TokenStream, file_sha256, read_manifest, unigram_entropy
 from gpt2repro.telemetry import read_metrics
 
@@ -212,6 +216,37 @@ def test_processes_and_accumulation_see_the_same_tokens_and_learn_the_same(train
 
 
 @pytest.mark.slow
+def test_a_growing_batch_with_muon_learns_as_written_out_with_any_processes(train, recipe_file, data_dir, tmp_path):
+    """8 to 32 sequences a step, against a plain loop that sends each batch through the model at once."""
+    flags = ["--max_steps", 8, "--sample_every", 0, "--optimizer", "muon", "--lr_schedule", "wsd"]
+    flags += ["--batch_ramp_start", 256, "--batch_ramp_tokens", 2048]
+    train(tmp_path / "1x8", *flags, config="cpu")
+    train(tmp_path / "2x2", *flags, "--micro_batch_size", 2, config="multi_cpu")
+
+    argv = ["--config", recipe_file, "--data_dir", data_dir, "--output_dir", tmp_path / "plain", *flags]
+    recipe, _, config, _ = train_accelerate.settle(list(map(str, argv)))
+    model = train_accelerate.build_model(recipe, config)
+    optimizers = build_optimizers(model, recipe)
+    batches = MicroBatches(Mixture.open(recipe.sources, "train"), recipe, 0, 1)
+    losses, norms = [], []
+    for step, sequences in enumerate([8, 8, 8, 16, 16, 24, 32, 32]):
+        tokens = torch.cat([batches[step, micro] for micro in range(sequences // 8)])
+        loss = model(input_ids=tokens[:, :-1], shift_labels=tokens[:, 1:], use_cache=False).loss
+        loss.backward()
+        losses.append(loss.item())
+        norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.max_grad_norm).item())
+        for optimizer in optimizers:
+            set_lr(optimizer, lr_at(step, recipe))
+            optimizer.step()
+            optimizer.zero_grad()
+    for name in ("1x8", "2x2"):
+        found = rows(tmp_path / name, "loss")
+        assert [row["tokens"] for row in found] == [256, 512, 768, 1280, 1792, 2560, 3584, 4608]
+        assert [row["loss"] for row in found] == pytest.approx(losses, abs=1e-3)  # Muon rounds to bfloat16
+        assert [row["grad_norm"] for row in found] == pytest.approx(norms, rel=1e-2)
+    assert [row["loss"] for row in rows(tmp_path / "1x8", "loss")][:2] == pytest.approx(losses[:2], abs=1e-5)
+
+
 def test_a_stopped_run_goes_on_as_if_nothing_had_happened(train, data_dir, tmp_path):
     """With dropout and shuffled data; the stopped run is one whose last step and last row were lost."""
     flags = ("--max_steps", 6, "--checkpoint_every", 2, "--keep_last", 3, "--model.resid_pdrop", 0.2)

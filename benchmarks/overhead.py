@@ -1,0 +1,106 @@
+"""What the training loop costs beyond a bare one in plain PyTorch: signals, bad steps, telemetry, Accelerate.
+
+    python benchmarks/overhead.py --sequence_length 512
+
+Both loops drive the same model with the same optimizer in one process, a step each in turn, so that the noise of the
+machine falls on both alike; the figure is the ratio of the medians.
+"""
+
+import argparse
+import datetime
+import json
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import torch
+from accelerate import Accelerator
+
+from gpt2repro.devices import device_name
+from gpt2repro.guard import Guard
+from gpt2repro.optimizers import build_optimizers
+from gpt2repro.recipe import Recipe
+from gpt2repro.schedule import lr_at
+from gpt2repro.stopping import StopRequest
+from gpt2repro.telemetry import Telemetry, provenance
+from modeling_gpt2repro import GPT2ReproConfig, GPT2ReproForCausalLM
+from train_accelerate import train_step
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--batch_size", type=int, default=2, help="sequences a step (default: %(default)s)")
+    parser.add_argument("--sequence_length", type=int, default=256, help="tokens (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=30, help="of each loop (default: %(default)s)")
+    parser.add_argument("--precision", choices=("no", "bf16"), default="no", help="autocast; no is float32")
+    parser.add_argument("--output", type=Path, help="write the figures as JSON")
+    args = parser.parse_args()
+
+    B, T = args.batch_size, args.sequence_length
+    recipe = Recipe(
+        output_dir=tempfile.mkdtemp(), global_batch_tokens=B * T, micro_batch_size=B, sequence_length=T, max_steps=10**6
+    )
+    accelerator = Accelerator(mixed_precision=args.precision)
+    torch.set_float32_matmul_precision("high")
+    raw_model = GPT2ReproForCausalLM(GPT2ReproConfig())
+    raw_optimizers = build_optimizers(raw_model, recipe)
+    model, *optimizers = accelerator.prepare(raw_model, *raw_optimizers)
+    raw_forward = type(raw_model).forward.__get__(raw_model)  # without Accelerate's autocast around it
+    telemetry, guard, stop = Telemetry(recipe, accelerator, raw_model), Guard(recipe), StopRequest(recipe.max_hours)
+    stream = iter(lambda: torch.randint(0, 50_257, (B, T + 1)), None)  # token ids do not matter for the speed
+    model.train()
+
+    def ours(step: int) -> None:
+        lr = lr_at(step, recipe)
+        loss, norm, _ = train_step(accelerator, model, optimizers, stream, recipe, step, lr, guard, stop, telemetry)
+        telemetry.log_step(step + 1, loss, lr, norm, guard)
+
+    def bare(step: int) -> None:
+        tokens = next(stream).to(accelerator.device)
+        with torch.autocast(accelerator.device.type, torch.bfloat16, enabled=args.precision == "bf16"):
+            loss = raw_forward(input_ids=tokens[:, :-1], shift_labels=tokens[:, 1:], use_cache=False).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(raw_model.parameters(), recipe.max_grad_norm)
+        raw_optimizers[0].step()
+        raw_optimizers[0].zero_grad()
+        loss.item()  # which a loop that shows its loss waits for
+
+    seconds: dict = {ours: [], bare: []}
+    for step in range(1, args.steps + 3):  # from 1: the size of the update is measured at step 0, 100, ...
+        for loop in (ours, bare) if step % 2 else (bare, ours):
+            began = time.perf_counter()
+            loop(step)
+            if accelerator.device.type == "cuda":
+                torch.cuda.synchronize()
+            if step > 2:
+                seconds[loop].append(time.perf_counter() - began)
+    medians = {loop.__name__: statistics.median(measured) for loop, measured in seconds.items()}
+    began = time.perf_counter()
+    with telemetry.update(0):
+        pass
+    every_hundredth = time.perf_counter() - began
+    overhead = medians["ours"] / medians["bare"] - 1 + every_hundredth / 100 / medians["bare"]
+    report = {
+        "date": str(datetime.date.today()),
+        "device": device_name(accelerator.device),
+        "versions": provenance(),
+        "settings": {"batch_size": B, "sequence_length": T, "precision": args.precision, "steps": args.steps},
+        "seconds": {loop.__name__: measured for loop, measured in seconds.items()},
+        "median_seconds": medians,
+        "seconds of the update ratio, every 100 steps": every_hundredth,
+        "overhead": overhead,
+    }
+    print(f"ours {medians['ours']:.4f} s, bare {medians['bare']:.4f} s a step; overhead {overhead:.2%}, of which the")
+    print(
+        f"ratio of update to weights, {every_hundredth:.3f} s every 100 steps, {every_hundredth / 100 / medians['bare']:.2%}"
+    )
+    if args.output:
+        args.output.write_text(json.dumps(report, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,170 @@
+"""Optimizers against steps that are written out, and the saving of their state."""
+
+import copy
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+from accelerate import DistributedType
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+
+from gpt2repro.optimizers import build_optimizers, launch_problems, set_lr
+from gpt2repro.recipe import Recipe
+from modeling_gpt2repro import GPT2ReproConfig, GPT2ReproForCausalLM
+
+
+MATRICES = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
+MUON = Recipe(optimizer="muon", learning_rate=1e-3, muon_learning_rate=0.02, muon_momentum=0.9, muon_weight_decay=0.5)
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 64, "unpadded_vocab_size": 60, "n_positions": 8, "n_layer": 2, "n_head": 2, "n_embd": 32}
+    return GPT2ReproForCausalLM(GPT2ReproConfig(**sizes))
+
+
+def train(model, optimizers, steps, first=0):
+    for number in range(first, first + steps):
+        tokens = torch.randint(0, 60, (4, 9), generator=torch.Generator().manual_seed(number))
+        model(input_ids=tokens[:, :-1], shift_labels=tokens[:, 1:], use_cache=False).loss.backward()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+
+
+def parameters(model):
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+def names_of(optimizer, model):
+    names = {p: name for name, p in model.named_parameters()}
+    return {names[p] for group in optimizer.param_groups for p in group["params"]}
+
+
+def orthogonalised(matrix):
+    """The singular values of a matrix sent five times through Muon's quintic, in float64, by its SVD."""
+    u, s, v = torch.linalg.svd(matrix.double(), full_matrices=False)
+    s = s / matrix.double().norm()
+    for _ in range(5):
+        s = 3.4445 * s - 4.7750 * s**3 + 2.0315 * s**5
+    return u @ s.diag() @ v
+
+
+def test_muon_has_the_matrices_of_the_blocks_and_adamw_all_else(model):
+    adamw, muon = build_optimizers(model, MUON)
+    assert names_of(muon, model) == {f"transformer.h.{i}.{name}" for i in (0, 1) for name in MATRICES}
+    assert names_of(adamw, model) | names_of(muon, model) == dict(model.named_parameters()).keys()
+    assert not names_of(adamw, model) & names_of(muon, model)
+    decayed = {p.dim() for group in adamw.param_groups if group["weight_decay"] for p in group["params"]}
+    assert decayed == {2} and adamw.param_groups[1]["weight_decay"] == 0
+
+
+def test_muon_steps_as_it_is_written_out(model):
+    """Nesterov momentum, five rounds of Newton-Schulz, the root of the shape's ratio, decoupled decay; two steps."""
+    _, muon = build_optimizers(model, MUON)
+    weights = {name: p for name, p in model.named_parameters() if name.endswith(MATRICES) and ".h." in name}
+    expected = {name: p.detach().double() for name, p in weights.items()}
+    momenta = dict.fromkeys(weights, 0.0)
+    for _ in range(2):
+        for name, p in weights.items():
+            p.grad = torch.randn_like(p)
+            momenta[name] = 0.9 * momenta[name] + 0.1 * p.grad.double()
+            update = orthogonalised(0.1 * p.grad.double() + 0.9 * momenta[name])
+            update *= math.sqrt(max(1, p.shape[0] / p.shape[1]))
+            expected[name] = expected[name] * (1 - 0.02 * 0.5) - 0.02 * update
+        before = {name: p.detach().double() for name, p in weights.items()}
+        muon.step()
+        for name, p in weights.items():
+            moved = (p - before[name]).norm()
+            assert (p - expected[name]).norm() < 0.03 * moved, name  # torch iterates in bfloat16
+            expected[name] = p.detach().double()
+
+
+def test_adamw_beside_muon_steps_as_adamw_alone(model):
+    alone = copy.deepcopy(model)
+    pairs = (model, build_optimizers(model, MUON)), (alone, build_optimizers(alone, Recipe(learning_rate=1e-3)))
+    for which, optimizers in pairs:
+        train(which, optimizers, 1)
+    muons = names_of(build_optimizers(model, MUON)[1], model)
+    ours, theirs = parameters(model), parameters(alone)
+    for name in ours:
+        assert torch.equal(ours[name], theirs[name]) == (name not in muons), name
+
+
+def test_adamw_is_one_optimizer_that_steps_as_torch_does(model):
+    twin = copy.deepcopy(model)
+    optimizers = build_optimizers(model, Recipe())
+    assert len(optimizers) == 1
+    train(model, optimizers, 3)
+    groups = [
+        {"params": [p for p in twin.parameters() if p.dim() >= 2], "weight_decay": 0.1},
+        {"params": [p for p in twin.parameters() if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    train(twin, [torch.optim.AdamW(groups, lr=6e-4, betas=(0.9, 0.95), eps=1e-8, fused=True)], 3)
+    for name, value in parameters(model).items():
+        assert torch.equal(value, parameters(twin)[name]), name
+
+
+def test_both_learning_rates_follow_one_schedule(model):
+    adamw, muon = build_optimizers(model, MUON)
+    for lr, of_muon in ((1e-3, 0.02), (2.5e-4, 0.005), (0.0, 0.0)):
+        for optimizer in (adamw, muon):
+            set_lr(optimizer, lr)
+        assert {group["lr"] for group in adamw.param_groups} == {lr}
+        assert [group["lr"] for group in muon.param_groups] == [pytest.approx(of_muon)]
+
+
+@pytest.mark.parametrize("distributed", [False, True])
+def test_a_saved_run_goes_on_as_if_it_had_not_stopped(model, distributed):
+    """By state_dict, and by torch.distributed.checkpoint's names of the weights."""
+    optimizers = build_optimizers(model, MUON)
+    train(model, optimizers, 3)
+    other = copy.deepcopy(model)
+    restored = build_optimizers(other, MUON)
+    if distributed:
+        saved = copy.deepcopy(get_optimizer_state_dict(model, optimizers))
+        assert "transformer.h.0.mlp.c_fc.weight" in saved["state"]
+        set_optimizer_state_dict(other, restored, saved)
+    else:
+        for optimizer, new in zip(optimizers, restored):
+            new.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for which, its in ((model, optimizers), (other, restored)):
+        for optimizer in its:
+            set_lr(optimizer, 5e-4)
+        train(which, its, 2, first=3)
+    assert [g["lr"] for o in restored for g in o.param_groups] == [5e-4, 5e-4, pytest.approx(0.01)]
+    for name, value in parameters(model).items():
+        assert torch.equal(value, parameters(other)[name]), name
+
+
+@pytest.mark.parametrize(
+    ("recipe", "precision", "distribution", "problems"),
+    [
+        (MUON, "no", DistributedType.MULTI_CPU, 0),
+        (MUON, "bf16", DistributedType.FSDP, 0),
+        (MUON, "fp16", DistributedType.NO, 1),
+        (MUON, "fp16", DistributedType.DEEPSPEED, 2),
+        (Recipe(), "fp16", DistributedType.DEEPSPEED, 0),
+        (Recipe(batch_ramp_start=32_768, batch_ramp_tokens=10**9), "fp16", DistributedType.MULTI_GPU, 0),
+        (Recipe(batch_ramp_start=32_768, batch_ramp_tokens=10**9), "bf16", DistributedType.DEEPSPEED, 1),
+    ],
+)
+def test_what_a_launch_cannot_do_is_refused(recipe, precision, distribution, problems):
+    launch = SimpleNamespace(mixed_precision=precision, distributed_type=distribution)
+    assert len(launch_problems(recipe, launch)) == problems
+
+
+def test_a_gradient_scaler_does_not_serve_two_optimizers():
+    """Why fp16 is refused: accelerate unscales the gradients of all, then steps and updates for each in turn."""
+    weights = [torch.nn.Parameter(torch.ones(1)) for _ in range(2)]
+    optimizers = [torch.optim.SGD([weight], lr=1.0) for weight in weights]
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    scaler.scale(sum(weights)).backward()
+    for optimizer in optimizers:
+        scaler.unscale_(optimizer)
+    for optimizer in optimizers:
+        scaler.step(optimizer)
+        scaler.update()
+    assert [1 - weight.item() for weight in weights] == [1.0, 1 / 1024]
