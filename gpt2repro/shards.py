@@ -279,7 +279,7 @@ def verify_once(data_dir: str | Path, verified: dict[str, list[int]]) -> dict[st
         path = root / shard["file"]
         if path.exists():
             seen[str(path)] = [path.stat().st_size, path.stat().st_mtime_ns]
-        if "sha256" in shard and verified.get(str(path)) != seen.get(str(path), []):
+        if shard.get("sha256") and verified.get(str(path)) != seen.get(str(path), []):
             todo[path] = shard["sha256"]
     with ThreadPoolExecutor() as pool:  # hashing leaves them to work side by side
         problems = [problem for problem in pool.map(_file_problem, todo, todo.values()) if problem]
