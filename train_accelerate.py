@@ -27,6 +27,7 @@ import yaml
 from accelerate import Accelerator, PartialState
 from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils import DistributedType, GradientAccumulationPlugin, broadcast_object_list, set_seed
+from filelock import FileLock, Timeout
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedTokenizerBase
@@ -77,7 +78,7 @@ def main(argv: list[str]) -> None:
     if recipe.eval_only:
         return print_losses(recipe, model, train_data, val_data, accelerator)
 
-    begin_run(recipe, manifest, accelerator)
+    lock = begin_run(recipe, manifest, accelerator)
     batches = MicroBatches(train_data, recipe, accelerator.process_index, accelerator.num_processes)
     pin_memory = accelerator.device.type == "cuda"
     telemetry, guard, best = Telemetry(recipe, accelerator, raw_model), Guard(recipe), Best(recipe.patience)
@@ -140,6 +141,7 @@ def main(argv: list[str]) -> None:
         sys.exit(EXIT_CODE)
     if accelerator.is_main_process:
         finish(recipe, manifest, raw_model, tokenizer, train_data)
+    lock.release()
 
 
 def train_step(
@@ -388,7 +390,7 @@ def output_problems(recipe: Recipe) -> list[str]:
     """Why the run must not write to its output directory: nothing of another run is overwritten."""
     output_dir = Path(recipe.output_dir)
     elsewhere = "choose another --output_dir, or delete it"
-    if not output_dir.exists() or (output_dir.is_dir() and not any(output_dir.iterdir())):
+    if not output_dir.exists() or (output_dir.is_dir() and {path.name for path in output_dir.iterdir()} <= {".lock"}):
         return []
     if not (output_dir / "recipe.yaml").is_file():
         return [f"output_dir={output_dir} exists and is not a run; {elsewhere}"]
@@ -404,13 +406,20 @@ def output_problems(recipe: Recipe) -> list[str]:
     return []
 
 
-def begin_run(recipe: Recipe, manifest: dict, accelerator: Accelerator) -> None:
-    """Record what runs, and make sure that the data, the Hub repository and the tracker are there."""
+def begin_run(recipe: Recipe, manifest: dict, accelerator: Accelerator) -> FileLock:
+    """Record what runs, and make sure that the data, the Hub repository and the tracker are there.
+
+    Returns:
+        The lock that keeps other runs out of the output directory; the main process has it.
+    Raises:
+        SharedError: what record_run refuses.
+    """
     accelerator.wait_for_everyone()  # all have checked the directory before one writes to it
-    problem, run_id = None, None
+    problem, run_id, lock = None, None, FileLock(Path(recipe.output_dir) / ".lock")
     if accelerator.is_main_process:
         try:
-            run_id = record_run(recipe, manifest, f"{accelerator.num_processes} x {device_name(accelerator.device)}")
+            hardware = f"{accelerator.num_processes} x {device_name(accelerator.device)}"
+            run_id = record_run(recipe, manifest, hardware, lock)
         except UserError as error:
             problem = str(error)
     problem, run_id = broadcast_object_list([problem, run_id])
@@ -426,13 +435,14 @@ def begin_run(recipe: Recipe, manifest: dict, accelerator: Accelerator) -> None:
         "trackio": {"name": run_id, "resume": "allow"},
     }
     accelerator.init_trackers("gpt2repro", config=flat, init_kwargs=of_tracker)
+    return lock
 
 
-def record_run(recipe: Recipe, manifest: dict, hardware: str) -> str:
+def record_run(recipe: Recipe, manifest: dict, hardware: str, lock: FileLock) -> str:
     """Write recipe.yaml at the first start; returns the run's id. At every start the data is what was prepared.
 
     Raises:
-        UserError: a shard was changed, or the Hub repository cannot be made.
+        UserError: a shard was changed, the Hub repository cannot be made, or another run has the directory.
     """
     output_dir = Path(recipe.output_dir)
     if recipe.push_to_hub:
@@ -440,8 +450,14 @@ def record_run(recipe: Recipe, manifest: dict, hardware: str) -> str:
     path, verified = output_dir / "recipe.yaml", output_dir / ".verified.json"
     seen = json.loads(verified.read_text()) if verified.exists() else {}
     seen = {name: status for d in recipe.sources for name, status in shards.verify_once(d, seen).items()}
+    output_dir.mkdir(parents=True, exist_ok=True)
+    try:
+        lock.acquire(timeout=60)  # seconds, in which a run whose launcher was killed saves and ends
+    except Timeout as error:
+        raise UserError(
+            f"another run is writing to {output_dir}; wait for it, or choose another --output_dir"
+        ) from error
     if not path.exists():
-        output_dir.mkdir(parents=True, exist_ok=True)
         for directory, source in each_source(recipe.sources, manifest):
             if not source["tokenizer"]["sha256"]:
                 print(f"{directory} brings no tokenizer along; GPT-2's is assumed", flush=True)

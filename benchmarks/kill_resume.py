@@ -10,17 +10,19 @@ checkpoint is being written, if there are such moments to be had.
 """
 
 import argparse
+import contextlib
 import datetime
 import hashlib
 import json
 import os
 import random
-import signal
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
+
+import psutil
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -134,8 +136,13 @@ class Run:
         return any(self.output_dir.glob("checkpoints/writing_*"))
 
     def kill(self) -> None:
-        os.killpg(self.process.pid, signal.SIGKILL)
+        launcher = psutil.Process(self.process.pid)
+        doomed = [launcher, *launcher.children(recursive=True)]  # torchrun gives each process a session of its own
+        for process in doomed:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
         self.process.wait()
+        psutil.wait_procs(doomed)
 
     def wait(self) -> int:
         return self.process.wait()

@@ -74,11 +74,16 @@ class MicroBatches(Dataset):
                 return
             except UserError as error:  # a worker process sends it as the last line of its traceback
                 raise UserError(str(error).strip().rpartition("UserError: ")[2]) from error
-            except RuntimeError as error:
-                if "DataLoader worker" not in str(error) or done == restarted_at:
+            except (RuntimeError, OSError, EOFError) as error:  # the last two: of the pipe that it died upon
+                died = "DataLoader worker" in str(error) or not isinstance(error, RuntimeError)
+                if not died or done == restarted_at:
                     raise
                 restarted_at = done
-                print(f"{first_line(error)}; started again", file=sys.stderr, flush=True)
+                print(
+                    f"a process that reads batches died ({first_line(error)}); started again",
+                    file=sys.stderr,
+                    flush=True,
+                )
 
     def _each(self, first_step: int, batch_of: Callable[[int], int]) -> Iterator[tuple[int, int]]:
         for batch in map(batch_of, range(first_step, self.recipe.max_steps)):

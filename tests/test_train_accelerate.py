@@ -130,7 +130,7 @@ def test_metrics_have_every_step_once_and_the_contracts_keys(trained):
 def test_run_directory_is_as_documented(trained):
     output_dir, stdout = trained
     assert sorted(path.name for path in output_dir.iterdir()) == [
-        ".verified.json", "checkpoints", "loss.png", "metrics.jsonl", "model", "recipe.yaml",
+        ".lock", ".verified.json", "checkpoints", "loss.png", "metrics.jsonl", "model", "recipe.yaml",
     ]  # fmt: skip
     assert [path.name for path in sorted((output_dir / "checkpoints").iterdir())] == ["step_00000040", "step_00000060"]
     record = yaml.safe_load((output_dir / "recipe.yaml").read_text())
