@@ -7,7 +7,8 @@ The text is the documentation of Python (the corpus python-docs) and the files o
 documents. Both optimizers train the same small GPT-2 on the same batches with the same schedule. First several learning
 rates are tried on the first seed, AdamW with --steps steps, Muon with half of them. With the best ones every seed
 trains three models: AdamW and Muon with --steps steps, and Muon with half of them, its schedule over these. The table
-says what each ends at, and after how many steps Muon's validation loss is at most AdamW's last. --output has every number, --picture the curves.
+says what each ends at, and after how many steps Muon's validation loss is at most AdamW's last. --output has every
+number, --picture the curves.
 """
 
 import argparse
