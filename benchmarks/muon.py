@@ -4,10 +4,11 @@
     python benchmarks/muon.py --draw benchmarks/results/muon_cpu.json
 
 The text is the documentation of Python (the corpus python-docs) and the files of --text, with WikiText's articles as
-documents. Both optimizers train the same small GPT-2 on the same batches with the same schedule. First each optimizer
-is tried with several learning rates on the first seed. With the best ones every seed trains three models: AdamW and
-Muon with --steps steps, and Muon with half of them, its schedule over these. The table says what each ends at, and
-after how many steps Muon's validation loss is at most AdamW's last. --output has every number, --picture the curves.
+documents. Both optimizers train the same small GPT-2 on the same batches with the same schedule. First several learning
+rates are tried on the first seed, AdamW with --steps steps, Muon with half of them. With the best ones every seed
+trains three models: AdamW and Muon with --steps steps, and Muon with half of them, its schedule over these. The table
+says what each ends at, and after how many steps Muon's validation loss is at most AdamW's last. --output has every
+number, --picture the curves.
 """
 
 import argparse
@@ -34,8 +35,10 @@ ROOT = Path(__file__).resolve().parents[1]
 SWEEP = {
     "adamw": [{"learning_rate": 1.5e-3}, {"learning_rate": 3e-3}, {"learning_rate": 6e-3}],
     "muon": [
+        {"optimizer": "muon", "muon_learning_rate": 0.01, "learning_rate": 3e-3},
+        {"optimizer": "muon", "muon_learning_rate": 0.01, "learning_rate": 6e-3},
         {"optimizer": "muon", "muon_learning_rate": 0.02, "learning_rate": 3e-3},
-        {"optimizer": "muon", "muon_learning_rate": 0.04, "learning_rate": 3e-3},
+        {"optimizer": "muon", "muon_learning_rate": 0.02, "learning_rate": 6e-3},
     ],
 }
 SETTINGS = {
@@ -62,7 +65,9 @@ def main() -> None:
         return
     work = Path(args.work_dir)
     prepare(args.text, work, args.vocab_size)
-    tried = train_all([(fields, args.seeds[0], args.steps) for name in SWEEP for fields in SWEEP[name]], work, args)
+    steps_of = {"adamw": args.steps, "muon": args.steps // 2}
+    runs = [(fields, args.seeds[0], steps_of[name]) for name in SWEEP for fields in SWEEP[name]]
+    tried = train_all(runs, work, args)
     best = {
         name: min((run for run in tried if run["fields"] in SWEEP[name]), key=lambda run: run["val_loss"][-1])["fields"]
         for name in SWEEP
