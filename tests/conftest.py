@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import tiktoken
+from trainer_server import TrainerServer
 
 from gpt2repro import corpora
 from gpt2repro.tokenization import Tokenizer, build_tokenizer, gpt2_encoding
@@ -68,3 +69,10 @@ def gpt2() -> Tokenizer:
 @pytest.fixture(scope="session")
 def encoding() -> tiktoken.Encoding:
     return gpt2_encoding()
+
+
+@pytest.fixture(scope="session")
+def trainer_server():
+    server = TrainerServer()
+    yield server
+    server.close()

@@ -18,12 +18,13 @@ import tokenizers
 ROOT = Path(__file__).resolve().parents[1]
 
 SERVER = """
-import json, os, sys
+import json, os, signal, sys
 import datasets, fsspec, pyarrow.parquet
 import prepare_data
 from gpt2repro import corpora, preparation, shards
 from gpt2repro.errors import run_script
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # what runs in the background inherits that it is ignored
 print(prepare_data.__file__, flush=True)
 for line in sys.stdin:
     asked = json.loads(line)

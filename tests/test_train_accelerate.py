@@ -1,5 +1,6 @@
 """The trainer, run as a user runs it: on real text, in processes of its own, under accelerate launch."""
 
+import itertools
 import json
 import math
 import os
@@ -65,8 +66,10 @@ def recipe_file(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def train(data_dir, recipe_file):
+def train(data_dir, recipe_file, trainer_server, tmp_path_factory):
     """Run the trainer; `config` names an accelerate config, none is plain python. Returns the finished process."""
+    outputs = tmp_path_factory.mktemp("outputs")
+    number = itertools.count()
 
     def run(output_dir, *flags, config=None, processes=None, check=True):
         launch = [sys.executable]
@@ -75,8 +78,14 @@ def train(data_dir, recipe_file):
             launch += ["--num_processes", str(processes)] if processes else []
         command = [*launch, "train_accelerate.py", "--config", recipe_file, "--output_dir", output_dir]
         command += [*([] if "--data" in flags else ["--data_dir", data_dir]), *flags]
-        environment = os.environ | {"OMP_NUM_THREADS": "1"} | ({} if config else {"ACCELERATE_USE_CPU": "true"})
-        done = subprocess.run(list(map(str, command)), cwd=ROOT, env=environment, capture_output=True, text=True)
+        command = list(map(str, command))
+        if config:
+            environment = os.environ | {"OMP_NUM_THREADS": "1"}
+            done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+        else:
+            stdout, stderr = (outputs / f"{next(number)}_{name}" for name in ("stdout", "stderr"))
+            status = trainer_server.wait(trainer_server.start([ROOT / command[1], *command[2:]], stdout, stderr))
+            done = subprocess.CompletedProcess(command, status, stdout.read_text(), stderr.read_text())
         assert not check or done.returncode == 0, done.stderr
         return done
 
