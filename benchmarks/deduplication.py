@@ -81,7 +81,7 @@ def parse_arguments() -> argparse.Namespace:
         "--source", help="file or folder of .txt, cut into passages, besides the packages' documentation"
     )
     parser.add_argument("--pool", type=int, default=28_000, help="documents before the first run")
-    parser.add_argument("--pairs", type=int, default=1000, help="planted at each level")
+    parser.add_argument("--pairs", type=int, default=900, help="planted at each level")
     parser.add_argument("--duplicate", type=float, default=0.5, help="Jaccard similarity of a true duplicate")
     parser.add_argument("--num_workers", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
