@@ -134,11 +134,8 @@ def tokenizer_of(output_dir: Path, begun: dict) -> dict:
     recorded = recorded_settings(output_dir / SETTINGS) or {}
     built = {key: recorded.pop(key, {}) for key in ("tokenizer_facts", "tokenizer_files")}
     files = built["tokenizer_files"]
-    same = recorded == begun and all(
-        (path := output_dir / "tokenizer" / name).is_file() and shards.file_sha256(path) == sha256
-        for name, sha256 in files.items()
-    )
-    return built if files and same else {}
+    damaged = any(shards.file_problem(output_dir / "tokenizer" / name, sha256) for name, sha256 in files.items())
+    return built if files and recorded == begun and not damaged else {}
 
 
 def tidy(output_dir: Path) -> None:

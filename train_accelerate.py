@@ -15,7 +15,6 @@ import importlib.util
 import json
 import logging
 import math
-import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -26,7 +25,7 @@ import torch
 import yaml
 from accelerate import Accelerator, PartialState
 from accelerate.optimizer import AcceleratedOptimizer
-from accelerate.utils import DistributedType, GradientAccumulationPlugin, broadcast_object_list, set_seed
+from accelerate.utils import DistributedType, GradientAccumulationPlugin, set_seed
 from filelock import FileLock, Timeout
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
@@ -48,6 +47,7 @@ from gpt2repro.model_card import model_card
 from gpt2repro.model_folder import find_model, generate, load_tokenizer, save_model_folder
 from gpt2repro.openai_weights import from_gpt2, gpt2_config
 from gpt2repro.optimizers import build_optimizers, launch_problems, set_lr
+from gpt2repro.processes import on_main, world_size
 from gpt2repro.recipe import Recipe, differences, parse_recipe
 from gpt2repro.schedule import lr_at
 from gpt2repro.stopping import EXIT_CODE, StopRequest
@@ -258,11 +258,6 @@ def build_accelerator(recipe: Recipe) -> Accelerator:
     return accelerator
 
 
-def world_size() -> int:
-    """Processes of this run, as known before the Accelerator exists."""
-    return int(os.environ.get("WORLD_SIZE", 1))
-
-
 def settle(argv: list[str]) -> tuple[Recipe, dict, GPT2ReproConfig, PreTrainedTokenizerBase]:
     """Recipe, data manifest, model configuration and tokenizer of a run, checked against each other before anything
     expensive.
@@ -415,16 +410,9 @@ def begin_run(recipe: Recipe, manifest: dict, accelerator: Accelerator) -> FileL
         SharedError: what record_run refuses.
     """
     accelerator.wait_for_everyone()  # all have checked the directory before one writes to it
-    problem, run_id, lock = None, None, FileLock(Path(recipe.output_dir) / ".lock")
-    if accelerator.is_main_process:
-        try:
-            hardware = f"{accelerator.num_processes} x {device_name(accelerator.device)}"
-            run_id = record_run(recipe, manifest, hardware, lock)
-        except UserError as error:
-            problem = str(error)
-    problem, run_id = broadcast_object_list([problem, run_id])
-    if problem:
-        raise SharedError(problem)
+    lock = FileLock(Path(recipe.output_dir) / ".lock")
+    hardware = f"{accelerator.num_processes} x {device_name(accelerator.device)}"
+    run_id = on_main(lambda: record_run(recipe, manifest, hardware, lock))
     settings = dataclasses.asdict(recipe)
     settings |= {f"model.{name}": value for name, value in settings.pop("model").items()}
     flat = {name: value if isinstance(value, int | float | str) else str(value) for name, value in settings.items()}

@@ -14,7 +14,7 @@ from threading import Thread
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, broadcast_object_list
+from accelerate.utils import DistributedType
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint.state_dict import (
@@ -25,9 +25,10 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
-from gpt2repro.errors import SharedError, UserError, first_line
+from gpt2repro.errors import UserError, first_line
+from gpt2repro.processes import on_main
 from gpt2repro.recipe import Recipe
-from gpt2repro.shards import file_sha256, flush
+from gpt2repro.shards import file_problem, file_sha256, flush
 
 
 MODEL, OPTIMIZER, STATE, HASHES = "model.safetensors", "optimizer.safetensors", "trainer_state.json", "hashes.json"
@@ -53,12 +54,8 @@ def damage(checkpoint: Path) -> str | None:
         hashes = json.loads((checkpoint / HASHES).read_text())
     except (OSError, ValueError) as error:
         return f"{HASHES} cannot be read: {first_line(error)}"
-    for name, sha256 in hashes.items():
-        if not (checkpoint / name).is_file():
-            return f"{name} is missing"
-        if file_sha256(checkpoint / name) != sha256:
-            return f"{name} is damaged: its sha256 differs from the one in {HASHES}"
-    return None
+    problems = (file_problem(checkpoint / name, sha256, f"the one in {HASHES}") for name, sha256 in hashes.items())
+    return next(filter(None, problems), None)
 
 
 class Checkpoints:
@@ -128,9 +125,13 @@ class Checkpoints:
             SharedError: the last save failed.
         """
         self.wait()
-        (failure,) = broadcast_object_list([self.failure])
-        if failure:
-            raise SharedError(f"{failure}; make space and repeat the command: it goes on from the newest checkpoint")
+
+        def complain() -> None:
+            if self.failure:
+                remedy = "make space and repeat the command: it goes on from the newest checkpoint"
+                raise UserError(f"{self.failure}; {remedy}")
+
+        on_main(complain)
 
     def _write(self, weights: dict, moments: dict, state: dict) -> None:
         temporary = self._temporary(state)
@@ -201,28 +202,26 @@ class Checkpoints:
         """
         self.wait()
         deepspeed = self.accelerator.distributed_type == DistributedType.DEEPSPEED
-        checkpoint, state, problem, weights, moments = None, None, None, {}, {}
-        if self.accelerator.is_main_process:
-            try:
-                if checkpoint := self._best() if best else self._newest_whole():
-                    state = read_state(checkpoint)
-                    weights, moments = ({}, {}) if deepspeed else self._read(checkpoint)
-            except UserError as error:
-                problem = str(error)
-        found = [checkpoint, state, problem, bool(moments)]
-        checkpoint, state, problem, has_moments = broadcast_object_list(found)
-        if problem:
-            raise SharedError(problem)
-        if state is None:
+        weights, moments = {}, {}  # of the main process, which hands them out
+
+        def find() -> tuple[Path, dict, bool] | None:
+            if not (checkpoint := self._best() if best else self._newest_whole()):
+                return None
+            if not deepspeed:
+                for mine, read in zip((weights, moments), self._read(checkpoint)):
+                    mine.update(read)
+            return checkpoint, read_state(checkpoint), bool(moments)
+
+        if (found := on_main(find)) is None:
             return None
+        checkpoint, state, has_moments = found
         if deepspeed:
             self.accelerator.load_state(str(checkpoint))
             self.accelerator.step = 0  # the count of micro-batches: a checkpoint lies between two steps
             return state
         several = self.accelerator.num_processes > 1
-        options = StateDictOptions(
-            full_state_dict=True, broadcast_from_rank0=several, strict=False
-        )  # for the tied head
+        # Not strict: a tied head is in the model, and not in the file.
+        options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=several, strict=False)
         set_model_state_dict(self.model, weights, options=options)
         for optimizer in self.optimizers:
             optimizer.state.clear()
@@ -261,8 +260,7 @@ class Checkpoints:
             parameter, _, key = name.rpartition(".")
             moments.setdefault(parameter, {})[key] = value
         shapes = {name: parameter.shape for name, parameter in self.model.named_parameters()}
-        if {name: value.shape for name, value in weights.items()} != shapes or (
-            moments and moments.keys() != shapes.keys()
-        ):
+        same_moments = not moments or moments.keys() == shapes.keys()
+        if {name: value.shape for name, value in weights.items()} != shapes or not same_moments:
             raise UserError(f"{checkpoint} holds another model; choose another --output_dir")
         return weights, moments

@@ -5,6 +5,8 @@ import platform
 
 import torch
 
+from gpt2repro.processes import world_size
+
 
 def cpu_asked() -> bool:
     """Whether this run is to stay on the CPU: `use_cpu: true` in the accelerate config, or every GPU hidden.
@@ -31,7 +33,7 @@ def missing_gpu() -> list[str]:
     half = (
         os.environ.get("ACCELERATE_MIXED_PRECISION") in ("bf16", "fp16", "fp8") and "ACCELERATE_USE_CPU" in os.environ
     )
-    several = int(os.environ.get("WORLD_SIZE", 1)) > 1
+    several = world_size() > 1
     if cpu_asked() or not (half or several) or torch.accelerator.is_available():
         return []
     return [

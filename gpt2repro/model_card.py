@@ -38,42 +38,11 @@ def model_card(
         rows = [row for row in read_metrics(run_dir / "metrics.jsonl") if row["step"] <= last_step]
         for row in rows:  # of this very model: an earlier step's validation is not its own
             metrics |= row if row["step"] == rows[-1]["step"] else {}
-    data, results = record.get("data", {}), _results(metrics, record)
+    results = _results(metrics, record)
     license = license or record.get("license")
-    hub = data.get("corpus", {}) if data.get("corpus", {}).get("revision") else {}
+    metadata = _metadata(name, license, record, metrics, results)
     load_from = repo_id or "PATH_OR_REPO"
     remote_code = "" if model.config.model_type == "gpt2" else ", trust_remote_code=True"
-    metadata = ModelCardData(
-        license=license,
-        library_name="transformers",
-        pipeline_tag="text-generation",
-        tags=["gpt2", "gpt2repro"],
-        datasets=[s["corpus"]["hub_id"] for s in _sources(data) if s["corpus"].get("revision")] or None,
-        base_model=_hub_id_in_full(record.get("base_model")),
-        model_name=name,
-        eval_results=[
-            EvalResult(
-                task_type="text-generation",
-                **(
-                    {"dataset_type": HUB_ID, "dataset_name": "HellaSwag", "dataset_split": "validation"}
-                    if key in OPENAI_GPT2
-                    else {
-                        "dataset_type": hub.get("hub_id", "text"),
-                        "dataset_name": f"{_public(data['corpus']['name'])}, held out",
-                        "dataset_config": hub.get("config"),
-                        "dataset_revision": hub.get("revision"),
-                    }
-                ),
-                metric_type=key.removeprefix("hellaswag_"),
-                metric_name=title,
-                metric_value=round(value, 6),
-            )
-            for key, (title, value, _) in results.items()
-            # not the training loss, nor HellaSwag on a sample
-            if key != "loss" and (key not in OPENAI_GPT2 or metrics["hellaswag_items"] == FULL_SET)
-        ]
-        or None,
-    )
     lines = [
         f"# {name}",
         'GPT-2\'s architecture (Radford et al. 2019, "Language Models are Unsupervised Multitask Learners"), '
@@ -104,6 +73,43 @@ def model_card(
     if license:
         lines += ["## Licence", f"{license}, for the weights. The text that they were trained on keeps its own terms."]
     return ModelCard(f"---\n{metadata.to_yaml()}\n---\n\n" + "\n\n".join(lines) + "\n")
+
+
+def _metadata(name: str, license: str | None, record: dict, metrics: dict, results: dict) -> ModelCardData:
+    """What the Hub reads: the head of the card."""
+    data = record.get("data", {})
+    hub = data.get("corpus", {}) if data.get("corpus", {}).get("revision") else {}
+    return ModelCardData(
+        license=license,
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=["gpt2", "gpt2repro"],
+        datasets=[s["corpus"]["hub_id"] for s in _sources(data) if s["corpus"].get("revision")] or None,
+        base_model=_hub_id_in_full(record.get("base_model")),
+        model_name=name,
+        eval_results=[
+            EvalResult(
+                task_type="text-generation",
+                **(
+                    {"dataset_type": HUB_ID, "dataset_name": "HellaSwag", "dataset_split": "validation"}
+                    if key in OPENAI_GPT2
+                    else {
+                        "dataset_type": hub.get("hub_id", "text"),
+                        "dataset_name": f"{_public(data['corpus']['name'])}, held out",
+                        "dataset_config": hub.get("config"),
+                        "dataset_revision": hub.get("revision"),
+                    }
+                ),
+                metric_type=key.removeprefix("hellaswag_"),
+                metric_name=title,
+                metric_value=round(value, 6),
+            )
+            for key, (title, value, _) in results.items()
+            # not the training loss, nor HellaSwag on a sample
+            if key != "loss" and (key not in OPENAI_GPT2 or metrics["hellaswag_items"] == FULL_SET)
+        ]
+        or None,
+    )
 
 
 def _facts(model: PreTrainedModel, record: dict, metrics: dict) -> dict[str, str]:

@@ -259,7 +259,7 @@ def verify(data_dir: str | Path, num_workers: int = 1, progress: Callable = iter
             if split[unit] != total:
                 problems.append(f"{root / MANIFEST}: {name} has {split[unit]:,} {unit}, its shards have {total:,}")
     hashes = manifest.get("tokenizer_files", {"tokenizer.json": tokenizer["sha256"]})
-    problems += filter(None, (_file_problem(root / "tokenizer" / name, sha256) for name, sha256 in hashes.items()))
+    problems += filter(None, (file_problem(root / "tokenizer" / name, sha256) for name, sha256 in hashes.items()))
     if problems:
         raise UserError("\n".join(f"{problem}; {again(root)}" for problem in problems))
     return manifest
@@ -282,23 +282,24 @@ def verify_once(data_dir: str | Path, verified: dict[str, list[int]]) -> dict[st
         if shard.get("sha256") and verified.get(str(path)) != seen.get(str(path), []):
             todo[path] = shard["sha256"]
     with ThreadPoolExecutor() as pool:  # hashing leaves them to work side by side
-        problems = [problem for problem in pool.map(_file_problem, todo, todo.values()) if problem]
+        problems = [problem for problem in pool.map(file_problem, todo, todo.values()) if problem]
     if problems:
         raise UserError("\n".join(f"{problem}; {again(root)}" for problem in problems))
     return seen
 
 
-def _file_problem(path: Path, sha256: str) -> str | None:
+def file_problem(path: Path, sha256: str, recorded: str = "the manifest's") -> str | None:
+    """Why a file is not the one with that hash, which `recorded` names; None: it is."""
     if not path.is_file():
         return f"{path} is missing"
     try:
-        return None if file_sha256(path) == sha256 else f"{path} is damaged: its sha256 differs from the manifest's"
+        return None if file_sha256(path) == sha256 else f"{path} is damaged: its sha256 differs from {recorded}"
     except OSError as error:
         return f"{path} cannot be read ({first_line(error)})"
 
 
 def _shard_problem(path: Path, shard: dict, tokenizer: dict) -> str | None:
-    if problem := _file_problem(path, shard["sha256"]):
+    if problem := file_problem(path, shard["sha256"]):
         return problem
     tokens = np.load(path, mmap_mode="r")
     if len(tokens) != shard["tokens"]:
