@@ -11,7 +11,6 @@ measured. An upload is one commit.
 
 import argparse
 import json
-import math
 import shutil
 import tempfile
 from pathlib import Path
@@ -64,20 +63,20 @@ def main(argv: list[str]) -> None:
         shutil.rmtree(folder)
 
 
-def run_of(source: Path) -> tuple[Path | None, float]:
-    """The run that a model folder or checkpoint lies in, and the last step that it has seen; None where there is no
-    record of one."""
+def run_of(source: Path) -> tuple[Path | None, int | None]:
+    """The run that a model folder or checkpoint lies in, None where there is no record of one; and the checkpoint's
+    step."""
     source, state = source.resolve(), source / checkpoint.STATE
-    last_step = json.loads(state.read_text())["step"] if state.is_file() else math.inf
+    last_step = json.loads(state.read_text())["step"] if state.is_file() else None
     run_dir = source.parents[1] if state.is_file() else source.parent
     recorded = state.is_file() or source.name == "model"
     recorded = recorded and all((run_dir / name).is_file() for name in ("recipe.yaml", "metrics.jsonl"))
     return (run_dir if recorded else None), last_step
 
 
-def draw(run_dir: Path, last_step: float, path: Path, title: str) -> Path:
-    """The loss up to a step."""
-    metrics = [row for row in read_metrics(run_dir / "metrics.jsonl") if row["step"] <= last_step]
+def draw(run_dir: Path, last_step: int | None, path: Path, title: str) -> Path:
+    """The loss up to a step, or all of it."""
+    metrics = [row for row in read_metrics(run_dir / "metrics.jsonl") if row["step"] <= (last_step or row["step"])]
     plot_losses(metrics, {}, path, title)
     return path
 

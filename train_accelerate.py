@@ -37,7 +37,7 @@ from gpt2repro.batches import MicroBatches
 from gpt2repro.checkpoint import Checkpoints
 from gpt2repro.data_order import count_windows, stateless_seed
 from gpt2repro.devices import cpu_asked, device_name, missing_gpu, use_all_cores
-from gpt2repro.errors import SharedError, UserError, run_script
+from gpt2repro.errors import SharedError, UserError, run_script, written
 from gpt2repro.foreign_tokens import foreign_format
 from gpt2repro.guard import Guard
 from gpt2repro.hellaswag import ENDINGS, encode_item, evaluate_hellaswag, load_items
@@ -51,7 +51,7 @@ from gpt2repro.processes import on_main, world_size
 from gpt2repro.recipe import Recipe, differences, parse_recipe
 from gpt2repro.schedule import lr_at
 from gpt2repro.stopping import EXIT_CODE, StopRequest
-from gpt2repro.telemetry import Telemetry, plot_losses, provenance, read_metrics
+from gpt2repro.telemetry import Telemetry, exported_step, plot_losses, provenance, read_metrics
 from gpt2repro.tokenization import build_tokenizer, padded_vocab_size
 from gpt2repro.unwrap import unwrapped
 from gpt2repro.validation import Best, validation_losses
@@ -140,7 +140,8 @@ def main(argv: list[str]) -> None:
         accelerator.print(f"{stopping}: stopped and saved after step {step:,}; the same command goes on")
         sys.exit(EXIT_CODE)
     if accelerator.is_main_process:
-        finish(recipe, manifest, raw_model, tokenizer, train_data)
+        with written(recipe.output_dir):
+            finish(recipe, manifest, raw_model, tokenizer, train_data)
     lock.release()
 
 
@@ -210,7 +211,7 @@ def roll_back(recipe: Recipe, checkpoints: Checkpoints, guard: Guard, best: Best
         raise SharedError(f"{seen}, and there is no checkpoint to go back to; {remedy}")
     guard.roll_back(state["guard"])
     best.load_state_dict(state["best"])
-    telemetry.start(state["step"], state["telemetry"])
+    telemetry.roll_back(state["step"], state["telemetry"])
     telemetry.say(f"{seen}: back to step {state['step']:,}, without them")
     return state["step"]
 
@@ -501,19 +502,21 @@ def finish(recipe: Recipe, manifest: dict, model, tokenizer, train_data: Mixture
     output_dir = Path(recipe.output_dir)
     metrics = read_metrics(output_dir / "metrics.jsonl")
     val = manifest["splits"]["val"]
-    val_loss = [row["val_loss"] for row in metrics if "val_loss" in row][-1]
+    step = exported_step(metrics, dataclasses.asdict(recipe))
+    (val_loss,) = [row["val_loss"] for row in metrics if "val_loss" in row and row["step"] == step]
     bits = f" = {val_loss / math.log(2) * val['tokens'] / val['bytes']:.4f} bits per byte" if val["bytes"] else ""
     baseline = shards.unigram_entropy(train_data.frequencies(manifest["tokenizer"]["vocab_size"]))
-    samples = [row["samples"] for row in metrics if "samples" in row][-1]
+    samples = [row["samples"] for row in metrics if "samples" in row and row["step"] <= step]
     title = f"{output_dir.name}: GPT-2, {model.num_parameters() / 1e6:.1f}M parameters, {manifest['corpus']['name']}"
     plot_losses(metrics, {"unigram entropy": baseline} | recipe.reference_losses, output_dir / "loss.png", title)
 
     card = model_card(model, output_dir.name, recipe.hub_model_id, output_dir)
     save_model_folder(output_dir / "model", model, tokenizer, card, output_dir / "loss.png")
 
-    print(f"\nvalidation loss {val_loss:.4f} nats per token{bits}")
+    at_step = f", at step {step:,}" if recipe.patience else ""
+    print(f"\nvalidation loss {val_loss:.4f} nats per token{bits}{at_step}")
     print(f"a model that knows only how frequent each token is: {baseline:.4f} nats per token (unigram entropy)")
-    for number, sample in enumerate(samples, start=1):
+    for number, sample in enumerate(samples[-1] if samples else [], start=1):
         print(f"\n--- sample {number} ---\n{sample}")
     print(f"\nmetrics     {output_dir / 'metrics.jsonl'}\npicture     {output_dir / 'loss.png'}")
     print(f"checkpoint  {checkpoint.latest(output_dir)}\nmodel       {output_dir / 'model'}\n")

@@ -116,6 +116,7 @@ class Run:
         self.command += ["--config", root / "recipe.yaml", "--data_dir", root / "data", "--output_dir", self.output_dir]
 
     def start(self) -> None:
+        self.stale = self.unfinished()  # which the run sweeps away when it saves
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
@@ -131,9 +132,17 @@ class Run:
             time.sleep(0 if saving else 0.01)
         return self.process.poll() is None
 
+    def unfinished(self) -> set[tuple[str, int]]:
+        """Half-written checkpoints, each with the time of the last change."""
+        found = set()
+        for path in self.output_dir.glob("checkpoints/writing_*"):
+            with contextlib.suppress(FileNotFoundError):
+                found.add((path.name, path.stat().st_mtime_ns))
+        return found
+
     def is_saving(self) -> bool:
-        """Whether a checkpoint is half-written; after a kill, whether it came then."""
-        return any(self.output_dir.glob("checkpoints/writing_*"))
+        """Whether a checkpoint is half-written since the last start; after a kill, whether it came then."""
+        return bool(self.unfinished() - self.stale)
 
     def kill(self) -> None:
         launcher = psutil.Process(self.process.pid)

@@ -25,7 +25,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
-from gpt2repro.errors import UserError, first_line
+from gpt2repro.errors import UserError, first_line, written
 from gpt2repro.processes import on_main
 from gpt2repro.recipe import Recipe
 from gpt2repro.shards import file_problem, file_sha256, flush
@@ -82,7 +82,7 @@ class Checkpoints:
         self.names = [name for name, _ in model.named_parameters()]  # a tied head has no name of its own
         self.root = Path(recipe.output_dir) / "checkpoints"
         self.writer: Thread | None = None
-        self.failure: str | None = None  # why the last save failed
+        self.failure: Exception | None = None  # of the last save
 
     # ---- saving ----
 
@@ -128,8 +128,8 @@ class Checkpoints:
 
         def complain() -> None:
             if self.failure:
-                remedy = "make space and repeat the command: it goes on from the newest checkpoint"
-                raise UserError(f"{self.failure}; {remedy}")
+                with written(f"the last checkpoint in {self.root}"):
+                    raise self.failure
 
         on_main(complain)
 
@@ -142,8 +142,9 @@ class Checkpoints:
             self._complete(temporary, state)
             self.failure = None
         except (OSError, SafetensorError) as error:
-            self.failure = f"the checkpoint at step {state['step']:,} could not be written ({first_line(error)})"
-            self.say(f"{self.failure}; training goes on")
+            self.failure = error
+            failed = f"the checkpoint at step {state['step']:,} could not be written ({first_line(error)})"
+            self.say(f"{failed}; training goes on")
             shutil.rmtree(temporary, ignore_errors=True)
 
     def _save_with_deepspeed(self, state: dict) -> None:

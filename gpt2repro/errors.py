@@ -49,6 +49,16 @@ def explained(problem: str, remedy: str) -> Iterator[None]:
         raise UserError(f"{problem} ({first_line(error)}); {remedy}") from error
 
 
+@contextlib.contextmanager
+def written(what: object) -> Iterator[None]:
+    """Turn what a full disk raises while a run writes `what` into one line; nothing that is trained is lost."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        remedy = "make space and repeat the command: it goes on from the newest checkpoint"
+        raise UserError(f"{what} could not be written ({first_line(error)}); {remedy}") from error
+
+
 class Parser(argparse.ArgumentParser):
     """A command line whose mistakes are UserErrors; its description is shown as it is written."""
 

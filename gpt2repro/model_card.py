@@ -8,7 +8,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers import PreTrainedModel
 
 from gpt2repro.hellaswag import FULL_SET, HUB_ID, OPENAI_GPT2, with_error
-from gpt2repro.telemetry import read_metrics
+from gpt2repro.telemetry import exported_step, read_metrics
 
 
 # of recipe.yaml: told in the table, or paths of the machine that it ran on
@@ -20,7 +20,7 @@ def model_card(
     name: str,
     repo_id: str | None = None,
     run_dir: Path | None = None,
-    last_step: float = math.inf,
+    last_step: int | None = None,
     license: str | None = None,
 ) -> ModelCard:
     """The card of a model of ours or of its export as GPT2LMHeadModel.
@@ -29,13 +29,15 @@ def model_card(
         name: the title.
         repo_id: where on the Hub it will be; None: not known, or nowhere.
         run_dir: the run that trained it, with recipe.yaml and metrics.jsonl; None where there is no record.
-        last_step: the step of the checkpoint that it is, for an earlier one than the run's last.
+        last_step: the step of the checkpoint that it is; None: it is what the run has exported.
         license: of the weights, as the Hub abbreviates it; None: as the run's recipe says, or nothing.
     """
     record, metrics = {}, {}
     if run_dir:
         record = yaml.safe_load((run_dir / "recipe.yaml").read_text())
-        rows = [row for row in read_metrics(run_dir / "metrics.jsonl") if row["step"] <= last_step]
+        rows = read_metrics(run_dir / "metrics.jsonl")
+        last_step = exported_step(rows, record) if last_step is None else last_step
+        rows = [row for row in rows if row["step"] <= last_step]
         for row in rows:  # of this very model: an earlier step's validation is not its own
             metrics |= row if row["step"] == rows[-1]["step"] else {}
     results = _results(metrics, record)
@@ -153,7 +155,7 @@ def _origin(source: dict) -> str:
 def _results(metrics: dict, record: dict) -> dict[str, tuple[str, float, str]]:
     """Metric type -> its title, its value, and the value as the table shows it."""
     results = {}
-    if "loss" in metrics:
+    if metrics.get("loss") is not None:  # no update was made there
         results["loss"] = ("training loss, last row, nats per token", metrics["loss"], f"{metrics['loss']:.4f}")
     if "val_loss" in metrics:
         loss, val = metrics["val_loss"], record["data"]["splits"]["val"]

@@ -17,6 +17,7 @@ from accelerate import Accelerator
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
+from gpt2repro.errors import first_line, written
 from gpt2repro.guard import Guard
 from gpt2repro.recipe import Recipe
 
@@ -64,30 +65,44 @@ def peak_memory_bytes(device: torch.device) -> int | None:
 class Metrics:
     """metrics.jsonl: one JSON object a row, appended and never rewritten.
 
-    A resumed run passes through steps that were logged before it was stopped; they are not logged twice. A last row
-    that a crash cut off is removed.
+    A resumed run passes through steps that were logged before it was stopped; they are not logged twice. After a
+    rollback they are, as they are other ones. A last row that a crash cut off is removed.
     """
 
     def __init__(self, path: Path):
         self.path = path
         self.last_step = dict.fromkeys(ROW_KINDS, -1)
+        self.size = 0  # bytes of whole rows
+        self.unwritten = b""  # rows that found no space
         if path.exists():
-            content = path.read_bytes()
-            complete = content[: content.rfind(b"\n") + 1]
-            if complete != content:
-                path.write_bytes(complete)
+            self.size = path.read_bytes().rfind(b"\n") + 1
             for row in read_metrics(path):
                 self.last_step[_kind(row)] = row["step"]
 
-    def append(self, row: dict) -> bool:
-        """Append a row unless its step has one of its kind; returns whether it was new."""
+    def roll_back(self, step: int) -> None:
+        """What was logged after a step will be logged again."""
+        self.last_step = {kind: min(last, step) for kind, last in self.last_step.items()}
+
+    def add(self, row: dict) -> bool:
+        """Take a row to be written, unless its step has one of its kind; returns whether it was new."""
         kind = _kind(row)
         if row["step"] <= self.last_step[kind]:
             return False
         self.last_step[kind] = row["step"]
-        with self.path.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+        self.unwritten += json.dumps(row).encode() + b"\n"
         return True
+
+    def write(self) -> None:
+        """Append the rows that were added.
+
+        Raises:
+            OSError: it cannot be done, e.g. as the disk is full. They are kept for the next time.
+        """
+        with self.path.open("ab") as file:
+            file.truncate(self.size)  # without what a crash or a full disk has cut off
+            file.write(self.unwritten)
+        self.size += len(self.unwritten)
+        self.unwritten = b""
 
 
 class Telemetry:
@@ -131,6 +146,12 @@ class Telemetry:
         self.timed_steps, self.waited = 0, 0.0
         self.bar.n = self.bar.initial = step
         self.lap_start = time.perf_counter()
+
+    def roll_back(self, step: int, state: dict) -> None:
+        """The steps after `step` will be made again, from the state of then."""
+        if self.metrics is not None:
+            self.metrics.roll_back(step)
+        self.start(step, state)
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
@@ -211,9 +232,13 @@ class Telemetry:
         """A row of other values, e.g. val_loss or samples."""
         if self.metrics is None:
             return
-        row = {"step": step, "tokens": self.recipe.tokens_before(step), **values}
-        if self.metrics.append(row):
-            self.accelerator.log({k: v for k, v in values.items() if isinstance(v, int | float)}, step=step)
+        if not self.metrics.add({"step": step, "tokens": self.recipe.tokens_before(step), **values}):
+            return
+        try:
+            self.metrics.write()
+        except OSError as error:
+            self.say(f"{self.metrics.path} could not be written ({first_line(error)}); its rows wait, training goes on")
+        self.accelerator.log({k: v for k, v in values.items() if isinstance(v, int | float)}, step=step)
 
     def say(self, text: str) -> None:
         """Print above the progress bar."""
@@ -221,7 +246,14 @@ class Telemetry:
             self.bar.write(text)
 
     def close(self) -> None:
+        """
+        Raises:
+            UserError: metrics.jsonl cannot be written; on the main process.
+        """
         self.bar.close()
+        if self.metrics is not None:
+            with written(self.metrics.path):
+                self.metrics.write()
         self.accelerator.end_training()
 
 
@@ -235,9 +267,17 @@ def _kind(row: dict) -> str:
 
 
 def read_metrics(path: Path) -> list[dict]:
-    """The rows of a metrics.jsonl, without one that a crash cut off."""
+    """The rows of a metrics.jsonl, without one that a crash cut off; of a step that a rollback repeated, the newest."""
     text = path.read_text()
-    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+    rows = map(json.loads, text[: text.rfind("\n") + 1].splitlines())
+    return list({(_kind(row), row["step"]): row for row in rows}.values())
+
+
+def exported_step(metrics: list[dict], record: dict) -> int:
+    """The step whose weights a run exports: its last, or the best validated one where its recipe has `patience`."""
+    if not record.get("patience"):
+        return metrics[-1]["step"]
+    return min((row for row in metrics if "val_loss" in row), key=lambda row: row["val_loss"])["step"]
 
 
 def provenance() -> dict:

@@ -20,6 +20,7 @@ from trainer_server import ENVIRONMENT, TrainerServer
 
 import prepare_data
 from gpt2repro.stopping import EXIT_CODE
+from gpt2repro.telemetry import read_metrics
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -244,12 +245,10 @@ def test_a_run_whose_launcher_is_killed_saves_and_ends(data_dir, tmp_path):
 
 def test_a_second_run_in_the_same_directory_is_refused(data_dir, stopped, tmp_path):
     """Here by a process that holds the directory for longer than a run that ends may take."""
-    hook = (
-        "train_accelerate.FileLock.acquire.__kwdefaults__ or None; import filelock; take = filelock.FileLock.acquire\n"
-    )
-    hook += (
-        "filelock.BaseFileLock.acquire = lambda self, timeout=0, **more: take(self, timeout=min(timeout, 0.1), **more)"
-    )
+    hook = """
+take = train_accelerate.FileLock.acquire
+train_accelerate.FileLock.acquire = lambda self, timeout: take(self, timeout=0.1)
+"""
     with FileLock(tmp_path / "run" / ".lock"):
         again = Training(tmp_path, data_dir, hook=hook)
         assert again.wait() == 2 and "another run is writing to" in again.printed
@@ -355,6 +354,39 @@ checkpoint.Checkpoints._write = _write
     assert_same(run.result(), undisturbed)
 
 
+def test_a_file_system_without_space_costs_no_row_of_the_metrics(data_dir, undisturbed, tmp_path):
+    """It is full from step 6 to step 15; steps 8 and 12 are to be saved, and every step logs a row."""
+    (tmp_path / "run").mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", tmp_path / "run"]
+    if not shutil.which("mount") or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("mounting a file system is not allowed here")
+    hook = """
+made = telemetry.Telemetry.log_step
+def log_step(self, step, *args):
+    full = os.path.join(self.recipe.output_dir, "checkpoints", "full")
+    if step == 6:
+        with open(full, "wb", buffering=0) as file:
+            try:
+                while file.write(bytes(4096)):
+                    pass
+            except OSError:
+                pass
+    if step == 15:
+        os.remove(full)
+    made(self, step, *args)
+telemetry.Telemetry.log_step = log_step
+"""
+    try:
+        run = Training(tmp_path, data_dir, hook=hook)
+        assert run.wait() == 0, run.printed
+        assert len(re.findall(r"No space left.*; training goes on", run.printed)) == 2
+        assert "metrics.jsonl could not be written ([Errno 28] No space left on device); its rows wait" in run.printed
+        assert run.checkpoints() == ["step_00000020", "step_00000024"]
+        assert_same(run.result(), undisturbed)
+    finally:
+        subprocess.run(["umount", tmp_path / "run"], check=True)
+
+
 def test_a_last_checkpoint_that_cannot_be_written_is_an_error(data_dir, tmp_path):
     hook = """
 import errno
@@ -364,7 +396,8 @@ checkpoint.save_file = save_file
 """
     run = Training(tmp_path, data_dir, "--max_steps", 4, hook=hook)
     assert run.wait() == 2
-    assert "error: the checkpoint at step 4 could not be written ([Errno 28]" in run.printed
+    assert "the checkpoint at step 4 could not be written ([Errno 28]" in run.printed
+    assert re.search(r"error: the last checkpoint in .* could not be written \(\[Errno 28\]", run.printed)
     assert "make space and repeat the command" in run.printed and run.checkpoints() == []
 
 
@@ -434,3 +467,39 @@ batches.MicroBatches.__getitem__ = __getitem__
     state = json.loads((run.output_dir / "checkpoints" / "step_00000024" / "trainer_state.json").read_text())
     assert state["guard"]["left_out"] == [9, 10, 11] and state["guard"]["rollbacks"] == 1
     assert state["guard"]["bad_steps"] == 3
+    rows = [row for row in read_metrics(run.output_dir / "metrics.jsonl") if "loss" in row]
+    assert [row["step"] for row in rows] == [*range(1, 25)] and all(row["grad_norm"] for row in rows)
+
+
+def test_a_last_step_that_is_not_finite_still_ends_in_a_model(data_dir, tmp_path):
+    hook = """
+train_step = train_accelerate.train_step
+def poisoned(*args):
+    loss, norm, stopping = train_step(*args)
+    return float("nan"), norm, stopping
+train_accelerate.train_step = poisoned
+"""
+    run = Training(tmp_path, data_dir, "--max_steps", 4, hook=hook)
+    assert run.wait() == 0, run.printed
+    assert "training loss" not in (run.output_dir / "model" / "README.md").read_text()
+    assert (run.output_dir / "loss.png").stat().st_size > 10_000
+
+
+# ---- early stopping ----
+
+
+def test_early_stopping_exports_the_best_validated_model_and_says_its_loss(data_dir, tmp_path):
+    """A learning rate that grows until it breaks the model."""
+    flags = ("--patience", 2, "--validate_every", 2, "--max_steps", 60, "--warmup_steps", 40, "--learning_rate", 2)
+    run = Training(tmp_path, data_dir, *flags)
+    assert run.wait() == 0, run.printed
+    losses = {r["step"]: r["val_loss"] for r in read_metrics(run.output_dir / "metrics.jsonl") if "val_loss" in r}
+    best = min(losses, key=losses.get)
+    assert list(losses) == [*range(2, best + 5, 2)] and best + 4 < 60
+    assert f"validation loss {losses[best]:.4f} nats per token" in run.printed and f", at step {best}\n" in run.printed
+    assert f"| {losses[best]:.4f} |" in (run.output_dir / "model" / "README.md").read_text()
+    best_weights = load_file(run.output_dir / "checkpoints" / f"step_{best:08d}" / "model.safetensors")
+    weights, _ = run.result()
+    assert all(torch.equal(weights[name], value) for name, value in best_weights.items())
+    again = Training(tmp_path, data_dir, *flags)  # there is nothing left to do
+    assert again.wait() == 0 and f", at step {best}\n" in again.printed

@@ -13,19 +13,34 @@ def test_rows_are_appended_once_whatever_is_logged_again(tmp_path):
     path = tmp_path / "metrics.jsonl"
     first = Metrics(path)
     for step in (1, 2, 3):
-        assert first.append({"step": step, "loss": float(step)})
-    assert first.append({"step": 2, "val_loss": 0.5})
+        assert first.add({"step": step, "loss": float(step)})
+        first.write()
+    assert first.add({"step": 2, "val_loss": 0.5})
+    first.write()
     with path.open("a") as file:
         file.write('{"step": 4, "lo')  # a crash cut the row off
 
     resumed = Metrics(path)
-    assert not resumed.append({"step": 3, "loss": 99.0})
-    assert resumed.append({"step": 4, "loss": 4.0})
-    assert not resumed.append({"step": 2, "val_loss": 99.0})
-    assert resumed.append({"step": 4, "val_loss": 0.25})
+    assert not resumed.add({"step": 3, "loss": 99.0})
+    assert resumed.add({"step": 4, "loss": 4.0})
+    assert not resumed.add({"step": 2, "val_loss": 99.0})
+    assert resumed.add({"step": 4, "val_loss": 0.25})
+    resumed.write()
     rows = read_metrics(path)
     assert [row["loss"] for row in rows if "loss" in row] == [1, 2, 3, 4]
     assert [row["val_loss"] for row in rows if "val_loss" in row] == [0.5, 0.25]
+
+
+def test_of_a_step_made_again_after_a_rollback_the_second_counts(tmp_path):
+    metrics = Metrics(tmp_path / "metrics.jsonl")
+    for step, loss in ((1, 1.0), (2, None), (3, None)):
+        metrics.add({"step": step, "loss": loss})
+    metrics.roll_back(1)
+    assert not metrics.add({"step": 1, "loss": 99.0})
+    assert metrics.add({"step": 2, "loss": 2.0})
+    metrics.write()
+    assert [row["loss"] for row in read_metrics(metrics.path)] == [1.0, 2.0, None]
+    assert len(metrics.path.read_text().splitlines()) == 4  # nothing that was written is lost
 
 
 def test_flops_of_gpt2_124m():
