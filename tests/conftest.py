@@ -1,5 +1,6 @@
 """Fixtures that several test modules share. No test needs the network."""
 
+import ctypes
 import os
 import subprocess
 import sys
@@ -7,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import tiktoken
-from trainer_server import TrainerServer
+from fork_server import ForkServer
 
 from gpt2repro import corpora
 from gpt2repro.tokenization import Tokenizer, build_tokenizer, gpt2_encoding
@@ -73,6 +74,22 @@ def encoding() -> tiktoken.Encoding:
 
 @pytest.fixture(scope="session")
 def trainer_server():
-    server = TrainerServer()
-    yield server
-    server.close()
+    """Starts train_accelerate.py on the CPU, one process a run."""
+    with ForkServer("import matplotlib.pyplot, train_accelerate", {"ACCELERATE_USE_CPU": "true"}) as server:
+        yield server
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """Mounts a file system of so many bytes, again with another size; only root may."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    disk = tmp_path / "disk"
+    disk.mkdir()
+
+    def mount(size, flags=0):
+        if libc.mount(b"tmpfs", bytes(disk), b"tmpfs", flags, f"size={size}".encode()):
+            pytest.skip(f"cannot mount a file system: {os.strerror(ctypes.get_errno())}")
+        return disk
+
+    yield mount
+    libc.umount2(bytes(disk), 2)

@@ -1,91 +1,31 @@
-"""prepare_data.py as a command that starts in milliseconds and can be killed: a process that has imported everything
-forks for each command. What a command prints goes to a file."""
+"""prepare_data.py as a command that starts in milliseconds and can be killed, and what it leaves."""
 
 import json
 import os
-import select
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import tokenizers
+from fork_server import ForkServer
 
 
-ROOT = Path(__file__).resolve().parents[1]
-
-SERVER = """
-import json, os, signal, sys
+IMPORTS = """
+import json
 import datasets, fsspec, pyarrow.parquet
 import prepare_data
 from gpt2repro import corpora, preparation, shards
-from gpt2repro.errors import run_script
-
-signal.signal(signal.SIGINT, signal.default_int_handler)  # what runs in the background inherits that it is ignored
-print(prepare_data.__file__, flush=True)
-for line in sys.stdin:
-    asked = json.loads(line)
-    if "wait" in asked:
-        print(os.waitstatus_to_exitcode(os.waitpid(asked["wait"], 0)[1]), flush=True)
-    elif not (pid := os.fork()):
-        os.setsid()
-        for descriptor in (1, 2):
-            os.dup2(os.open(asked["output"], os.O_WRONLY | os.O_CREAT | os.O_APPEND), descriptor)
-        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-        sys.argv = ["prepare_data.py", *asked["argv"]]
-        exec(asked["before"])
-        status = 0
-        try:
-            run_script(prepare_data.main)
-        except SystemExit as exit:
-            status = exit.code
-        except BaseException:
-            import traceback
-            traceback.print_exc()
-            status = 1
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
-    else:
-        print(pid, flush=True)
 """
 
 
-class Preparer:
+class Preparer(ForkServer):
     """`with Preparer(folder, environment) as preparer`; `folder` takes what the commands print."""
 
     def __init__(self, folder: Path, environment: dict | None = None):
+        super().__init__(IMPORTS, environment or {})
         self.folder, self.commands = folder, 0
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"} | (environment or {})
-        self.server = subprocess.Popen(
-            [sys.executable, "-W", "ignore", "-c", SERVER],
-            cwd=ROOT,
-            env=environment | {"PYTHONPATH": str(ROOT)},
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-
-    def __enter__(self):
-        assert Path(self._answer()).parent == ROOT
-        return self
-
-    def __exit__(self, *error):
-        self.server.kill()
-        self.server.communicate()
-
-    def _answer(self) -> str:
-        ready, _, _ = select.select([self.server.stdout], [], [], 120)
-        assert ready, "a command did not end"
-        return self.server.stdout.readline().strip()
-
-    def _ask(self, **question) -> int:
-        self.server.stdin.write(json.dumps(question) + "\n")
-        self.server.stdin.flush()
-        return int(self._answer())
 
     def start(self, *argv, before: str = "") -> "Command":
         """Start a command.
@@ -95,7 +35,7 @@ class Preparer:
         """
         self.commands += 1
         output = self.folder / f"{self.commands}.txt"
-        return Command(self, self._ask(argv=[*map(str, argv)], before=before, output=str(output)), output)
+        return Command(self, super().start(["prepare_data.py", *argv], output, output, before), output)
 
     def run(self, *argv, before: str = "") -> "Command":
         """Run a command to its end."""
@@ -114,7 +54,7 @@ class Command:
     def wait(self) -> int:
         """Its exit status; minus the signal that ended it."""
         try:
-            self.status = self.preparer._ask(wait=self.pid)
+            self.status = self.preparer.wait(self.pid)
         except AssertionError:
             os.killpg(self.pid, signal.SIGKILL)
             raise

@@ -84,7 +84,7 @@ def train(data_dir, recipe_file, trainer_server, tmp_path_factory):
             done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
         else:
             stdout, stderr = (outputs / f"{next(number)}_{name}" for name in ("stdout", "stderr"))
-            status = trainer_server.wait(trainer_server.start([ROOT / command[1], *command[2:]], stdout, stderr))
+            status = trainer_server.wait(trainer_server.start(command[1:], stdout, stderr))
             done = subprocess.CompletedProcess(command, status, stdout.read_text(), stderr.read_text())
         assert not check or done.returncode == 0, done.stderr
         return done
