@@ -3,7 +3,8 @@
     python benchmarks/overhead.py --sequence_length 512
 
 Both loops drive the same model with the same optimizer in one process, a step each in turn, so that the noise of the
-machine falls on both alike; the figure is the ratio of the medians.
+machine falls on both alike; the figure is the ratio of the medians. Then a checkpoint is saved: for how long training
+stands still, and how much slower the steps are that are made while it is written.
 """
 
 import argparse
@@ -13,6 +14,7 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 
@@ -20,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from accelerate import Accelerator
 
+from gpt2repro.checkpoint import Checkpoints
 from gpt2repro.devices import device_name
 from gpt2repro.guard import Guard
 from gpt2repro.optimizers import build_optimizers
@@ -27,6 +30,7 @@ from gpt2repro.recipe import Recipe
 from gpt2repro.schedule import lr_at
 from gpt2repro.stopping import StopRequest
 from gpt2repro.telemetry import Telemetry, provenance
+from gpt2repro.tokenization import build_tokenizer
 from modeling_gpt2repro import GPT2ReproConfig, GPT2ReproForCausalLM
 from train_accelerate import train_step
 
@@ -36,13 +40,15 @@ def main() -> None:
     parser.add_argument("--batch_size", type=int, default=2, help="sequences a step (default: %(default)s)")
     parser.add_argument("--sequence_length", type=int, default=256, help="tokens (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=30, help="of each loop (default: %(default)s)")
+    parser.add_argument("--saves", type=int, default=3, help="checkpoints (default: %(default)s)")
     parser.add_argument("--precision", choices=("no", "bf16"), default="no", help="autocast; no is float32")
     parser.add_argument("--output", type=Path, help="write the figures as JSON")
     args = parser.parse_args()
 
     B, T = args.batch_size, args.sequence_length
+    folder = tempfile.TemporaryDirectory()
     recipe = Recipe(
-        output_dir=tempfile.mkdtemp(), global_batch_tokens=B * T, micro_batch_size=B, sequence_length=T, max_steps=10**6
+        output_dir=folder.name, global_batch_tokens=B * T, micro_batch_size=B, sequence_length=T, max_steps=10**6
     )
     accelerator = Accelerator(mixed_precision=args.precision)
     torch.set_float32_matmul_precision("high")
@@ -84,6 +90,11 @@ def main() -> None:
         pass
     every_hundredth = time.perf_counter() - began
     overhead = medians["ours"] / medians["bare"] - 1 + every_hundredth / 100 / medians["bare"]
+
+    tokenizer = build_tokenizer("gpt2", []).fast
+    checkpoints = Checkpoints(recipe, accelerator, raw_model, raw_optimizers, tokenizer, telemetry.say)
+    saves = [save_once(checkpoints, number, lambda: ours(1)) for number in range(1, args.saves + 1)]
+    saves = {name: statistics.median(save[name] for save in saves) for name in saves[0]}
     report = {
         "date": str(datetime.date.today()),
         "device": device_name(accelerator.device),
@@ -93,14 +104,38 @@ def main() -> None:
         "median_seconds": medians,
         "seconds of the update ratio, every 100 steps": every_hundredth,
         "overhead": overhead,
+        "medians of the saves": saves,
     }
     ratio = every_hundredth / 100 / medians["bare"]
     print(
         f"ours {medians['ours']:.4f} s, bare {medians['bare']:.4f} s a step: {overhead:.2%} more, of which the ratio of"
     )
     print(f"update to weights, {every_hundredth:.3f} s every 100 steps, is {ratio:.2%}")
+    print("a checkpoint: " + ", ".join(f"{name} {value:.2f}" for name, value in saves.items()))
     if args.output:
         args.output.write_text(json.dumps(report, indent=2) + "\n")
+
+
+def save_once(checkpoints: Checkpoints, number: int, step: Callable[[], None]) -> dict[str, float]:
+    """Save a checkpoint while training goes on, and compare its steps with as many that are made in peace."""
+    began = time.perf_counter()
+    checkpoints.save({"step": number, "val_loss": None})
+    stall = time.perf_counter() - began
+    beside = 0
+    while checkpoints.writer.is_alive():
+        step()
+        beside += 1
+    written = time.perf_counter() - began
+    checkpoints.wait()
+    for _ in range(beside):
+        step()
+    peace = time.perf_counter() - began - written
+    return {
+        "seconds that training stands still": stall,
+        "in steps": stall / (peace / beside),
+        "seconds until it is written": written,
+        "seconds that it costs in all": written - peace,
+    }
 
 
 if __name__ == "__main__":
