@@ -4,11 +4,12 @@
     python benchmarks/muon.py --draw benchmarks/results/muon_cpu.json
 
 The text is the documentation of Python (the corpus python-docs) and the files of --text, with WikiText's articles as
-documents. Both optimizers train the same small GPT-2 on the same batches with the same schedule. First several learning
-rates are tried on the first seed, AdamW with --steps steps, Muon with half of them. With the best ones every seed
-trains three models: AdamW and Muon with --steps steps, and Muon with half of them, its schedule over these. The table
-says what each ends at, and after how many steps Muon's validation loss is at most AdamW's last. --output has every
-number, --picture the curves.
+documents. Both optimizers train the same small GPT-2 on the same batches with the same schedule. As Muon leaves the
+embeddings to AdamW with a learning rate of their own, a third contender is AdamW with two rates, one for the matrices
+of the blocks, as Muon has them, and one for the rest. First several learning rates are tried on the first seed, AdamW
+with --steps steps, Muon with half of them. With the best ones every seed trains four models: each with --steps steps,
+and Muon with half of them, its schedule over these. The table says what each ends at, and after how many steps Muon's
+validation loss is at most AdamW's last. --output has every number, --picture the curves.
 """
 
 import argparse
@@ -31,12 +32,20 @@ from gpt2repro.telemetry import provenance, read_metrics
 
 
 ROOT = Path(__file__).resolve().parents[1]
-# Tried on the first seed. Beside Muon's learning rate, learning_rate is AdamW's for embeddings, biases and LayerNorms.
+# Tried on the first seed. Beside Muon's learning rate or matrix_learning_rate, learning_rate is that of embeddings,
+# biases and LayerNorms.
 SWEEP = {
     "adamw": [{"learning_rate": 1.5e-3}, {"learning_rate": 3e-3}, {"learning_rate": 6e-3}],
+    "adamw, two rates": [
+        {"matrix_learning_rate": 1.5e-3, "learning_rate": 6e-3},
+        {"matrix_learning_rate": 3e-3, "learning_rate": 6e-3},
+        {"matrix_learning_rate": 3e-3, "learning_rate": 1.2e-2},
+    ],
     "muon": [
+        {"optimizer": "muon", "muon_learning_rate": 0.005, "learning_rate": 6e-3},
         {"optimizer": "muon", "muon_learning_rate": 0.01, "learning_rate": 3e-3},
         {"optimizer": "muon", "muon_learning_rate": 0.01, "learning_rate": 6e-3},
+        {"optimizer": "muon", "muon_learning_rate": 0.01, "learning_rate": 1.2e-2},
         {"optimizer": "muon", "muon_learning_rate": 0.02, "learning_rate": 3e-3},
         {"optimizer": "muon", "muon_learning_rate": 0.02, "learning_rate": 6e-3},
     ],
@@ -58,6 +67,31 @@ SETTINGS = {
 }
 
 
+# train_accelerate.py with AdamW at two rates: the first word is that of the matrices of the blocks.
+TWO_RATES = """
+import sys
+import train_accelerate
+from gpt2repro.errors import run_script
+
+rate = float(sys.argv.pop(1))
+build_optimizers = train_accelerate.build_optimizers
+
+
+def two_rates(model, recipe):
+    (adamw,) = build_optimizers(model, recipe)
+    of_blocks = {p for p in model.transformer.h.parameters() if p.dim() == 2}
+    group = adamw.param_groups[0]
+    adamw.add_param_group(group | {"params": [], "lr_ratio": rate / recipe.learning_rate})
+    adamw.param_groups[-1]["params"] = [p for p in group["params"] if p in of_blocks]
+    group["params"] = [p for p in group["params"] if p not in of_blocks]
+    return [adamw]
+
+
+train_accelerate.build_optimizers = two_rates
+run_script(train_accelerate.main)
+"""
+
+
 def main() -> None:
     args = parse_arguments()
     if args.draw:
@@ -65,7 +99,7 @@ def main() -> None:
         return
     work = Path(args.work_dir)
     prepare(args.text, work, args.vocab_size)
-    steps_of = {"adamw": args.steps, "muon": args.steps // 2}
+    steps_of = dict.fromkeys(SWEEP, args.steps) | {"muon": args.steps // 2}
     runs = [(fields, args.seeds[0], steps_of[name]) for name in SWEEP for fields in SWEEP[name]]
     tried = train_all(runs, work, args)
     best = {
@@ -75,11 +109,7 @@ def main() -> None:
     runs = [
         run
         for seed in args.seeds
-        for run in (
-            (best["adamw"], seed, args.steps),
-            (best["muon"], seed, args.steps),
-            (best["muon"], seed, args.steps // 2),
-        )
+        for run in (*((best[name], seed, args.steps) for name in SWEEP), (best["muon"], seed, args.steps // 2))
     ]
     result = {
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, {args.jobs} runs at once of one thread each",
@@ -143,11 +173,13 @@ def train(fields: dict, seed: int, steps: int, work: Path, full_steps: int) -> d
     if not (output_dir / "model").exists():
         schedule = {"max_steps": steps, "warmup_steps": steps // 10, "validate_every": max(1, full_steps // 20)}
         given = SETTINGS | schedule | {"checkpoint_every": steps} | fields | {"seed": seed}
+        matrix_rate = given.pop("matrix_learning_rate", None)
         flags = [word for field, value in given.items() for word in (f"--{field}", str(value))]
         paths = ["--data_dir", str(work / "data"), "--output_dir", str(output_dir)]
         environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+        script = ["-c", TWO_RATES, str(matrix_rate)] if matrix_rate else ["train_accelerate.py"]
         with (work / f"{name}.log").open("w") as log:
-            command = [sys.executable, "train_accelerate.py", "--config", "recipes/demo.yaml", *flags, *paths]
+            command = [sys.executable, *script, "--config", "recipes/demo.yaml", *flags, *paths]
             subprocess.run(command, cwd=ROOT, env=environment, stdout=log, stderr=log, check=True)
     rows = read_metrics(output_dir / "metrics.jsonl")
     run = {
@@ -162,11 +194,12 @@ def train(fields: dict, seed: int, steps: int, work: Path, full_steps: int) -> d
 
 
 def compare(runs: list[dict], seed: int, steps: int) -> dict:
-    """The three runs of a seed: their last validation losses, and when Muon's curve is at AdamW's last."""
-    adamw, muon, half = [run for run in runs if run["seed"] == seed]
-    target = adamw["val_loss"][-1]
+    """The four runs of a seed: their last validation losses, and when Muon's curve is at the better AdamW's last."""
+    adamw, two_rates, muon, half = [run for run in runs if run["seed"] == seed]
+    target = min(adamw["val_loss"][-1], two_rates["val_loss"][-1])
     return {
-        "adamw": target,
+        "adamw": adamw["val_loss"][-1],
+        "adamw_two_rates": two_rates["val_loss"][-1],
         "muon": muon["val_loss"][-1],
         "muon_half": half["val_loss"][-1],
         "muon_reaches_adamw_at_step": next(
@@ -185,11 +218,14 @@ def report(result: dict) -> None:
     steps = result["settings"]["max_steps"]
     seeds = list(result["seeds"].values())
     print(
-        f"\nlast validation loss: AdamW {steps} steps, Muon {steps}, Muon {steps // 2}; steps to AdamW's last, in both"
+        f"\nlast validation loss after {steps} steps of AdamW, AdamW with two rates, Muon, and {steps // 2} of "
+        "Muon; Muon's steps to the better AdamW's last, in both"
     )
     for seed, row in result["seeds"].items():
         print(f"  seed {seed}: " + "  ".join(f"{v:.4f}" if isinstance(v, float) else str(v) for v in row.values()))
-    medians = {key: statistics.median(row[key] for row in seeds) for key in ("adamw", "muon", "muon_half")}
+    medians = {
+        key: statistics.median(row[key] for row in seeds) for key in ("adamw", "adamw_two_rates", "muon", "muon_half")
+    }
     print("  median:    " + "  ".join(f"{value:.4f}" for value in medians.values()))
 
 
@@ -205,11 +241,15 @@ def draw(result: dict, path: str) -> None:
     labels = {}
     for run in result["runs"]:
         muon = run["fields"].get("optimizer") == "muon"
-        color = "tab:blue" if not muon else "tab:orange" if run["steps"] == steps else "tab:red"
-        label = f"{'Muon' if muon else 'AdamW'}, {run['steps']} steps"
+        two_rates = "matrix_learning_rate" in run["fields"]
+        color = "tab:green" if two_rates else "tab:blue" if not muon else "tab:orange"
+        color = "tab:red" if muon and run["steps"] < steps else color
+        label = f"{'Muon' if muon else 'AdamW, two rates' if two_rates else 'AdamW'}, {run['steps']} steps"
         labels.setdefault(label, axes.plot(run["step"], run["val_loss"], color=color, linewidth=1)[0])
-    target = statistics.median(row["adamw"] for row in result["seeds"].values())
-    labels[f"AdamW's last, median {target:.3f}"] = axes.axhline(target, color="tab:blue", linestyle="--", linewidth=1)
+    target = statistics.median(min(row["adamw"], row["adamw_two_rates"]) for row in result["seeds"].values())
+    labels[f"the better AdamW's last, median {target:.3f}"] = axes.axhline(
+        target, color="tab:blue", linestyle="--", linewidth=1
+    )
     axes.set(xlabel="step", ylabel="validation loss, nats per token", ylim=(None, target + 1.5))
     axes.set_title(f"Muon beside AdamW: small GPT-2, {len(result['seeds'])} seeds")
     axes.grid(alpha=0.3)
