@@ -4,6 +4,7 @@ each of them. What a command prints goes to files."""
 import json
 import os
 import select
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -85,6 +86,19 @@ class ForkServer:
         return self._ask(
             argv=[str(ROOT / argv[0]), *map(str, argv[1:])], output=[str(stdout), str(stderr)], before=before
         )
+
+    def start_processes(self, number: int, argv: list, stdout: Path, stderr: Path, before: str = "") -> list[int]:
+        """Start a script as so many processes that find each other, as `accelerate launch` does; see start."""
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        pids = []
+        for rank in range(number):
+            group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": number, "LOCAL_WORLD_SIZE": number}
+            group |= {"RANK": rank, "LOCAL_RANK": rank}
+            group = {name: str(value) for name, value in group.items()} if number > 1 else {}
+            pids.append(self.start(argv, stdout, stderr, f"import os; os.environ |= {group}\n{before}"))
+        return pids
 
     def wait(self, pid: int) -> int:
         """The exit status of a process; minus the signal that ended it."""

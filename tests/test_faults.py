@@ -68,11 +68,17 @@ def data_dir(tmp_path_factory, python_docs):
 
 
 class Training:
-    """A run of the recipe in `folder`, with a fault or none; of several processes by accelerate launch."""
+    """A run of the recipe in `folder`, with a fault or none; several processes are `launched` by accelerate, or forked.
+
+    Attributes:
+        pids: of its processes, or of the launcher alone.
+    """
 
     server: ForkServer
 
-    def __init__(self, folder: Path, data_dir: Path, *flags, hook: str = "", processes: int = 1):
+    def __init__(
+        self, folder: Path, data_dir: Path, *flags, hook: str = "", processes: int = 1, launched: bool = False
+    ):
         self.output_dir, self.log = folder / "run", folder / "log"
         folder.mkdir(exist_ok=True)
         self.log.write_text("")
@@ -81,9 +87,7 @@ class Training:
         command = [folder / "script.py", "--config", folder / "recipe.yaml", "--data_dir", data_dir]
         command += ["--output_dir", self.output_dir, *flags]
         self.launcher = None
-        if processes == 1:
-            self.pid = self.server.start(command, self.log, self.log)
-        else:
+        if launched:
             config = ROOT / "accelerate_configs" / "multi_cpu.yaml"
             launch = ["-m", "accelerate.commands.launch", "--config_file", config, "--num_processes", processes]
             self.launcher = subprocess.Popen(
@@ -93,16 +97,25 @@ class Training:
                 env=os.environ | ENVIRONMENT,
                 start_new_session=True,
             )
-            self.pid = self.launcher.pid
+            self.pids = [self.launcher.pid]
+        else:
+            self.pids = self.server.start_processes(processes, command, self.log, self.log)
 
     def wait(self) -> int:
-        """The exit code; what takes more than two minutes is killed."""
-        watch = threading.Timer(120, os.killpg, (self.pid, signal.SIGKILL))
+        """The exit code, that of all processes; what takes more than two minutes is killed."""
+
+        def end() -> None:
+            for pid in self.pids:
+                os.killpg(pid, signal.SIGKILL)
+
+        watch = threading.Timer(120, end)
         watch.start()
         try:
-            return self.launcher.wait() if self.launcher else self.server.wait(self.pid)
+            codes = [self.launcher.wait()] if self.launcher else list(map(self.server.wait, self.pids))
         finally:
             watch.cancel()
+        assert len(set(codes)) == 1, self.printed
+        return codes[0]
 
     def until(self, pattern: str) -> None:
         """Wait until the run has printed it."""
@@ -200,11 +213,11 @@ train_accelerate.train_step = slow
 """
     run = Training(tmp_path, data_dir, hook=hook)
     run.until("in the step")
-    os.kill(run.pid, signal.SIGTERM)
-    os.kill(run.pid, signal.SIGTERM)  # passed on by a launcher
+    os.kill(run.pids[0], signal.SIGTERM)
+    os.kill(run.pids[0], signal.SIGTERM)  # passed on by a launcher
     time.sleep(2.2)
-    os.kill(run.pid, 0)  # it is there
-    os.kill(run.pid, signal.SIGTERM)
+    os.kill(run.pids[0], 0)  # it is there
+    os.kill(run.pids[0], signal.SIGTERM)
     assert run.wait() == -signal.SIGTERM
 
 
@@ -220,20 +233,19 @@ def test_the_time_limit_ends_it_like_a_signal(data_dir, undisturbed, tmp_path):
 def test_one_process_that_is_told_to_stop_stops_all(data_dir, tmp_path):
     """And the one that was not told does not leave before the main process has saved."""
     run = Training(tmp_path, data_dir, hook=SIGNAL_AT.format(step=5, name="SIGUSR1", rank=1), processes=2)
-    assert run.wait() != 0
+    assert run.wait() == EXIT_CODE
     assert "another process was told to stop: stopped and saved after step 6;" in run.printed
     assert run.checkpoints()[-1] == "step_00000006"
-    assert "exitcode: 75" in run.printed.replace("exitcode  : 75", "exitcode: 75")
 
 
 @pytest.mark.slow
 def test_a_run_whose_launcher_is_killed_saves_and_ends(data_dir, tmp_path):
-    run = Training(tmp_path, data_dir, "--max_steps", 100_000, "--validate_every", 0, processes=2)
+    run = Training(tmp_path, data_dir, "--max_steps", 100_000, "--validate_every", 0, processes=2, launched=True)
     end = time.monotonic() + 60
     while not (run.output_dir / "metrics.jsonl").exists():
         assert time.monotonic() < end
         time.sleep(0.05)
-    children = subprocess.run(["pgrep", "-P", str(run.pid)], capture_output=True, text=True).stdout.split()
+    children = subprocess.run(["pgrep", "-P", str(run.launcher.pid)], capture_output=True, text=True).stdout.split()
     run.launcher.kill()
     run.launcher.wait()
     end = time.monotonic() + 60
@@ -261,7 +273,7 @@ train_accelerate.FileLock.acquire = lambda self, timeout: take(self, timeout=0.1
 @pytest.mark.slow
 def test_a_killed_process_ends_the_launch_and_the_same_command_goes_on(data_dir, tmp_path):
     hook = SIGNAL_AT.format(step=9, name="SIGKILL", rank=1)
-    run = Training(tmp_path / "killed", data_dir, hook=hook, processes=2)
+    run = Training(tmp_path / "killed", data_dir, hook=hook, processes=2, launched=True)
     assert run.wait() != 0
     again = Training(tmp_path / "killed", data_dir, processes=2)
     assert again.wait() == 0, again.printed

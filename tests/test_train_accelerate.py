@@ -67,15 +67,16 @@ def recipe_file(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def train(data_dir, recipe_file, trainer_server, tmp_path_factory):
-    """Run the trainer; `config` names an accelerate config, none is plain python. Returns the finished process."""
+    """Run the trainer in so many processes; `config` names an accelerate config, with which they are launched, without
+    one they are forked. Returns the finished process."""
     outputs = tmp_path_factory.mktemp("outputs")
     number = itertools.count()
 
-    def run(output_dir, *flags, config=None, processes=None, check=True):
+    def run(output_dir, *flags, config=None, processes=1, check=True):
         launch = [sys.executable]
         if config:
             launch += ["-m", "accelerate.commands.launch", "--config_file", f"accelerate_configs/{config}.yaml"]
-            launch += ["--num_processes", str(processes)] if processes else []
+            launch += ["--num_processes", str(processes)]
         command = [*launch, "train_accelerate.py", "--config", recipe_file, "--output_dir", output_dir]
         command += [*([] if "--data" in flags else ["--data_dir", data_dir]), *flags]
         command = list(map(str, command))
@@ -84,7 +85,8 @@ def train(data_dir, recipe_file, trainer_server, tmp_path_factory):
             done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
         else:
             stdout, stderr = (outputs / f"{next(number)}_{name}" for name in ("stdout", "stderr"))
-            status = trainer_server.wait(trainer_server.start(command[1:], stdout, stderr))
+            pids = trainer_server.start_processes(processes, command[1:], stdout, stderr)
+            status = max(map(abs, map(trainer_server.wait, pids)))
             done = subprocess.CompletedProcess(command, status, stdout.read_text(), stderr.read_text())
         assert not check or done.returncode == 0, done.stderr
         return done
@@ -210,11 +212,11 @@ def test_sample_script_continues_the_prompt(trained):
 
 @pytest.mark.slow
 def test_processes_and_accumulation_see_the_same_tokens_and_learn_the_same(train, tmp_path):
-    """1 process x 4 micro-batches, 2 x 2 and 4 x 1, really launched with gloo."""
+    """1 process x 4 micro-batches, 2 x 2 and 4 x 1 with gloo; two really launched."""
     flags = ("--max_steps", 4, "--max_grad_norm", 0.5, "--validation_tokens", 3000)
-    train(tmp_path / "1x4", *flags, config="cpu")
-    train(tmp_path / "2x2", *flags, config="multi_cpu")
-    train(tmp_path / "4x1", *flags, config="multi_cpu", processes=4)
+    train(tmp_path / "1x4", *flags)
+    train(tmp_path / "2x2", *flags, config="multi_cpu", processes=2)
+    train(tmp_path / "4x1", *flags, processes=4)
     reference = weights(tmp_path / "1x4")
     for name in ("2x2", "4x1"):
         for key in ("loss", "grad_norm", "val_loss"):
@@ -229,8 +231,8 @@ def test_a_growing_batch_with_muon_learns_as_written_out_with_any_processes(trai
     """8 to 32 sequences a step, against a plain loop that sends each batch through the model at once."""
     flags = ["--max_steps", 8, "--sample_every", 0, "--optimizer", "muon", "--lr_schedule", "wsd"]
     flags += ["--batch_ramp_start", 256, "--batch_ramp_tokens", 2048]
-    train(tmp_path / "1x8", *flags, config="cpu")
-    train(tmp_path / "2x2", *flags, "--micro_batch_size", 2, config="multi_cpu")
+    train(tmp_path / "1x8", *flags)
+    train(tmp_path / "2x2", *flags, "--micro_batch_size", 2, processes=2)
 
     argv = ["--config", recipe_file, "--data_dir", data_dir, "--output_dir", tmp_path / "plain", *flags]
     recipe, _, config, _ = train_accelerate.settle(list(map(str, argv)))
@@ -334,7 +336,7 @@ def test_a_mixture_trains_and_goes_on_where_it_was_stopped(train, mixed, recipe_
     """In two processes, then in one."""
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     flags = (*mixed, "--max_steps", 4, "--checkpoint_every", 2, "--validation_tokens", 3000)
-    train(whole, *flags, config="multi_cpu")
+    train(whole, *flags, processes=2)
     shutil.copytree(whole, stopped)
     shutil.rmtree(stopped / "checkpoints" / "step_00000004")
     assert "resuming after step 2 of 4" in train(stopped, *flags).stdout
