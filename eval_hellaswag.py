@@ -34,13 +34,14 @@ from modeling_gpt2repro import register_auto_classes
 
 
 PROTOCOL = "completion style, build-nanogpt"
-REFERENCES = [  # name, acc, acc_norm; build-nanogpt hellaswag.py:12-19, on the full set with its WikiHow marks
-    ("OpenAI gpt2", *OPENAI_GPT2.values()),
+# name, acc, acc_norm; build-nanogpt hellaswag.py:12-19, on the full set with its WikiHow marks
+REFERENCES: list[tuple[str, float, float]] = [
+    ("OpenAI gpt2", OPENAI_GPT2["hellaswag_acc"], OPENAI_GPT2["hellaswag_acc_norm"]),
     ("OpenAI gpt2-xl", 0.3842, 0.4893),
 ]
 WIKIHOW_MARK = "[header]"
 DEFAULT_BATCH_SIZE = {"cpu": 1}  # with GPT-2's vocabulary one CPU thread was 3.6 times slower with 16
-DTYPES = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16}
+DTYPES: dict[str, str | torch.dtype] = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def main(argv: list[str]) -> None:

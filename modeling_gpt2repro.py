@@ -494,7 +494,7 @@ class GPT2ReproForSequenceClassification(GenericForSequenceClassification, GPT2R
 
     def __init__(self, config: GPT2ReproConfig):
         # Not the mixin's: that asks AutoModel for the trunk, which AutoModel does not know if this file is remote code.
-        GPT2ReproPreTrainedModel.__init__(self, config)
+        PreTrainedModel.__init__(self, config)
         self.num_labels = config.num_labels
         self.transformer = GPT2ReproModel(config)
         self.score = nn.Linear(config.n_embd, config.num_labels, bias=False)

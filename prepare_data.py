@@ -352,6 +352,7 @@ class Progress(tqdm):
             unit="B",
             unit_scale=True,
         )
+        self.total: int
         self.began: tuple[float, int] | None = None
 
     def show(self, documents: int, tokens: int, text_bytes: int) -> None:

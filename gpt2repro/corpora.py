@@ -148,7 +148,8 @@ class Corpus:
     def parts(self) -> list[tuple[Piece, ...]]:
         """Neighbouring pieces put together until a part has about PART_BYTES of text; the division is a function of
         the corpus alone, whoever works on it."""
-        parts, size = [[]], 0
+        parts: list[list[Piece]] = [[]]
+        size = 0
         for piece in self.pieces:
             if parts[-1] and size + piece.bytes > PART_BYTES:
                 parts.append([])
@@ -416,7 +417,8 @@ def _read_parquet(piece: Piece) -> Iterator[dict]:
     with _reading(piece.path, _open_parquet, piece.path) as file:
         for column, flag in zip(columns, ("--text_column", "--url_column")):
             _check_column(piece.path, column, file.schema_arrow, flag)
-        batches = file.iter_batches(256, row_groups=range(piece.start, piece.stop), columns=columns, use_threads=False)
+        groups = range(file.num_row_groups)[piece.start : piece.stop]
+        batches = file.iter_batches(256, row_groups=groups, columns=columns, use_threads=False)
         while (batch := _reading(piece.path, next, batches, None)) is not None:
             for values in zip(*(batch.column(column).to_pylist() for column in columns)):
                 yield dict(zip(columns, values))

@@ -4,7 +4,10 @@ Nothing about the order is ever saved, so a run resumes from one integer, and an
 identical token stream.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
+from numpy.typing import ArrayLike
 
 
 SAMPLING = ("shuffle", "sequential", "random")
@@ -46,7 +49,7 @@ def mixture_slots(weights: list[float]) -> np.ndarray:
     return np.diff(np.floor(ends / ends[-1] * MIXTURE_BLOCK + 0.5), prepend=0).astype(np.int64)
 
 
-def mix(samples: np.ndarray, slots: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
+def mix(samples: np.ndarray, slots: Sequence[int], seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Where the samples of a mixture come from.
 
     In which places of a block the sources have their slots is a fresh permutation for each block. The samples of a
@@ -76,9 +79,9 @@ def source_seed(seed: int, source: int) -> int:
 
 def stateless_seed(*where: int) -> int:
     """A 63-bit seed that is a function of all the numbers given, e.g. (seed, step, micro-batch, rank)."""
-    mixed = np.uint64(0)
+    mixed = np.zeros((), np.uint64)
     for number in where:
-        mixed = _hash(np.uint64(number), mixed)
+        mixed = _hash(number, mixed)
     return int(mixed) >> 1
 
 
@@ -110,10 +113,10 @@ def permute(indices: np.ndarray, n: int, keys: np.ndarray) -> np.ndarray:
     return result
 
 
-def _hash(values: np.ndarray, key: np.ndarray | int = 0) -> np.ndarray:
+def _hash(values: ArrayLike, key: ArrayLike = 0) -> np.ndarray:
     """SplitMix64's output function (Steele, Lea and Flood 2014) of value and key, each uint64."""
     with np.errstate(over="ignore"):  # arithmetic modulo 2**64 is meant
-        z = (np.asarray(values, np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(key)
+        z = (np.asarray(values, np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15) + np.asarray(key, np.uint64)
         z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
         return z ^ (z >> np.uint64(31))

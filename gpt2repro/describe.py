@@ -48,7 +48,8 @@ def describe(data_dir: str | Path) -> str:
 def document_lengths(stream: shards.TokenStream, eot_id: int) -> tuple[list[int], np.ndarray]:
     """Where the first SHOWN_DOCUMENTS start; and (64,) int64, how many documents have 2^i ... 2^(i+1) - 1 tokens, their
     opening id included."""
-    first, counts, offset, last = [], np.zeros(64, np.int64), 0, np.empty(0, np.int64)
+    first: list[int] = []
+    counts, offset, last = np.zeros(64, np.int64), 0, np.empty(0, np.int64)
     for tokens in stream.arrays():
         starts = np.concatenate([last, np.flatnonzero(tokens == eot_id) + offset])
         first += starts[len(last) :][: SHOWN_DOCUMENTS - len(first)].tolist()

@@ -15,7 +15,7 @@ import math
 import pickle
 import re
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -202,13 +202,13 @@ def _read_llm_c(path: str | Path, head: bytes) -> tuple[dict, dict[str, torch.Te
     return fields, {name: part.view(shapes[name]) for name, part in zip(order, parts)}
 
 
-def _check_args(path: str | Path, key: str, args: dict, expected: tuple[str, ...]) -> None:
+def _check_args(path: str | Path, key: str, args: Mapping, expected: tuple[str, ...]) -> None:
     """Refuse a variant of the trainer: an option that is not known may change the function, not only the shapes."""
     if problems := _differences(args, expected):
         raise UserError(f"{path}, {key}: {_some(problems)}; give a checkpoint of the unmodified trainer")
 
 
-def _fields(path: str | Path, args: dict, rows: int, activation_function: str) -> dict:
+def _fields(path: str | Path, args: Mapping, rows: int, activation_function: str) -> dict:
     """Fields of GPT2ReproConfig from `args`, nanoGPT's names, and the number of the embedding's rows."""
     bias, dropout = args.get("bias", True), args.get("dropout", 0.0)
     sizes = {name: args[name] for name in SIZES} | {"rows of the embedding": rows}

@@ -19,14 +19,14 @@ import hashlib
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from gpt2repro.errors import UserError, first_line
 
 
-GPT2_TOKENIZER = {"name": "gpt2", "vocab_size": 50257, "eot_id": 50256, "sha256": None}
+GPT2_TOKENIZER: dict[str, Any] = {"name": "gpt2", "vocab_size": 50257, "eot_id": 50256, "sha256": None}
 END_BYTES = 4096  # of each end of a file that are looked at when it is opened
 HELD_OUT_TOKENS = 10_000_000
 
@@ -88,8 +88,8 @@ def foreign_manifest(folder: Path) -> dict | None:
             raise UserError(
                 f"{folder} holds {name}'s tokens, but none for the split {split} ({pattern}); add them there"
             )
-        tokens = sum(shard["tokens"] for shard in shards)
-        splits[split] = {"tokens": tokens, "documents": None, "bytes": None, "shards": shards}
+        total = sum(tokens for _, _, tokens in files)
+        splits[split] = {"tokens": total, "documents": None, "bytes": None, "shards": shards}
     return {
         "corpus": {"name": f"{folder.absolute().name} ({name}'s tokens)"},
         "tokenizer": dict(GPT2_TOKENIZER),
@@ -180,9 +180,9 @@ def _datatrove(path: Path) -> TokenFile:
     if not size:
         return TokenFile(path, 0, 0)
     try:  # "gpt2|2", the bytes of a token; before 0.2 only "gpt2"
-        written, tokens = metadata.read_text().splitlines()[:2]
+        written, count = metadata.read_text().splitlines()[:2]
         tokenizer, bar, token_bytes = written.rpartition("|")
-        tokens = int(tokens)
+        tokens = int(count)
     except (FileNotFoundError, ValueError) as error:
         raise UserError(
             f"{metadata} is missing or damaged, so {path.name} may be unfinished; run datatrove again, with "

@@ -32,7 +32,8 @@ def model_card(
         last_step: the step of the checkpoint that it is; None: it is what the run has exported.
         license: of the weights, as the Hub abbreviates it; None: as the run's recipe says, or nothing.
     """
-    record, metrics = {}, {}
+    record: dict = {}
+    metrics: dict = {}
     if run_dir:
         record = yaml.safe_load((run_dir / "recipe.yaml").read_text())
         rows = read_metrics(run_dir / "metrics.jsonl")
@@ -56,8 +57,8 @@ def model_card(
     ]
     if results:
         beside = OPENAI_GPT2 if metrics.get("hellaswag_items") == FULL_SET else {}
-        rows = [[title, shown, beside.get(key, "")] for key, (title, _, shown) in results.items()]
-        lines += ["## Evaluation", _table(["", "this model", "OpenAI's gpt2 (124M)"], rows)]
+        scores = [[title, shown, beside.get(key, "")] for key, (title, _, shown) in results.items()]
+        lines += ["## Evaluation", _table(["", "this model", "OpenAI's gpt2 (124M)"], scores)]
     if "hellaswag_items" in metrics:
         lines += [
             f"HellaSwag: {metrics['hellaswag_items']:,} items of the validation set, zero-shot, the ending with the "
@@ -70,8 +71,7 @@ def model_card(
         settings = {name: value for name, value in record.items() if name not in NOT_SHOWN}
         settings |= {"corpus": _public(record["corpus"])} if "corpus" in record else {}
         settings |= {"init_from": _started_from(record)}
-        settings = yaml.safe_dump(settings, sort_keys=False)
-        lines += ["## Recipe", f"```yaml\n{settings}```"]
+        lines += ["## Recipe", f"```yaml\n{yaml.safe_dump(settings, sort_keys=False)}```"]
     if license:
         lines += ["## Licence", f"{license}, for the weights. The text that they were trained on keeps its own terms."]
     return ModelCard(f"---\n{metadata.to_yaml()}\n---\n\n" + "\n\n".join(lines) + "\n")

@@ -159,7 +159,7 @@ def _refuse_other_architectures(source: str | Path, stored: dict) -> dict:
 
 
 def _tensors_of_file(path: str | Path) -> Tensors:
-    return {name: lambda tensor=tensor: tensor for name, tensor in read_checkpoint_file(path)[1].items()}
+    return {name: _constant(tensor) for name, tensor in read_checkpoint_file(path)[1].items()}
 
 
 def _tensors_of_folder(source: str | Path, revision: str | None, config: GPT2ReproConfig) -> Tensors:
@@ -174,7 +174,7 @@ def _tensors_of_folder(source: str | Path, revision: str | None, config: GPT2Rep
             name = key if key.startswith(("transformer.", "lm_head.")) else f"transformer.{key}"
             transposed = conv1d and name.endswith(PROJECTIONS)
             shapes[name] = tuple(reversed(shape)) if transposed else shape
-            tensors[name] = (lambda read=read: read().T) if transposed else read
+            tensors[name] = _transposed(read) if transposed else read
     fields = config.to_dict()
     if conv1d:
         fields["vocab_size"] = fields["unpadded_vocab_size"]
@@ -202,6 +202,14 @@ def _weight_files(source: str | Path, revision: str | None) -> list[Path]:
     raise UserError(f"{source} holds no weights: neither model.safetensors nor pytorch_model.bin is there")
 
 
+def _constant(tensor: torch.Tensor) -> Callable[[], torch.Tensor]:
+    return lambda: tensor
+
+
+def _transposed(read: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
+    return lambda: read().T
+
+
 def _stored_tensors(file: Path) -> list[tuple[str, tuple[int, ...], Callable[[], torch.Tensor]]]:
     """(key, shape, read) of each tensor in a file; safetensors are opened anew for each, so that no more than one
     tensor's pages of the file are in memory."""
@@ -214,9 +222,9 @@ def _stored_tensors(file: Path) -> list[tuple[str, tuple[int, ...], Callable[[],
         if file.suffix == ".safetensors":
             with safe_open(file, framework="pt") as opened:
                 shapes = {key: tuple(opened.get_slice(key).get_shape()) for key in opened.keys()}  # noqa: SIM118
-            return [(key, shape, lambda key=key: read_safetensors(key)) for key, shape in shapes.items()]
+            return [(key, shape, functools.partial(read_safetensors, key)) for key, shape in shapes.items()]
         # Files from before torch 1.6, OpenAI's own on the Hub among them, cannot be mapped.
         stored = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
-        return [(key, tuple(tensor.shape), lambda tensor=tensor: tensor) for key, tensor in stored.items()]
+        return [(key, tuple(tensor.shape), _constant(tensor)) for key, tensor in stored.items()]
     except (OSError, EOFError, SafetensorError, RuntimeError, pickle.UnpicklingError, AttributeError) as error:
         raise UserError(f"{file} is damaged or no checkpoint ({first_line(error)}); fetch it again") from error

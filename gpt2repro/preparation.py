@@ -26,7 +26,7 @@ from pathlib import Path
 import numpy as np
 
 from gpt2repro import shards
-from gpt2repro.corpora import SKIPPED, Document, Piece, with_attempts
+from gpt2repro.corpora import SKIPPED, Piece, with_attempts
 from gpt2repro.errors import UserError, first_line
 from gpt2repro.tokenization import load_encoder
 
@@ -111,7 +111,7 @@ def prepare_part(
         documents = _divided(pieces, settings, notes)
         while batch := list(islice(documents, BATCH_DOCUMENTS)):
             counted = [0, 0, 0]
-            for (split, document), tokens in zip(batch, encode([document.text for _, document in batch])):
+            for (split, text, note), tokens in zip(batch, encode([text for _, text, _ in batch])):
                 size = len(tokens) + (settings.eot_id is not None)
                 if quota.val_tokens > writers["val"].tokens:
                     split = "val"
@@ -119,10 +119,10 @@ def prepare_part(
                 if (quota.tokens is not None and done[0] + size > quota.tokens) or done[1] == quota.documents:
                     complete = False
                     break
-                text_bytes = len(document.text.encode())
+                text_bytes = len(text.encode())
                 writers[split].add(tokens, text_bytes)
-                if document.note:
-                    notes[document.note] += 1
+                if note:
+                    notes[note] += 1
                 if split == "val":
                     val_lengths.append(size)
                 counted = [counted[0] + 1, counted[1] + size, counted[2] + text_bytes]
@@ -169,8 +169,8 @@ def _discarding(writers: Iterable[shards.ShardWriter]) -> Iterator[None]:
             writer.discard()
 
 
-def _divided(pieces: tuple[Piece, ...], settings: Settings, notes: dict[str, int]) -> Iterator[tuple[str, Document]]:
-    """(split, document) of every document; rows that are none are counted in `notes`.
+def _divided(pieces: tuple[Piece, ...], settings: Settings, notes: dict[str, int]) -> Iterator[tuple[str, str, str]]:
+    """(split, text, note) of every document; rows that are none are counted in `notes`.
 
     One long text is cut by position, as nanoGPT's data/shakespeare*/prepare.py cut it. Of many documents those are
     held out whose hash falls below the fraction, so that a document keeps its place when the corpus grows, and its
@@ -180,14 +180,15 @@ def _divided(pieces: tuple[Piece, ...], settings: Settings, notes: dict[str, int
         if document.text is None:
             notes[document.note] += 1
         elif not settings.val_fraction:
-            yield "train", document
+            yield "train", document.text, document.note
         elif settings.single_text:
             cut = int(len(document.text) * (1 - settings.val_fraction))
-            yield "train", document._replace(text=document.text[:cut])
-            yield "val", document._replace(text=document.text[cut:], note="")
+            yield "train", document.text[:cut], document.note
+            yield "val", document.text[cut:], ""
         else:
             digest = blake2b(document.text.encode(), digest_size=8).digest()
-            yield "val" if int.from_bytes(digest) < settings.val_fraction * 2**64 else "train", document
+            split = "val" if int.from_bytes(digest) < settings.val_fraction * 2**64 else "train"
+            yield split, document.text, document.note
 
 
 # ---- all parts ----
@@ -319,7 +320,8 @@ def _start_worker(shared) -> None:
 
 def _end_with_the_command() -> None:
     """The command was killed, and is perhaps started again: the directory is not ours any more."""
-    multiprocessing.parent_process().join()
+    if command := multiprocessing.parent_process():
+        command.join()
     os._exit(1)
 
 

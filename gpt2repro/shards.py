@@ -16,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
@@ -80,14 +81,14 @@ class ShardWriter:
     def __init__(self, directory: Path, name: str, dtype: np.dtype, shard_tokens: int, eot_id: int | None):
         self.directory, self.name, self.dtype, self.shard_tokens = directory, name, dtype, shard_tokens
         self.opening = np.array([] if eot_id is None else [eot_id], dtype)
-        self.file = None  # the shard that is being written
+        self.file: BinaryIO | None = None  # the shard that is being written
         self.buffer: list[np.ndarray] = []
         self.buffered = 0  # tokens in the buffer
         self.filled = self.starts = 0  # tokens of the shard, and documents that start in it
         self.shards: list[dict] = []
         self.tokens = self.documents = self.bytes = 0
 
-    def add(self, tokens: Sequence[int], text_bytes: int) -> None:
+    def add(self, tokens: Sequence[int] | np.ndarray, text_bytes: int) -> None:
         """Append one document of that many bytes of UTF-8."""
         if self.filled == self.shard_tokens and len(self.opening) + len(tokens):
             self._close()  # so that the document counts for the shard that holds its first token
@@ -114,29 +115,29 @@ class ShardWriter:
     def _path(self) -> Path:
         return self.directory / f"{self.name}_{len(self.shards):05d}.npy"
 
-    def _write(self) -> None:
+    def _write(self) -> BinaryIO:
         if self.file is None:
             self.file = self._path.with_name(f"{self._path.name}.{os.getpid()}.tmp").open("w+b")
-            self._write_header(0)
+            self._write_header(self.file, 0)
         if self.buffer:
             self.file.write(np.concatenate(self.buffer).tobytes())
         self.buffer, self.buffered = [], 0
+        return self.file
 
-    def _write_header(self, tokens: int) -> None:
+    def _write_header(self, file: BinaryIO, tokens: int) -> None:
         """numpy leaves room in it, so that a header with another number of tokens has the same length."""
         header = {"descr": np.lib.format.dtype_to_descr(self.dtype), "fortran_order": False, "shape": (tokens,)}
-        self.file.seek(0)
-        np.lib.format.write_array_header_1_0(self.file, header)
+        file.seek(0)
+        np.lib.format.write_array_header_1_0(file, header)
 
     def _close(self) -> None:
-        self._write()
-        self._write_header(self.filled)
-        self.file.flush()
-        os.fsync(self.file.fileno())
-        self.file.seek(0)
-        sha256 = hashlib.file_digest(self.file, "sha256").hexdigest()
-        self.file.close()
-        Path(self.file.name).replace(self._path)
+        file = self._write()
+        self._write_header(file, self.filled)
+        file.flush()
+        os.fsync(file.fileno())
+        file.close()
+        sha256 = file_sha256(Path(file.name))
+        Path(file.name).replace(self._path)
         shard = {"file": self._path.name, "tokens": self.filled, "documents": self.starts, "sha256": sha256}
         self.file = None
         self.shards.append(shard)

