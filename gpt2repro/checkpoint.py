@@ -6,6 +6,8 @@ in it is pickled. The main process alone reads and writes; what it reads it hand
 they hold the model whole (DistributedDataParallel) or in shards (FSDP2), on this machine or on another.
 """
 
+import contextlib
+import copy
 import json
 import shutil
 from collections.abc import Callable
@@ -15,7 +17,6 @@ from threading import Thread
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -25,7 +26,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
-from gpt2repro.errors import UserError, first_line, written
+from gpt2repro.errors import MAKE_SPACE, UserError, first_line
 from gpt2repro.processes import on_main
 from gpt2repro.recipe import Recipe
 from gpt2repro.shards import file_problem, file_sha256, flush
@@ -48,13 +49,14 @@ def read_state(checkpoint: Path) -> dict:
     return json.loads((checkpoint / STATE).read_text())
 
 
-def damage(checkpoint: Path) -> str | None:
-    """What is wrong with a checkpoint: the first file that is missing, or not what was written; None: it is whole."""
+def damage(checkpoint: Path, only: str | None = None) -> str | None:
+    """What is wrong with a checkpoint, or with one file of it: missing, or not what was written; None: it is whole."""
     try:
         hashes = json.loads((checkpoint / HASHES).read_text())
     except (OSError, ValueError) as error:
         return f"{HASHES} cannot be read: {first_line(error)}"
-    problems = (file_problem(checkpoint / name, sha256, f"the one in {HASHES}") for name, sha256 in hashes.items())
+    asked = hashes if only is None else {only: hashes.get(only)}
+    problems = (file_problem(checkpoint / name, sha256, f"the one in {HASHES}") for name, sha256 in asked.items())
     return next(filter(None, problems), None)
 
 
@@ -82,7 +84,7 @@ class Checkpoints:
         self.names = [name for name, _ in model.named_parameters()]  # a tied head has no name of its own
         self.root = Path(recipe.output_dir) / "checkpoints"
         self.writer: Thread | None = None
-        self.failure: Exception | None = None  # of the last save
+        self.failure: str | None = None  # why the last save failed
 
     # ---- saving ----
 
@@ -109,7 +111,7 @@ class Checkpoints:
             weights, moments = ({k: v.clone() for k, v in tensors.items()} for tensors in (weights, moments))
         if self.accelerator.scaler is not None:
             state = state | {"scaler": self.accelerator.scaler.state_dict()}
-        self.writer = Thread(target=self._write, args=(weights, moments, state))
+        self.writer = Thread(target=self._write, args=(weights, moments, copy.deepcopy(state)))
         self.writer.start()
 
     def wait(self) -> None:
@@ -128,8 +130,7 @@ class Checkpoints:
 
         def complain() -> None:
             if self.failure:
-                with written(f"the last checkpoint in {self.root}"):
-                    raise self.failure
+                raise UserError(f"{self.failure}; {MAKE_SPACE}")
 
         on_main(complain)
 
@@ -141,10 +142,9 @@ class Checkpoints:
             save_file(moments, temporary / OPTIMIZER)
             self._complete(temporary, state)
             self.failure = None
-        except (OSError, SafetensorError) as error:
-            self.failure = error
-            failed = f"the checkpoint at step {state['step']:,} could not be written ({first_line(error)})"
-            self.say(f"{failed}; training goes on")
+        except Exception as error:  # an OSError, a SafetensorError, or what tokenizers raises: a plain Exception
+            self.failure = f"the checkpoint at step {state['step']:,} could not be written ({first_line(error)})"
+            self.say(f"{self.failure}; training goes on")
             shutil.rmtree(temporary, ignore_errors=True)
 
     def _save_with_deepspeed(self, state: dict) -> None:
@@ -164,7 +164,7 @@ class Checkpoints:
 
     def _begin(self, temporary: Path) -> None:
         for unfinished in (*self.root.glob("writing_*"), *self.root.glob("removing_*")):
-            shutil.rmtree(unfinished)
+            shutil.rmtree(unfinished, ignore_errors=True)  # NFS keeps what somebody has open
         temporary.mkdir(parents=True)
 
     def _complete(self, temporary: Path, state: dict) -> None:
@@ -185,28 +185,29 @@ class Checkpoints:
         found = complete(self.recipe.output_dir)
         kept = set(found[-self.recipe.keep_last :])
         if every := self.recipe.keep_every:
-            kept |= {checkpoint for checkpoint in found if read_state(checkpoint)["step"] % every == 0}
-        for old in set(found) - kept - {self._best()}:
-            shutil.rmtree(old.rename(old.with_name(f"removing_{old.name}")))
+            kept |= {checkpoint for checkpoint in found if int(checkpoint.name.removeprefix("step_")) % every == 0}
+        for old in set(found) - kept - {*self._best_first()[:1]}:
+            shutil.rmtree(old.rename(old.with_name(f"removing_{old.name}")), ignore_errors=True)
 
     # ---- restoring ----
 
     def restore(self, best: bool = False) -> dict | None:
         """Load the newest whole checkpoint, or the one with the best validation loss, into model and optimizers.
 
-        A newest one that is damaged is named and set aside as damaged_step_...; the next is taken.
+        One that is damaged is named and set aside as damaged_step_...; the next is taken.
 
         Returns:
             The `state` that was saved with it; None where there is none.
         Raises:
-            SharedError: all are damaged, or it is of another model.
+            SharedError: all are damaged, of which none is then set aside; or it is of another model.
         """
         self.wait()
         deepspeed = self.accelerator.distributed_type == DistributedType.DEEPSPEED
         weights, moments = {}, {}  # of the main process, which hands them out
 
         def find() -> tuple[Path, dict, bool] | None:
-            if not (checkpoint := self._best() if best else self._newest_whole()):
+            candidates = self._best_first() if best else complete(self.recipe.output_dir)[::-1]
+            if not (checkpoint := self._first_whole(candidates)):
                 return None
             if not deepspeed:
                 for mine, read in zip((weights, moments), self._read(checkpoint)):
@@ -235,23 +236,34 @@ class Checkpoints:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         return state
 
-    def _newest_whole(self) -> Path | None:
-        found = complete(self.recipe.output_dir)
-        for checkpoint in reversed(found):
+    def _first_whole(self, candidates: list[Path]) -> Path | None:
+        """The first that is whole; if there is one, those before it are set aside."""
+        problems = {}
+        for checkpoint in candidates:
             if (problem := damage(checkpoint)) is None:
-                return checkpoint
-            aside = checkpoint.with_name(f"damaged_{checkpoint.name}")
+                break
+            problems[checkpoint] = problem
+        else:
+            if problems:
+                raise UserError(
+                    f"no checkpoint in {self.root} is whole ({next(iter(problems.values()))}); to start again, delete "
+                    f"{self.recipe.output_dir}"
+                )
+            return None
+        for damaged, problem in problems.items():
+            aside = damaged.with_name(f"damaged_{damaged.name}")
             shutil.rmtree(aside, ignore_errors=True)
-            checkpoint.rename(aside)
-            self.say(f"{checkpoint} is not whole ({problem}); it is now {aside.name}, and the one before is taken")
-        if found:
-            raise UserError(f"no checkpoint in {self.root} is whole; to start again, delete {self.recipe.output_dir}")
-        return None
+            damaged.rename(aside)
+            self.say(f"{damaged} is not whole ({problem}); it is now {aside.name}, and {checkpoint.name} is taken")
+        return checkpoint
 
-    def _best(self) -> Path | None:
-        losses = {checkpoint: read_state(checkpoint).get("val_loss") for checkpoint in complete(self.recipe.output_dir)}
-        validated = {checkpoint: loss for checkpoint, loss in losses.items() if loss is not None}
-        return min(validated, key=validated.get, default=None)
+    def _best_first(self) -> list[Path]:
+        """The checkpoints that were validated, the lowest loss first."""
+        losses = {}
+        for checkpoint in complete(self.recipe.output_dir):
+            with contextlib.suppress(OSError, ValueError):  # of a damaged one
+                losses[checkpoint] = read_state(checkpoint)["val_loss"]
+        return sorted((checkpoint for checkpoint, loss in losses.items() if loss is not None), key=losses.get)
 
     def _read(self, checkpoint: Path) -> tuple[dict[str, torch.Tensor], dict[str, dict[str, torch.Tensor]]]:
         """The weights, and the optimizers' state of each; of the latter nothing where no step was taken yet."""

@@ -12,6 +12,9 @@ from huggingface_hub.errors import HfHubHTTPError, StrictDataclassError
 from safetensors import SafetensorError
 
 
+MAKE_SPACE = "make space and repeat the command: it goes on from the newest checkpoint"
+
+
 class UserError(Exception):
     """A mistake that the user can mend. The message says the value, the rule and the remedy, one line a mistake."""
 
@@ -54,9 +57,11 @@ def written(what: object) -> Iterator[None]:
     """Turn what a full disk raises while a run writes `what` into one line; nothing that is trained is lost."""
     try:
         yield
-    except (OSError, SafetensorError) as error:
-        remedy = "make space and repeat the command: it goes on from the newest checkpoint"
-        raise UserError(f"{what} could not be written ({first_line(error)}); {remedy}") from error
+    except Exception as error:
+        # tokenizers raises nothing more precise than Exception
+        if not isinstance(error, OSError | SafetensorError) and "os error" not in str(error):
+            raise
+        raise UserError(f"{what} could not be written ({first_line(error)}); {MAKE_SPACE}") from error
 
 
 class Parser(argparse.ArgumentParser):

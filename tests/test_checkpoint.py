@@ -1,0 +1,121 @@
+"""Checkpoints of a small model, in this process: what can go wrong on disk."""
+
+import copy
+import json
+from threading import Event
+from types import SimpleNamespace
+
+import pytest
+import torch
+from accelerate import PartialState
+from accelerate.utils import DistributedType
+
+from gpt2repro import checkpoint
+from gpt2repro.checkpoint import Checkpoints, damage
+from gpt2repro.errors import UserError
+from gpt2repro.optimizers import build_optimizers
+from gpt2repro.recipe import Recipe
+from modeling_gpt2repro import GPT2ReproConfig, GPT2ReproForCausalLM
+
+
+class Tokenizer:
+    """Writes one file; as tokenizers does, it raises a plain Exception where that fails."""
+
+    full = False
+
+    def save_pretrained(self, folder):
+        if self.full:
+            raise Exception("No space left on device (os error 28)")
+        (folder / "tokenizer.json").write_text("{}")
+
+
+@pytest.fixture
+def checkpoints(tmp_path):
+    PartialState(cpu=True)
+    accelerator = SimpleNamespace(
+        distributed_type=DistributedType.NO,
+        is_main_process=True,
+        device=torch.device("cpu"),
+        scaler=None,
+        num_processes=1,
+    )
+    config = GPT2ReproConfig(vocab_size=128, unpadded_vocab_size=100, n_positions=8, n_layer=1, n_head=1, n_embd=8)
+    model = GPT2ReproForCausalLM(config)
+    recipe = Recipe(output_dir=str(tmp_path), keep_last=2)
+    said = []
+    made = Checkpoints(recipe, accelerator, model, build_optimizers(model, recipe), Tokenizer(), said.append)
+    made.said = said
+    return made
+
+
+def save(checkpoints, step, val_loss=None):
+    checkpoints.save({"step": step, "val_loss": val_loss})
+    checkpoints.wait()
+    return checkpoints.root / f"step_{step:08d}"
+
+
+def names(checkpoints):
+    return sorted(path.name for path in checkpoints.root.iterdir())
+
+
+def test_whatever_fails_while_saving_is_said_and_tried_again(checkpoints):
+    checkpoints.tokenizer.full = True
+    save(checkpoints, 1)
+    assert names(checkpoints) == [] and "could not be written (No space left on device" in checkpoints.said[0]
+    with pytest.raises(UserError, match="step 1 could not be written"):
+        checkpoints.close()
+    checkpoints.tokenizer.full = False
+    assert damage(save(checkpoints, 2)) is None
+    checkpoints.close()
+
+
+def test_a_checkpoint_holds_the_state_of_its_step_though_training_goes_on(checkpoints, monkeypatch):
+    """As the losses since the last row, to which the next step adds its own while a thread writes."""
+    written, training_went_on = checkpoint.save_file, Event()
+    monkeypatch.setattr(checkpoint, "save_file", lambda *a, **k: training_went_on.wait(10) and written(*a, **k))
+    losses = [3.0]
+    checkpoints.save({"step": 1, "telemetry": {"losses": losses}})
+    losses.append(2.0)
+    training_went_on.set()
+    assert checkpoints.restore()["telemetry"]["losses"] == [3.0]
+
+
+def test_an_old_checkpoint_that_cannot_be_read_does_not_stop_the_rotation(checkpoints):
+    (save(checkpoints, 1, 3.0) / "trainer_state.json").write_text("")
+    for step in (2, 3, 4):
+        save(checkpoints, step)
+    assert names(checkpoints) == ["step_00000003", "step_00000004"] and checkpoints.said == []
+
+
+def test_a_damaged_best_one_is_not_what_a_run_ends_with(checkpoints):
+    weights = []
+    for step, val_loss in enumerate((2.0, 1.0, 3.0), start=1):
+        weights.append(copy.deepcopy(checkpoints.model.state_dict()))
+        save(checkpoints, step, val_loss)
+        torch.nn.init.normal_(checkpoints.model.transformer.wpe.weight)
+    assert names(checkpoints) == ["step_00000002", "step_00000003"]
+    (checkpoints.root / "step_00000002" / "model.safetensors").write_bytes(b"")
+    assert checkpoints.restore(best=True)["step"] == 3
+    assert torch.equal(checkpoints.model.transformer.wpe.weight, weights[2]["transformer.wpe.weight"])
+    assert names(checkpoints) == ["damaged_step_00000002", "step_00000003"]
+
+
+def test_where_none_is_whole_nothing_is_set_aside(checkpoints):
+    """Else the same command would find none at all, and begin again."""
+    for step in (1, 2):
+        (save(checkpoints, step) / "model.safetensors").write_bytes(b"")
+    for _ in range(2):
+        with pytest.raises(UserError, match="is whole .*step_00000002/model.safetensors is damaged"):
+            checkpoints.restore()
+    assert names(checkpoints) == ["step_00000001", "step_00000002"]
+
+
+def test_one_file_can_be_asked_for(checkpoints):
+    saved = save(checkpoints, 1)
+    (saved / "model.safetensors").unlink()
+    assert "is missing" in damage(saved) and damage(saved, "config.json") is None
+    (saved / "config.json").write_text("{")
+    assert "is damaged" in damage(saved, "config.json")
+    hashes = json.loads((saved / "hashes.json").read_text())
+    (saved / "hashes.json").write_text(json.dumps({name: sha for name, sha in hashes.items() if name != "config.json"}))
+    assert damage(saved, "config.json")
