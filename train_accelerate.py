@@ -205,7 +205,7 @@ def roll_back(recipe: Recipe, checkpoints: Checkpoints, guard: Guard, best: Best
     """
     seen = f"{recipe.max_bad_steps} steps in a row could not be taken, from batches {guard.bad_batches}"
     remedy = "start another run with a lower learning_rate or max_grad_norm, or in float32"
-    if guard.rollbacks == recipe.max_rollbacks:
+    if guard.rollbacks >= recipe.max_rollbacks:
         raise SharedError(f"{seen}, after {guard.rollbacks} rollbacks; {remedy}")
     if (state := checkpoints.restore()) is None:
         raise SharedError(f"{seen}, and there is no checkpoint to go back to; {remedy}")

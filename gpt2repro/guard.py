@@ -74,8 +74,8 @@ class Guard:
         return len(self.bad_batches) >= self.recipe.max_bad_steps
 
     def roll_back(self, state: dict) -> None:
-        """Take the state of the checkpoint, but leave out the batches that were bad."""
-        left_out = sorted({*self.left_out, *self.bad_batches})
+        """Take the state of the checkpoint, but leave out the batches that were bad, if they come after it."""
+        left_out = sorted({*self.left_out, *self.bad_batches} - {*state["bad_batches"]})
         bad_steps, rollbacks = self.bad_steps, self.rollbacks + 1
         self.load_state_dict(state | {"left_out": left_out, "bad_steps": bad_steps, "rollbacks": rollbacks})
         self.bad_batches = []
