@@ -33,7 +33,8 @@ PEAK_FLOPS = {
     r"L40S": 362e12,
     r"RTX 4090(?! Laptop| D)": 165e12,
     r"RTX 3090(?! Ti)": 71e12,
-    r"V100": 125e12,
+    r"V100-SXM\d": 125e12,
+    r"V100-PCIE": 112e12,
 }
 UPDATE_RATIO_EVERY = 100  # steps; it takes a copy of the weights
 ROW_KINDS = ("loss", "val_loss", "hellaswag_acc", "samples")  # the key that tells what a row of metrics.jsonl is
@@ -44,8 +45,8 @@ def peak_flops(device: torch.device, mixed_precision: str) -> float | None:
     if device.type != "cuda" or mixed_precision not in ("bf16", "fp16"):
         return None
     name = torch.cuda.get_device_name(device)
-    if "V100" in name and mixed_precision == "bf16":
-        return None  # it has no bf16 units
+    if "MIG" in name or ("V100" in name and mixed_precision == "bf16"):
+        return None  # a part of a GPU; no bf16 units
     return next((peak for pattern, peak in PEAK_FLOPS.items() if re.search(rf"\b({pattern})\b", name)), None)
 
 
@@ -131,27 +132,35 @@ class Telemetry:
         self.losses: list[float] = []  # of the steps since the last row
         self.clipped = 0  # of these steps, how many had their gradient scaled down
         self.timed_steps = 0  # of these steps, how many this process has made
-        self.hours = 0.0  # of training up to the last row, in all processes before this one too
+        self.hours_before = 0.0  # of the run, until this process took it over
+        self.began = time.perf_counter()
         self.waited = 0.0  # seconds that this process has waited for data since the last row
         self.update_ratio: float | None = None
         self.lap_start = time.perf_counter()
 
+    @property
+    def hours(self) -> float:
+        """Of the run, evaluation and what was rolled back included; what a killed process did last is not known."""
+        return self.hours_before + (time.perf_counter() - self.began) / 3600
+
     def state_dict(self) -> dict:
-        return {"losses": self.losses, "clipped": self.clipped, "hours": self.hours}
+        since_row = {"losses": self.losses, "clipped": self.clipped, "update_ratio": self.update_ratio}
+        return since_row | {"hours": self.hours}
 
     def start(self, step: int, state: dict | None) -> None:
         """Training begins, or goes on, after `step` steps, with the state of then."""
         if state is not None:
-            self.losses, self.clipped, self.hours = list(state["losses"]), state["clipped"], state["hours"]
+            self.losses, self.clipped, self.hours_before = list(state["losses"]), state["clipped"], state["hours"]
+            self.update_ratio = state["update_ratio"]
         self.timed_steps, self.waited = 0, 0.0
         self.bar.n = self.bar.initial = step
-        self.lap_start = time.perf_counter()
+        self.began = self.lap_start = time.perf_counter()
 
     def roll_back(self, step: int, state: dict) -> None:
         """The steps after `step` will be made again, from the state of then."""
         if self.metrics is not None:
             self.metrics.roll_back(step)
-        self.start(step, state)
+        self.start(step, state | {"hours": self.hours})  # what is undone took its time
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
@@ -197,7 +206,6 @@ class Telemetry:
             return
         now = time.perf_counter()
         seconds = now - self.lap_start
-        self.hours += seconds / 3600
         tokens = self.recipe.tokens_before(step) - self.recipe.tokens_before(step - self.timed_steps)
         tokens_per_second = tokens / seconds
         finite = [value for value in self.losses if math.isfinite(value)]
@@ -221,7 +229,7 @@ class Telemetry:
             "hours_left": seconds / 3600 / self.timed_steps * (self.recipe.max_steps - step),
         }
         if self.recipe.dollars_per_hour:
-            row["dollars"] = self.hours * self.recipe.dollars_per_hour
+            row["dollars"] = row["hours"] * self.recipe.dollars_per_hour
         self.log(step, **row)
         shown = {"loss": "none" if mean_loss is None else f"{mean_loss:.3f}", "tok/s": f"{tokens_per_second:,.0f}"}
         self.bar.set_postfix(shown | ({"MFU": f"{mfu:.1%}"} if mfu else {}), refresh=False)

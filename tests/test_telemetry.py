@@ -1,12 +1,15 @@
 """What a run says of itself."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
 from transformers import GPT2Config
 
-from gpt2repro.telemetry import Metrics, flops_per_token, peak_flops, plot_losses, provenance, read_metrics
+from gpt2repro.guard import Guard
+from gpt2repro.recipe import Recipe
+from gpt2repro.telemetry import Metrics, Telemetry, flops_per_token, peak_flops, plot_losses, provenance, read_metrics
 
 
 def test_rows_are_appended_once_whatever_is_logged_again(tmp_path):
@@ -56,6 +59,9 @@ def test_flops_of_gpt2_124m():
         ("NVIDIA H100 PCIe", 756e12),
         ("NVIDIA H200", 989e12),
         ("NVIDIA GeForce RTX 4090", 165e12),
+        ("Tesla V100-SXM2-32GB", 125e12),
+        ("Tesla V100-PCIE-16GB", 112e12),
+        ("NVIDIA A100-SXM4-80GB MIG 3g.40gb", None),
         ("NVIDIA A10", None),
         ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
         ("Some new GPU", None),
@@ -63,9 +69,39 @@ def test_flops_of_gpt2_124m():
 )
 def test_peak_is_known_or_null(monkeypatch, name, peak):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
-    assert peak_flops(torch.device("cuda"), "bf16") == peak
+    assert peak_flops(torch.device("cuda"), "fp16") == peak
+    assert peak_flops(torch.device("cuda"), "bf16") == (None if "V100" in name else peak)
     assert peak_flops(torch.device("cuda"), "no") is None
     assert peak_flops(torch.device("cpu"), "bf16") is None
+
+
+def test_what_was_measured_since_the_last_row_survives_a_stop(tmp_path):
+    recipe = Recipe(output_dir=str(tmp_path), log_every=4)
+    accelerator = SimpleNamespace(
+        is_main_process=True,
+        num_processes=1,
+        device=torch.device("cpu"),
+        mixed_precision="no",
+        log=lambda values, step: None,
+    )
+    model = torch.nn.Linear(2, 2)
+    model.config = GPT2Config()
+    first = Telemetry(recipe, accelerator, model)
+    first.start(0, None)
+    first.hours_before = 2.0
+    with first.update(0):
+        model.weight.data *= 2
+    first.log_step(1, 5.0, 1e-3, 9.0, Guard(recipe))
+    saved = json.loads(json.dumps(first.state_dict()))
+    assert saved["hours"] > 2.0  # those of the step too, though it has no row yet
+
+    resumed = Telemetry(recipe, accelerator, model)
+    resumed.start(1, saved)
+    for step, loss in ((2, 4.0), (3, 3.0), (4, 2.0)):
+        resumed.log_step(step, loss, 1e-3, 0.5, Guard(recipe))
+    (row,) = read_metrics(tmp_path / "metrics.jsonl")
+    assert (row["loss"], row["clipped"], row["update_ratio"]) == (3.5, 0.25, first.update_ratio)
+    assert row["update_ratio"] > 0 and row["hours"] > saved["hours"]
 
 
 def test_picture_is_drawn_without_a_screen(tmp_path):
