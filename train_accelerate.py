@@ -163,6 +163,8 @@ def train_step(
         The mean loss of all processes in nats per token, the gradient's norm before clipping, and why the run is to
         stop, if it is. They are the same on all processes.
     """
+    for optimizer in optimizers:
+        set_lr(optimizer, lr)  # first of all, as DeepSpeed makes its update with the last backward pass
     micro_losses = []
     accelerator.gradient_accumulation_steps = recipe.accumulation(accelerator.num_processes, guard.batch(step))
     accelerator.step = 0  # its count of micro-batches, by which it knows the last one of a step
@@ -182,7 +184,6 @@ def train_step(
     if guard.accepts(step, mean_loss, float(grad_norm), accelerator.scaler):
         with telemetry.update(step):
             for optimizer in optimizers:
-                set_lr(optimizer, lr)
                 optimizer.step()
     for optimizer in optimizers:
         optimizer.zero_grad()
@@ -331,7 +332,9 @@ def model_config(recipe: Recipe, manifest: dict) -> GPT2ReproConfig:
             "eos_token_id": eot_id,
         }
         return GPT2ReproConfig(**of_data | recipe.model)
-    newest = checkpoint.latest(recipe.output_dir)  # a run that goes on does not need its beginning
+    # A run that goes on does not need its beginning.
+    of_run = [] if recipe.eval_only else reversed(checkpoint.complete(recipe.output_dir))
+    newest = next((path for path in of_run if not checkpoint.damage(path, "config.json")), None)
     config = gpt2_config(str(newest) if newest else find_model(recipe.init_from))
     # As nanoGPT's crop_block_size: positions that no sequence of this run reaches are cut off, unless the recipe says
     # otherwise. Dropout is the recipe's choice; the rest of the architecture is the checkpoint's.
@@ -386,7 +389,8 @@ def output_problems(recipe: Recipe) -> list[str]:
     """Why the run must not write to its output directory: nothing of another run is overwritten."""
     output_dir = Path(recipe.output_dir)
     elsewhere = "choose another --output_dir, or delete it"
-    if not output_dir.exists() or (output_dir.is_dir() and {path.name for path in output_dir.iterdir()} <= {".lock"}):
+    unfinished = {".lock", "recipe.yaml.tmp"}  # of a start that was cut off
+    if not output_dir.exists() or (output_dir.is_dir() and {path.name for path in output_dir.iterdir()} <= unfinished):
         return []
     if not (output_dir / "recipe.yaml").is_file():
         return [f"output_dir={output_dir} exists and is not a run; {elsewhere}"]

@@ -1,5 +1,6 @@
 """Optimizers against steps that are written out, and the saving of their state."""
 
+import contextlib
 import copy
 import math
 from types import SimpleNamespace
@@ -9,9 +10,11 @@ import torch
 from accelerate import DistributedType
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
+from gpt2repro.guard import Guard
 from gpt2repro.optimizers import build_optimizers, launch_problems, set_lr
 from gpt2repro.recipe import Recipe
 from modeling_gpt2repro import GPT2ReproConfig, GPT2ReproForCausalLM
+from train_accelerate import train_step
 
 
 MATRICES = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
@@ -114,6 +117,29 @@ def test_both_learning_rates_follow_one_schedule(model):
             set_lr(optimizer, lr)
         assert {group["lr"] for group in adamw.param_groups} == {lr}
         assert [group["lr"] for group in muon.param_groups] == [pytest.approx(of_muon)]
+
+
+def test_the_learning_rate_of_a_step_is_set_before_its_backward_passes(model):
+    """With the last of which DeepSpeed makes the update; the calls that follow do nothing there."""
+    recipe = Recipe(global_batch_tokens=32, micro_batch_size=2, sequence_length=8)
+    optimizers = build_optimizers(model, recipe)
+    rates = []
+    accelerator = SimpleNamespace(
+        num_processes=1,
+        process_index=0,
+        device=torch.device("cpu"),
+        scaler=None,
+        accumulate=lambda model: contextlib.nullcontext(),
+        autocast=contextlib.nullcontext,
+        backward=lambda loss: rates.append(optimizers[0].param_groups[0]["lr"]),
+        clip_grad_norm_=lambda parameters, limit: 1.0,
+        reduce=lambda tensor, how: tensor,
+    )
+    telemetry = SimpleNamespace(next_of=next, update=lambda step: contextlib.nullcontext())
+    stream = iter([torch.zeros(2, 9, dtype=torch.int64)] * 2)
+    stop = SimpleNamespace(reason=None)
+    train_step(accelerator, model, optimizers, stream, recipe, 0, 0.25, Guard(recipe), stop, telemetry)
+    assert rates == [0.25, 0.25]
 
 
 @pytest.mark.parametrize("distributed", [False, True])

@@ -1,5 +1,6 @@
 """The trainer, run as a user runs it: on real text, in processes of its own, under accelerate launch."""
 
+import dataclasses
 import itertools
 import json
 import math
@@ -23,9 +24,11 @@ from gpt2repro.batches import MicroBatches
 from gpt2repro.errors import UserError
 from gpt2repro.mixture import Mixture
 from gpt2repro.optimizers import build_optimizers, set_lr
+from gpt2repro.recipe import Recipe
 from gpt2repro.schedule import lr_at
 from gpt2repro.shards import TokenStream, file_sha256, read_manifest, unigram_entropy
 from gpt2repro.telemetry import read_metrics
+from modeling_gpt2repro import GPT2ReproConfig
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -372,6 +375,27 @@ def test_a_nanogpt_folder_trains(train, gpt2, topics, tmp_path):
 
 
 # ---- mistakes ----
+
+
+def test_a_start_that_was_cut_off_is_repeated(data_dir, recipe_file, tmp_path):
+    for name in (".lock", "recipe.yaml.tmp"):
+        (tmp_path / name).write_text("")
+    argv = ["--config", recipe_file, "--data_dir", data_dir, "--output_dir", tmp_path]
+    train_accelerate.settle(list(map(str, argv)))
+
+
+def test_a_run_has_the_architecture_of_its_own_checkpoint_that_can_be_read(tmp_path):
+    """Here it is not that of init_from, to show which one was read; where nothing is trained, that is what counts."""
+    GPT2ReproConfig(n_layer=1).save_pretrained(tmp_path / "base")
+    for step in (2, 4):
+        folder = tmp_path / "run" / "checkpoints" / f"step_{step:08d}"
+        GPT2ReproConfig(n_layer=3).save_pretrained(folder)
+        (folder / "hashes.json").write_text(json.dumps({"config.json": file_sha256(folder / "config.json")}))
+    recipe = Recipe(init_from=str(tmp_path / "base"), output_dir=str(tmp_path / "run"))
+    assert train_accelerate.model_config(recipe, {}).n_layer == 3
+    os.truncate(folder / "config.json", 10)
+    assert train_accelerate.model_config(recipe, {}).n_layer == 3
+    assert train_accelerate.model_config(dataclasses.replace(recipe, eval_only=True), {}).n_layer == 1
 
 
 @pytest.fixture
