@@ -493,6 +493,8 @@ def load_hellaswag(recipe: Recipe, tokenizer, config: GPT2ReproConfig) -> list:
 
 def print_losses(recipe: Recipe, model, train_data: Mixture, val_data: Mixture, accelerator: Accelerator) -> None:
     """What a model has learnt of the data, trained on it or not: the loss on as much of either split."""
+    tokens = recipe.validation_tokens or max(map(len, val_data.streams))
+    recipe = dataclasses.replace(recipe, validation_tokens=tokens)
     for split, data in (("train", train_data), ("val", val_data)):
         for name, loss in validation_losses(model, data, recipe, accelerator).items():
             accelerator.print(f"{name.replace('val', split, 1)} {loss:.4f}")

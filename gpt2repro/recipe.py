@@ -153,6 +153,12 @@ class Recipe:
             )
         if self.optimizer == "muon" and self.learning_rate == 0:
             found.append("learning_rate=0 must be above 0 with muon, whose learning rate is in proportion to it")
+        if self.eval_only and self.init_from == "scratch":
+            found.append("init_from=scratch has learnt nothing; with eval_only add --init_from with a run or a model")
+        if self.patience and not self.validate_every:
+            found.append(
+                f"patience={self.patience} counts validations, and validate_every=0 has none; change one of them"
+            )
         if self.push_to_hub and (self.hub_model_id or "").count("/") != 1:
             found.append("push_to_hub needs a repository: add --hub_model_id owner/name")
         return found

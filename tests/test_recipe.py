@@ -190,6 +190,14 @@ def test_batch_that_does_not_divide_names_what_does(tokens, micro, length, proce
             "batch_ramp_start=0 and batch_ramp_tokens=10: a ramp has both; give both, or neither",
         ),
         ({"batch_ramp_start": -1}, "batch_ramp_start=-1 must be at least 0"),
+        (
+            {"eval_only": True},
+            "init_from=scratch has learnt nothing; with eval_only add --init_from with a run or a model",
+        ),
+        (
+            {"patience": 2, "validate_every": 0},
+            "patience=2 counts validations, and validate_every=0 has none; change one of them",
+        ),
     ],
 )
 def test_contradictions_of_schedule_and_optimizer_are_one_line(fields, problem):

@@ -28,7 +28,7 @@ from gpt2repro.recipe import Recipe
 from gpt2repro.schedule import lr_at
 from gpt2repro.shards import TokenStream, file_sha256, read_manifest, unigram_entropy
 from gpt2repro.telemetry import read_metrics
-from modeling_gpt2repro import GPT2ReproConfig
+from modeling_gpt2repro import GPT2ReproConfig, GPT2ReproForCausalLM
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -155,8 +155,6 @@ def test_run_directory_is_as_documented(trained):
 
 def test_validation_loss_is_that_of_the_saved_model_over_all_windows(trained, data_dir):
     """Against a written-out mean over non-overlapping windows, by the model as from_pretrained loads it."""
-    from modeling_gpt2repro import GPT2ReproForCausalLM
-
     output_dir, _ = trained
     model = GPT2ReproForCausalLM.from_pretrained(output_dir / "model")
     tokens = torch.from_numpy(np.load(data_dir / "val_00000.npy").astype(np.int64))
@@ -280,6 +278,18 @@ def test_a_stopped_run_goes_on_as_if_nothing_had_happened(train, data_dir, tmp_p
         assert [(row["step"], row[key]) for row in again] == [(row["step"], row[key]) for row in once]
     for name, tensor in weights(whole).items():
         assert torch.equal(tensor, weights(stopped)[name])
+
+
+def test_eval_only_prints_the_losses_of_a_run_on_as_much_of_either_split(train, trained, data_dir, tmp_path):
+    done = train(tmp_path / "run", "--eval_only", "--init_from", trained[0], "--num_workers", 0)
+    losses = dict(line.split() for line in done.stdout.splitlines() if "_loss" in line)
+    assert losses["val_loss"] == f"{rows(trained[0], 'val_loss')[-1]['val_loss']:.4f}"
+    model = GPT2ReproForCausalLM.from_pretrained(trained[0] / "model")
+    n = (read_manifest(data_dir)["splits"]["val"]["tokens"] - 1) // 32
+    tokens = torch.from_numpy(np.load(data_dir / "train_00000.npy")[: n * 32 + 1].astype(np.int64))
+    with torch.no_grad():
+        expected = model(tokens[:-1].view(n, 32), shift_labels=tokens[1:].view(n, 32)).loss.item()
+    assert float(losses["train_loss"]) == pytest.approx(expected, abs=1e-4) and not (tmp_path / "run").exists()
 
 
 def test_fine_tuning_starts_from_the_weights_of_a_run(train, trained, tmp_path):
