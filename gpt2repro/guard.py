@@ -45,7 +45,8 @@ class Guard:
         Args:
             loss: mean over all processes.
             grad_norm: global, before clipping.
-            scaler: of fp16, whose scale grows until a gradient is not finite; then it shrinks, and that is no bad step.
+            scaler: of fp16, whose scale grows until a gradient is not finite; then it shrinks, and that is no bad step
+                as long as there is something to shrink.
         """
         finite = math.isfinite(loss) and math.isfinite(grad_norm)
         self.zscore = None
@@ -58,7 +59,7 @@ class Guard:
             return True
         if scaler is not None:
             scaler.update()  # instead of the optimizer
-            if math.isfinite(loss) and not finite:
+            if math.isfinite(loss) and not finite and scaler.get_scale() >= 1.0:
                 return False
         self.bad_steps += 1
         self.bad_batches.append(self.batch(step))

@@ -3,6 +3,7 @@
 import math
 
 import pytest
+import torch
 
 from gpt2repro.errors import SharedError
 from gpt2repro.guard import Guard
@@ -30,3 +31,17 @@ def test_a_run_that_went_back_too_often_ends_though_the_limit_was_lowered_since(
     guard.rollbacks = 2
     with pytest.raises(SharedError, match="after 2 rollbacks"):
         roll_back(recipe, None, guard, None, None)
+
+
+def test_a_gradient_that_no_scale_makes_finite_is_a_bad_step():
+    """GradScaler halves its scale at each, for ever."""
+    guard = Guard(Recipe(max_bad_steps=3))
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    optimizer = torch.optim.SGD([weight := torch.nn.Parameter(torch.ones(1))], lr=1.0)
+    for step in range(5):
+        scaler.scale(weight.sum() * math.inf).backward()
+        scaler.unscale_(optimizer)
+        assert not guard.accepts(step, 3.0, math.inf, scaler)
+        optimizer.zero_grad()
+        assert guard.bad_steps == max(0, step - 1)  # those at scales of 4 and 2 are not
+    assert guard.gives_up
