@@ -66,7 +66,6 @@ def main(argv: list[str]) -> None:
     logging.getLogger("accelerate.utils.other").setLevel(logging.ERROR)  # "Removed shared tensor": the head is tied
     disable_progress_bar()  # of reading and writing weights; the training bar stays
     recipe, manifest, config, tokenizer = settle(argv)
-    stop = StopRequest(recipe.max_hours)
     accelerator = build_accelerator(recipe)
     with accelerator.main_process_first():  # the others find in the cache what the first has downloaded
         hellaswag = load_hellaswag(recipe, tokenizer, config)
@@ -78,6 +77,7 @@ def main(argv: list[str]) -> None:
     if recipe.eval_only:
         return print_losses(recipe, model, train_data, val_data, accelerator)
 
+    stop = StopRequest(recipe.max_hours)
     lock = begin_run(recipe, manifest, accelerator)
     batches = MicroBatches(train_data, recipe, accelerator.process_index, accelerator.num_processes)
     pin_memory = accelerator.device.type == "cuda"

@@ -318,6 +318,11 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(
     assert_same(again.result(), undisturbed)
 
 
+def test_where_nothing_is_trained_a_signal_ends_it_at_once(data_dir, stopped, tmp_path):
+    hook = "train_accelerate.validation_losses = lambda *args: os.kill(os.getpid(), signal.SIGTERM) or {}"
+    assert Training(tmp_path, data_dir, "--eval_only", "--init_from", stopped, hook=hook).wait() == -signal.SIGTERM
+
+
 def test_no_whole_checkpoint_is_an_error_that_deletes_nothing(data_dir, stopped, tmp_path):
     for path in stopped.parent.glob("step_*"):
         flip(path / "model.safetensors")
