@@ -45,6 +45,8 @@ def launch_problems(recipe: Recipe, accelerator: Accelerator) -> list[str]:
     """What of the recipe cannot be right with the precision and the distribution of the launch."""
     deepspeed = accelerator.distributed_type == DistributedType.DEEPSPEED
     problems = []
+    if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
+        problems.append("mixed_precision=fp16 would be float32 on the CPU; use bf16 or no")
     if recipe.optimizer == "muon" and accelerator.mixed_precision == "fp16":
         # accelerate steps and updates the one GradScaler for each optimizer in turn: the second one's gradients are
         # divided by the scale twice, and an overflow that only one of them has stops only that one.

@@ -166,19 +166,20 @@ def test_a_saved_run_goes_on_as_if_it_had_not_stopped(model, distributed):
 
 
 @pytest.mark.parametrize(
-    ("recipe", "precision", "distribution", "problems"),
+    ("recipe", "precision", "device", "distribution", "problems"),
     [
-        (MUON, "no", DistributedType.MULTI_CPU, 0),
-        (MUON, "bf16", DistributedType.FSDP, 0),
-        (MUON, "fp16", DistributedType.NO, 1),
-        (MUON, "fp16", DistributedType.DEEPSPEED, 2),
-        (Recipe(), "fp16", DistributedType.DEEPSPEED, 0),
-        (Recipe(batch_ramp_start=32_768, batch_ramp_tokens=10**9), "fp16", DistributedType.MULTI_GPU, 0),
-        (Recipe(batch_ramp_start=32_768, batch_ramp_tokens=10**9), "bf16", DistributedType.DEEPSPEED, 1),
+        (MUON, "no", "cpu", DistributedType.MULTI_CPU, 0),
+        (Recipe(), "fp16", "cpu", DistributedType.NO, 1),
+        (MUON, "bf16", "cuda", DistributedType.FSDP, 0),
+        (MUON, "fp16", "cuda", DistributedType.NO, 1),
+        (MUON, "fp16", "cuda", DistributedType.DEEPSPEED, 2),
+        (Recipe(), "fp16", "cuda", DistributedType.DEEPSPEED, 0),
+        (Recipe(batch_ramp_start=32_768, batch_ramp_tokens=10**9), "fp16", "cuda", DistributedType.MULTI_GPU, 0),
+        (Recipe(batch_ramp_start=32_768, batch_ramp_tokens=10**9), "bf16", "cuda", DistributedType.DEEPSPEED, 1),
     ],
 )
-def test_what_a_launch_cannot_do_is_refused(recipe, precision, distribution, problems):
-    launch = SimpleNamespace(mixed_precision=precision, distributed_type=distribution)
+def test_what_a_launch_cannot_do_is_refused(recipe, precision, device, distribution, problems):
+    launch = SimpleNamespace(mixed_precision=precision, device=torch.device(device), distributed_type=distribution)
     assert len(launch_problems(recipe, launch)) == problems
 
 
