@@ -1,5 +1,9 @@
-"""`accelerate launch` with the exit code of the script that it launches; its own is 1 for every failure."""
+"""`accelerate launch` with the exit code of the script that it launches, and with time for several processes to stop.
 
+Its own code is 1 for every failure, and 30 seconds after it has passed on a SIGTERM it sends SIGKILL.
+"""
+
+import os
 import subprocess
 import sys
 
@@ -8,6 +12,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 
 if __name__ == "__main__":
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "3600")  # seconds; from torch 2.12 on
     arguments = launch_command_parser().parse_args()
     try:
         launch_command(arguments)

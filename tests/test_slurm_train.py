@@ -1,11 +1,13 @@
 """scripts/slurm_train.sbatch with stand-ins for Slurm's commands, on two "nodes" of this machine."""
 
 import os
+import runpy
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest import mock
 
 import psutil
 import pytest
@@ -108,6 +110,15 @@ def test_a_job_that_finishes_or_crashes_is_not_requeued(job, tmp_path, end, code
     process = job(end)
     assert process.wait(timeout=90) == code, (tmp_path / "log").read_text()
     assert requeued(tmp_path) == []
+
+
+def test_the_launcher_leaves_the_processes_time_to_save(monkeypatch):
+    """torchrun sends SIGKILL 30 seconds after the signal that it passes on, unless told otherwise."""
+    monkeypatch.setattr("accelerate.commands.launch.launch_command", lambda arguments: None)
+    monkeypatch.setattr(sys, "argv", ["launch.py", "train_accelerate.py"])
+    with mock.patch.dict(os.environ):
+        runpy.run_path(str(ROOT / "scripts" / "launch.py"), run_name="__main__")
+        assert int(os.environ["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"]) >= 600
 
 
 def test_slurm_is_asked_for_what_the_script_relies_on():
