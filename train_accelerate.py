@@ -51,7 +51,7 @@ from gpt2repro.processes import on_main, world_size
 from gpt2repro.recipe import Recipe, differences, parse_recipe
 from gpt2repro.schedule import lr_at
 from gpt2repro.stopping import EXIT_CODE, StopRequest
-from gpt2repro.telemetry import Telemetry, exported_step, plot_losses, provenance, read_metrics
+from gpt2repro.telemetry import Telemetry, plot_losses, provenance, read_metrics
 from gpt2repro.tokenization import build_tokenizer, padded_vocab_size
 from gpt2repro.unwrap import unwrapped
 from gpt2repro.validation import Best, validation_losses
@@ -130,8 +130,8 @@ def main(argv: list[str]) -> None:
                 states = {"guard": guard.state_dict(), "best": best.state_dict(), "telemetry": telemetry.state_dict()}
                 checkpoints.save({"step": step, "val_loss": val_loss} | states)
     checkpoints.close()
-    if recipe.patience and not stopping:
-        checkpoints.restore(best=True)
+    if recipe.patience and not stopping and (state := checkpoints.restore(best=True)):
+        step = state["step"]
     raw_model = unwrapped(raw_model)  # where it is sharded, all processes gather
     # DDP goes before the processes part: it frees their group while it holds Python's lock, for which gloo may wait.
     model, *optimizers = accelerator.free_memory(model, *optimizers)
@@ -141,7 +141,7 @@ def main(argv: list[str]) -> None:
         sys.exit(EXIT_CODE)
     if accelerator.is_main_process:
         with written(recipe.output_dir):
-            finish(recipe, manifest, raw_model, tokenizer, train_data)
+            finish(recipe, manifest, raw_model, tokenizer, train_data, step)
     lock.release()
 
 
@@ -293,8 +293,8 @@ def prepare_demo(recipe: Recipe) -> None:
         if PartialState().is_main_process:
             print(f"no --config: training the demo, {DEMO.relative_to(HERE)}; recipes/ holds the real ones", flush=True)
             if not (Path(recipe.data_dir) / shards.MANIFEST).exists():
-                command = [sys.executable, HERE / "prepare_data.py", recipe.corpus, "--output_dir", recipe.data_dir]
-                if subprocess.run(command).returncode:
+                script = [sys.executable, str(HERE / "prepare_data.py")]
+                if subprocess.run([*script, recipe.corpus, "--output_dir", recipe.data_dir]).returncode:
                     raise UserError(f"the demo's corpus could not be prepared in {recipe.data_dir}")
 
 
@@ -503,12 +503,15 @@ def print_losses(recipe: Recipe, model, train_data: Mixture, val_data: Mixture, 
 # ---- after the loop ----
 
 
-def finish(recipe: Recipe, manifest: dict, model, tokenizer, train_data: Mixture) -> None:
-    """Draw the curve, save the model folder, push it where asked, and say what came out and where it lies."""
+def finish(recipe: Recipe, manifest: dict, model, tokenizer, train_data: Mixture, step: int) -> None:
+    """Draw the curve, save the model folder, push it where asked, and say what came out and where it lies.
+
+    Args:
+        step: that the model is of, the last or with `patience` the best.
+    """
     output_dir = Path(recipe.output_dir)
     metrics = read_metrics(output_dir / "metrics.jsonl")
     val = manifest["splits"]["val"]
-    step = exported_step(metrics, dataclasses.asdict(recipe))
     (val_loss,) = [row["val_loss"] for row in metrics if "val_loss" in row and row["step"] == step]
     bits = f" = {val_loss / math.log(2) * val['tokens'] / val['bytes']:.4f} bits per byte" if val["bytes"] else ""
     baseline = shards.unigram_entropy(train_data.frequencies(manifest["tokenizer"]["vocab_size"]))
@@ -516,7 +519,7 @@ def finish(recipe: Recipe, manifest: dict, model, tokenizer, train_data: Mixture
     title = f"{output_dir.name}: GPT-2, {model.num_parameters() / 1e6:.1f}M parameters, {manifest['corpus']['name']}"
     plot_losses(metrics, {"unigram entropy": baseline} | recipe.reference_losses, output_dir / "loss.png", title)
 
-    card = model_card(model, output_dir.name, recipe.hub_model_id, output_dir)
+    card = model_card(model, output_dir.name, recipe.hub_model_id, output_dir, step)
     save_model_folder(output_dir / "model", model, tokenizer, card, output_dir / "loss.png")
 
     at_step = f", at step {step:,}" if recipe.patience else ""

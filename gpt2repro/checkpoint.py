@@ -100,13 +100,14 @@ class Checkpoints:
             return self._save_with_deepspeed(state)
         options = StateDictOptions(full_state_dict=True, cpu_offload=True)  # whole tensors, to the main process
         weights = get_model_state_dict(self.model, options=options)
-        moments = {"state": {}}
+        optimizer_state: dict = {"state": {}}
         if all(optimizer.state for optimizer in self.optimizers):  # else torch would make a step to have some
-            moments = get_optimizer_state_dict(self.model, self.optimizers, options=options)
+            optimizer_state = get_optimizer_state_dict(self.model, self.optimizers, options=options)
         if not self.accelerator.is_main_process:
             return
         weights = {name: weights[name] for name in self.names}
-        moments = {f"{name}.{key}": value for name, of in moments["state"].items() for key, value in of.items()}
+        of_each = optimizer_state["state"].items()
+        moments = {f"{name}.{key}": value for name, of_one in of_each for key, value in of_one.items()}
         if self.accelerator.device.type == "cpu":  # they are still the tensors that training changes
             weights, moments = ({k: v.clone() for k, v in tensors.items()} for tensors in (weights, moments))
         if self.accelerator.scaler is not None:
@@ -203,15 +204,17 @@ class Checkpoints:
         """
         self.wait()
         deepspeed = self.accelerator.distributed_type == DistributedType.DEEPSPEED
-        weights, moments = {}, {}  # of the main process, which hands them out
+        weights: dict = {}  # of the main process, which hands them out
+        moments: dict = {}
 
         def find() -> tuple[Path, dict, bool] | None:
             candidates = self._best_first() if best else complete(self.recipe.output_dir)[::-1]
             if not (checkpoint := self._first_whole(candidates)):
                 return None
             if not deepspeed:
-                for mine, read in zip((weights, moments), self._read(checkpoint)):
-                    mine.update(read)
+                read_weights, read_moments = self._read(checkpoint)
+                weights.update(read_weights)
+                moments.update(read_moments)
             return checkpoint, read_state(checkpoint), bool(moments)
 
         if (found := on_main(find)) is None:
@@ -262,8 +265,9 @@ class Checkpoints:
         losses = {}
         for checkpoint in complete(self.recipe.output_dir):
             with contextlib.suppress(OSError, ValueError):  # of a damaged one
-                losses[checkpoint] = read_state(checkpoint)["val_loss"]
-        return sorted((checkpoint for checkpoint, loss in losses.items() if loss is not None), key=losses.get)
+                if (loss := read_state(checkpoint)["val_loss"]) is not None:
+                    losses[checkpoint] = loss
+        return sorted(losses, key=losses.__getitem__)
 
     def _read(self, checkpoint: Path) -> tuple[dict[str, torch.Tensor], dict[str, dict[str, torch.Tensor]]]:
         """The weights, and the optimizers' state of each; of the latter nothing where no step was taken yet."""

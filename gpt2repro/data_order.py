@@ -5,12 +5,13 @@ identical token stream.
 """
 
 from collections.abc import Sequence
+from typing import Literal
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 
-SAMPLING = ("shuffle", "sequential", "random")
+Sampling = Literal["shuffle", "sequential", "random"]
 FEISTEL_ROUNDS = 6
 MIXTURE_BLOCK = 1000  # samples among which the sources of a mixture have their exact shares
 
@@ -21,7 +22,9 @@ def count_windows(n_tokens: int, sequence_length: int) -> int:
     return (n_tokens - 1) // sequence_length
 
 
-def window_starts(sampling: str, samples: np.ndarray, n_tokens: int, sequence_length: int, seed: int) -> np.ndarray:
+def window_starts(
+    sampling: Sampling, samples: np.ndarray, n_tokens: int, sequence_length: int, seed: int
+) -> np.ndarray:
     """Where the windows of these samples start in the token stream.
 
     Args:

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import yaml
 
-from gpt2repro.data_order import SAMPLING
+from gpt2repro.data_order import Sampling
 from gpt2repro.errors import Parser, UserError
 
 
@@ -51,7 +51,7 @@ class Recipe:
     batch_ramp_tokens: int = option(0, "tokens in which the batch grows from its start, by as much at a time")
     micro_batch_size: int = option(64, "sequences a process sends through the model at once", changeable=True)
     sequence_length: int = option(1024, "tokens a sequence (T); what init_from has beyond is cut off")
-    sampling: Literal[SAMPLING] = option("shuffle", "order of the training windows: see gpt2repro/data_order.py")
+    sampling: Sampling = option("shuffle", "order of the training windows: see gpt2repro/data_order.py")
 
     optimizer: Literal["adamw", "muon"] = option("adamw", "for all weights; muon: for the blocks' matrices only")
     learning_rate: float = option(6e-4, "peak learning rate of AdamW")
@@ -103,7 +103,7 @@ class Recipe:
     dollars_per_hour: float | None = option(None, "of the whole machine, for the cost of the run", changeable=True)
     push_to_hub: bool = option(False, "upload the model folder at the end", changeable=True)
     license: str | None = option(None, "of the weights, for the model card, e.g. apache-2.0", changeable=True)
-    hub_model_id: str | None = option(None, "Hub repository to push to, owner/name", changeable=True)
+    hub_model_id: str = option("", "Hub repository to push to, owner/name", changeable=True)
 
     model: dict = option({}, "fields of GPT2ReproConfig, e.g. n_layer; flags: --model.n_layer 6")
     reference_losses: dict = option({}, "name: loss, drawn as lines in loss.png", changeable=True)
@@ -115,7 +115,7 @@ class Recipe:
 
     def tokens_before(self, step: int) -> int:
         """Tokens of the batches of all steps before `step`."""
-        ramp = (0,)
+        ramp: tuple[int, ...] = (0,)
         if self.batch_ramp_start:
             ramp = _ramp(self.batch_ramp_start, self.global_batch_tokens, self.batch_ramp_tokens)
         past = step - (len(ramp) - 1)  # steps since the ramp
@@ -159,7 +159,7 @@ class Recipe:
             found.append(
                 f"patience={self.patience} counts validations, and validate_every=0 has none; change one of them"
             )
-        if self.push_to_hub and (self.hub_model_id or "").count("/") != 1:
+        if self.push_to_hub and self.hub_model_id.count("/") != 1:
             found.append("push_to_hub needs a repository: add --hub_model_id owner/name")
         return found
 
@@ -309,7 +309,7 @@ def _parser(hints: dict) -> argparse.ArgumentParser:
     described = {f.name: f"{f.metadata['help']} (default: {_default(f)})" for f in dataclasses.fields(Recipe)}
     for name, hint in hints.items():
         if hint is not dict:
-            bare = {"nargs": "?", "const": "true"} if hint is bool else {}
+            bare: dict[str, Any] = {"nargs": "?", "const": "true"} if hint is bool else {}
             help = described.get(name, argparse.SUPPRESS).replace("%", "%%")
             parser.add_argument(f"--{name}", metavar="VALUE", help=help, **bare)
     parser.add_argument("--data", nargs="+", metavar="DIR=WEIGHT", help=described["data"])
@@ -317,7 +317,7 @@ def _parser(hints: dict) -> argparse.ArgumentParser:
 
 
 def _default(f: dataclasses.Field) -> Any:
-    return f.default if f.default is not dataclasses.MISSING else f.default_factory()
+    return f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
 
 
 def _read_yaml(path: Path) -> dict:

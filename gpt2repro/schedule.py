@@ -15,7 +15,7 @@ def lr_at(step: int, recipe: Recipe) -> float:
         return recipe.learning_rate * (step + 1) / recipe.warmup_steps
     if recipe.lr_schedule == "constant":
         return recipe.learning_rate
-    decay_start = recipe.warmup_steps
+    decay_start: float = recipe.warmup_steps
     if recipe.lr_schedule == "wsd":
         decay_start = recipe.max_steps * (1 - recipe.decay_fraction)
     progress = max(0.0, (step - decay_start) / (recipe.max_steps - decay_start))

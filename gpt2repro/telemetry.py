@@ -213,6 +213,7 @@ class Telemetry:
         mfu = None
         if self.peak_flops:
             mfu = tokens_per_second * self.flops_per_token / (self.peak_flops * self.accelerator.num_processes)
+        hours = self.hours
         row = {
             "loss": mean_loss,
             "lr": lr,
@@ -225,11 +226,11 @@ class Telemetry:
             "data_wait": self.waited / seconds,
             "mfu": mfu,
             "peak_memory_bytes": peak_memory_bytes(self.accelerator.device),
-            "hours": self.hours,
+            "hours": hours,
             "hours_left": seconds / 3600 / self.timed_steps * (self.recipe.max_steps - step),
         }
         if self.recipe.dollars_per_hour:
-            row["dollars"] = row["hours"] * self.recipe.dollars_per_hour
+            row["dollars"] = hours * self.recipe.dollars_per_hour
         self.log(step, **row)
         shown = {"loss": "none" if mean_loss is None else f"{mean_loss:.3f}", "tok/s": f"{tokens_per_second:,.0f}"}
         self.bar.set_postfix(shown | ({"MFU": f"{mfu:.1%}"} if mfu else {}), refresh=False)
