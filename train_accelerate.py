@@ -18,6 +18,7 @@ import math
 import subprocess
 import sys
 from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 from uuid import uuid4
 
@@ -25,7 +26,7 @@ import torch
 import yaml
 from accelerate import Accelerator, PartialState
 from accelerate.optimizer import AcceleratedOptimizer
-from accelerate.utils import DistributedType, GradientAccumulationPlugin, set_seed
+from accelerate.utils import DistributedType, GradientAccumulationPlugin, InitProcessGroupKwargs, set_seed
 from filelock import FileLock, Timeout
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
@@ -232,6 +233,8 @@ def build_accelerator(recipe: Recipe) -> Accelerator:
     """The processes, their device and precision, as the launcher and its configuration have them."""
     accelerator = Accelerator(
         cpu=cpu_asked(),
+        # While the main process hashes the data or writes a large checkpoint, the others wait, with NCCL 10 minutes.
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=1))],
         gradient_accumulation_plugin=GradientAccumulationPlugin(
             num_steps=recipe.accumulation(world_size(), step=0), sync_with_dataloader=False
         ),
@@ -279,7 +282,7 @@ def settle(argv: list[str]) -> tuple[Recipe, dict, GPT2ReproConfig, PreTrainedTo
         manifest = read_data(recipe)
         config = model_config(recipe, manifest)
         tokenizer = data_tokenizer(recipe, manifest)
-        problems += config_problems(recipe, manifest, config, tokenizer)
+        problems += config_problems(recipe, manifest, config, tokenizer) + tokenizer_problems(recipe, tokenizer)
     except (UserError, ValueError) as error:
         problems.append(str(error))
     if problems:
@@ -383,6 +386,23 @@ def config_problems(
                     f"sequence_length + 1 = {recipe.sequence_length + 1}; use more text or shorter sequences"
                 )
     return problems
+
+
+def tokenizer_problems(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Whether the model that the run starts from knows the data's tokens by other ids; some bring no tokenizer."""
+    begun = checkpoint.latest(recipe.output_dir) and not recipe.eval_only
+    if recipe.init_from == "scratch" or begun:
+        return []
+    try:
+        theirs = load_tokenizer(find_model(recipe.init_from)).get_vocab()
+    except UserError:
+        return []
+    if all(theirs.get(token) == id for token, id in tokenizer.get_vocab().items()):
+        return []
+    return [
+        f"init_from={recipe.init_from} has another tokenizer than {', '.join(recipe.sources)}; prepare the data with "
+        f"`python prepare_data.py ... --tokenizer {recipe.init_from}`"
+    ]
 
 
 def output_problems(recipe: Recipe) -> list[str]:

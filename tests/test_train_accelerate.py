@@ -542,5 +542,12 @@ def test_init_from_another_architecture_is_refused(refused, tmp_path):
     assert "is a llama model" in refused("--init_from", tmp_path / "llama")
 
 
+def test_init_from_a_model_with_another_tokenizer_is_refused(refused, trained, gpt2, tmp_path):
+    shutil.copytree(trained[0] / "model", tmp_path / "model")
+    gpt2.fast.save_pretrained(tmp_path / "model")
+    message = refused("--init_from", tmp_path / "model")
+    assert "has another tokenizer than" in message and f"--tokenizer {tmp_path / 'model'}" in message
+
+
 def test_init_from_a_model_of_another_size_is_refused(refused, trained):
     assert "model.n_layer=3" in refused("--init_from", trained[0], "--model.n_layer", 3)
