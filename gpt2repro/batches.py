@@ -1,5 +1,6 @@
 """Micro-batches of one process, read ahead by worker processes."""
 
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -68,7 +69,10 @@ class MicroBatches(Dataset):
                 pin_memory=pin_memory,
             )
             try:
-                for tokens in loader:
+                batches = iter(loader)
+                if self.recipe.num_workers:  # torch's handler raises in the midst of a step; next(batches) tells too
+                    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+                for tokens in batches:
                     yield tokens
                     done += 1
                 return

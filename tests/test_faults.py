@@ -176,6 +176,18 @@ def test_a_signal_ends_the_step_saves_and_exits_with_the_stated_code(data_dir, u
     assert_same(again.result(), undisturbed)
 
 
+def test_a_signal_to_all_its_processes_is_as_one_to_itself(data_dir, undisturbed, tmp_path):
+    """As Slurm's: the process that reads batches dies of it, here while the main one is busy."""
+    to_all = "os.system('kill -TERM 0'); time.sleep(0.5)"  # torch forgives it to a parent
+    hook = SIGNAL_AT.format(step=5, name="SIGTERM", rank=0).replace("os.kill(os.getpid(), signal.SIGTERM)", to_all)
+    run = Training(tmp_path, data_dir, hook=hook)
+    assert run.wait() == EXIT_CODE, run.printed
+    assert "SIGTERM: stopped and saved after step 6;" in run.printed
+    again = Training(tmp_path, data_dir)
+    assert again.wait() == 0, again.printed
+    assert_same(again.result(), undisturbed)
+
+
 def test_a_signal_during_validation_and_while_saving(data_dir, undisturbed, tmp_path):
     hook = """
 validate, write = validation.validation_loss, checkpoint.Checkpoints._write
