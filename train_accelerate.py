@@ -11,10 +11,10 @@ loss.png, checkpoints/ and model/.
 
 import contextlib
 import dataclasses
-import importlib.util
 import json
 import logging
 import math
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -26,6 +26,7 @@ import torch
 import yaml
 from accelerate import Accelerator, PartialState
 from accelerate.optimizer import AcceleratedOptimizer
+from accelerate.tracking import get_available_trackers
 from accelerate.utils import DistributedType, GradientAccumulationPlugin, InitProcessGroupKwargs, set_seed
 from filelock import FileLock, Timeout
 from torch.distributed.fsdp import MixedPrecisionPolicy
@@ -54,6 +55,7 @@ from gpt2repro.schedule import lr_at
 from gpt2repro.stopping import EXIT_CODE, StopRequest
 from gpt2repro.telemetry import Telemetry, plot_losses, provenance, read_metrics
 from gpt2repro.tokenization import build_tokenizer, padded_vocab_size
+from gpt2repro.tracker import start_tracker
 from gpt2repro.unwrap import unwrapped
 from gpt2repro.validation import Best, validation_losses
 from modeling_gpt2repro import GPT2ReproConfig, GPT2ReproForCausalLM, register_auto_classes
@@ -276,7 +278,7 @@ def settle(argv: list[str]) -> tuple[Recipe, dict, GPT2ReproConfig, PreTrainedTo
         prepare_demo(recipe)
     problems += recipe.problems(world_size()) + missing_gpu()
     problems += [] if recipe.eval_only else output_problems(recipe)
-    if recipe.report_to != "none" and importlib.util.find_spec(recipe.report_to) is None:
+    if recipe.report_to not in ("none", *map(str, get_available_trackers())):
         problems.append(f"report_to={recipe.report_to} is not installed; run `pip install {recipe.report_to}`")
     try:
         manifest = read_data(recipe)
@@ -432,22 +434,13 @@ def begin_run(recipe: Recipe, manifest: dict, accelerator: Accelerator) -> FileL
     Returns:
         The lock that keeps other runs out of the output directory; the main process has it.
     Raises:
-        SharedError: what record_run refuses.
+        SharedError: what record_run or start_tracker refuses.
     """
     accelerator.wait_for_everyone()  # all have checked the directory before one writes to it
     lock = FileLock(Path(recipe.output_dir) / ".lock")
     hardware = f"{accelerator.num_processes} x {device_name(accelerator.device)}"
     run_id = on_main(lambda: record_run(recipe, manifest, hardware, lock))
-    settings = dataclasses.asdict(recipe)
-    settings |= {f"model.{name}": value for name, value in settings.pop("model").items()}
-    flat = {name: value if isinstance(value, int | float | str) else str(value) for name, value in settings.items()}
-    # A run that goes on is the same run in the tracker.
-    name = Path(recipe.output_dir).name
-    of_tracker = {
-        "wandb": {"id": run_id, "name": name, "resume": "allow"},
-        "trackio": {"name": run_id, "resume": "allow"},
-    }
-    accelerator.init_trackers("gpt2repro", config=flat, init_kwargs=of_tracker)
+    on_main(lambda: start_tracker(recipe, run_id, accelerator))
     return lock
 
 
@@ -482,7 +475,7 @@ def record_run(recipe: Recipe, manifest: dict, hardware: str, lock: FileLock) ->
                 "data": data_record(manifest),
                 "hardware": hardware,
                 "versions": provenance(),
-                "run_id": uuid4().hex[:8],
+                "run_id": re.sub(r"[^\w.-]", "-", output_dir.name) + "-" + uuid4().hex[:8],
             }
         )
         temporary = path.with_suffix(".yaml.tmp")

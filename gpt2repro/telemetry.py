@@ -241,13 +241,15 @@ class Telemetry:
         """A row of other values, e.g. val_loss or samples."""
         if self.metrics is None:
             return
-        if not self.metrics.add({"step": step, "tokens": self.recipe.tokens_before(step), **values}):
+        row = {"step": step, "tokens": self.recipe.tokens_before(step), **values}
+        if not self.metrics.add(row):
             return
         try:
             self.metrics.write()
         except OSError as error:
             self.say(f"{self.metrics.path} could not be written ({first_line(error)}); its rows wait, training goes on")
-        self.accelerator.log({k: v for k, v in values.items() if isinstance(v, int | float)}, step=step)
+        with self._tracker_may_fail():
+            track(self.accelerator, row)
 
     def say(self, text: str) -> None:
         """Print above the progress bar."""
@@ -263,7 +265,20 @@ class Telemetry:
         if self.metrics is not None:
             with written(self.metrics.path):
                 self.metrics.write()
+        with self._tracker_may_fail():
+            for tracker in self.accelerator.trackers:
+                tracker.finish()
+        self.accelerator.trackers.clear()
         self.accelerator.end_training()
+
+    @contextlib.contextmanager
+    def _tracker_may_fail(self) -> Iterator[None]:
+        """What the tracker raises inside ends the tracking, not the run."""
+        try:
+            yield
+        except Exception as error:  # its kind is up to the tracker
+            self.accelerator.trackers.clear()
+            self.say(f"report_to={self.recipe.report_to} failed ({first_line(error)}); only metrics.jsonl goes on")
 
 
 def _norm(tensors: list[torch.Tensor]) -> torch.Tensor:
@@ -287,6 +302,13 @@ def exported_step(metrics: list[dict], record: dict) -> int:
     if not record.get("patience"):
         return metrics[-1]["step"]
     return min((row for row in metrics if "val_loss" in row), key=lambda row: row["val_loss"])["step"]
+
+
+def track(accelerator: Accelerator, row: dict) -> None:
+    """Hand the numbers of a row of metrics.jsonl to the tracker."""
+    numbers = {k: v for k, v in row.items() if k not in ("step", "tokens") and isinstance(v, int | float)}
+    if numbers:
+        accelerator.log(numbers, step=row["step"])
 
 
 def provenance() -> dict:

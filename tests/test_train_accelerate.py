@@ -527,8 +527,21 @@ def test_single_gpu_config_is_refused_without_a_gpu(train, tmp_path):
     assert "error: the launch command asks for a GPU" in done.stderr and not (tmp_path / "run").exists()
 
 
+def test_a_resumed_run_of_two_processes_is_one_in_tensorboard(train, tmp_path):
+    pytest.importorskip("tensorboard", reason="tensorboard is not installed")
+    from tensorboard.backend.event_processing.event_multiplexer import EventMultiplexer
+
+    flags = ("--max_steps", 4, "--report_to", "tensorboard")
+    assert train(tmp_path / "run", *flags, "--max_hours", 1e-9, processes=2, check=False).returncode == 75
+    train(tmp_path / "run", *flags, processes=2)
+    stored = EventMultiplexer().AddRunsFromDirectory(str(tmp_path / "run")).Reload()
+    for key in ("loss", "grad_norm", "val_loss"):
+        events = [(event.step, pytest.approx(event.value)) for event in stored.Scalars("gpt2repro", key)]
+        assert events == [(row["step"], row[key]) for row in rows(tmp_path / "run", key)]
+
+
 def test_missing_tracker_names_its_pip_install(refused, monkeypatch):
-    monkeypatch.setattr(train_accelerate.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(train_accelerate, "get_available_trackers", list)
     assert "pip install trackio" in refused("--report_to", "trackio")
 
 
