@@ -20,6 +20,7 @@ from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, LlamaConfig
 
 import prepare_data
 import train_accelerate
+from gpt2repro import preflight
 from gpt2repro.batches import MicroBatches
 from gpt2repro.errors import UserError
 from gpt2repro.mixture import Mixture
@@ -236,7 +237,7 @@ def test_a_growing_batch_with_muon_learns_as_written_out_with_any_processes(trai
     train(tmp_path / "2x2", *flags, "--micro_batch_size", 2, processes=2)
 
     argv = ["--config", recipe_file, "--data_dir", data_dir, "--output_dir", tmp_path / "plain", *flags]
-    recipe, _, config, _ = train_accelerate.settle(list(map(str, argv)))
+    recipe, _, config, _ = preflight.settle(list(map(str, argv)))
     model = train_accelerate.build_model(recipe, config)
     optimizers = build_optimizers(model, recipe)
     batches = MicroBatches(Mixture.open(recipe.sources, "train"), recipe, 0, 1)
@@ -368,7 +369,7 @@ def test_a_mixture_trains_and_goes_on_where_it_was_stopped(train, mixed, recipe_
 
     argv = ["--config", recipe_file, "--output_dir", whole, *mixed[:2], mixed[2].replace("0.25", "0.2"), *flags[3:]]
     with pytest.raises(UserError, match="holds a run on other data than data="):
-        train_accelerate.settle(list(map(str, argv)))
+        preflight.settle(list(map(str, argv)))
 
 
 def test_a_nanogpt_folder_trains(train, gpt2, topics, tmp_path):
@@ -391,7 +392,7 @@ def test_a_start_that_was_cut_off_is_repeated(data_dir, recipe_file, tmp_path):
     for name in (".lock", "recipe.yaml.tmp"):
         (tmp_path / name).write_text("")
     argv = ["--config", recipe_file, "--data_dir", data_dir, "--output_dir", tmp_path]
-    train_accelerate.settle(list(map(str, argv)))
+    preflight.settle(list(map(str, argv)))
 
 
 def test_a_run_has_the_architecture_of_its_own_checkpoint_that_can_be_read(tmp_path):
@@ -402,10 +403,10 @@ def test_a_run_has_the_architecture_of_its_own_checkpoint_that_can_be_read(tmp_p
         GPT2ReproConfig(n_layer=3).save_pretrained(folder)
         (folder / "hashes.json").write_text(json.dumps({"config.json": file_sha256(folder / "config.json")}))
     recipe = Recipe(init_from=str(tmp_path / "base"), output_dir=str(tmp_path / "run"))
-    assert train_accelerate.model_config(recipe, {}).n_layer == 3
+    assert preflight.model_config(recipe, {}).n_layer == 3
     os.truncate(folder / "config.json", 10)
-    assert train_accelerate.model_config(recipe, {}).n_layer == 3
-    assert train_accelerate.model_config(dataclasses.replace(recipe, eval_only=True), {}).n_layer == 1
+    assert preflight.model_config(recipe, {}).n_layer == 3
+    assert preflight.model_config(dataclasses.replace(recipe, eval_only=True), {}).n_layer == 1
 
 
 @pytest.fixture
@@ -415,7 +416,7 @@ def refused(data_dir, recipe_file, tmp_path):
     def settle(*flags):
         argv = ["--config", recipe_file, "--data_dir", data_dir, "--output_dir", tmp_path / "run", *flags]
         with pytest.raises(UserError) as error:
-            train_accelerate.settle(list(map(str, argv)))
+            preflight.settle(list(map(str, argv)))
         return str(error.value)
 
     return settle
@@ -541,7 +542,7 @@ def test_a_resumed_run_of_two_processes_is_one_in_tensorboard(train, tmp_path):
 
 
 def test_missing_tracker_names_its_pip_install(refused, monkeypatch):
-    monkeypatch.setattr(train_accelerate, "get_available_trackers", list)
+    monkeypatch.setattr(preflight, "get_available_trackers", list)
     assert "pip install trackio" in refused("--report_to", "trackio")
 
 
