@@ -52,7 +52,9 @@ def main() -> None:
         work = Path(folder)
         pool = [{"text": text, "url": f"https://example.org/{i}"} for i, text in enumerate(texts(args.source))]
         rng.shuffle(pool)
-        write_files(work / "pool", pool[: args.pool])
+        pool = pool[: args.pool]
+        refuse_too_few([document for document in pool if len(document["text"].split()) > MIN_SHINGLES + 3], args.pairs)
+        write_files(work / "pool", pool)
         deduplicate(work / "pool", work / "corpus", ["minhash"], num_workers=args.num_workers)
         corpus = pyarrow.parquet.read_table(work / "corpus" / "documents", columns=["text", "url"]).to_pylist()
 
@@ -132,14 +134,18 @@ def write_files(folder: Path, documents: list[dict], name: str = "") -> None:
 # ---- planting ----
 
 
+def refuse_too_few(originals: list[dict], pairs: int) -> None:
+    needed = pairs * (len(LEVELS) + 1)
+    if len(originals) < needed:
+        sys.exit(f"{len(originals)} documents of {MIN_SHINGLES} 5-grams, {needed} needed: lower --pairs, raise --pool")
+
+
 def plant(corpus: list[dict], pairs: int, rng: random.Random) -> dict[str, list[tuple[dict, dict, float]]]:
     """level -> (original, copy, true Jaccard similarity); no original is taken twice."""
     shingles = shingler()
     originals = [document for document in corpus if len(shingles(document["text"])) >= MIN_SHINGLES]
-    needed = pairs * (len(LEVELS) + 1)
-    if len(originals) < needed:
-        sys.exit(f"{len(originals)} documents of {MIN_SHINGLES} 5-grams, {needed} needed: lower --pairs, raise --pool")
-    chosen = iter(rng.sample(originals, needed))
+    refuse_too_few(originals, pairs)
+    chosen = iter(rng.sample(originals, pairs * (len(LEVELS) + 1)))
     planted = {
         "url": [(o, {"text": o["text"], "url": variant(o["url"], rng)}, 1.0) for o in itertools.islice(chosen, pairs)]
     }
