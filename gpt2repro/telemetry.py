@@ -77,7 +77,7 @@ class Metrics:
         self.unwritten = b""  # rows that found no space
         if path.exists():
             self.size = path.read_bytes().rfind(b"\n") + 1
-            for row in read_metrics(path):
+            for row in _rows(path):  # after a rollback the last one is not the latest step
                 self.last_step[_kind(row)] = row["step"]
 
     def roll_back(self, step: int) -> None:
@@ -292,9 +292,12 @@ def _kind(row: dict) -> str:
 
 def read_metrics(path: Path) -> list[dict]:
     """The rows of a metrics.jsonl, without one that a crash cut off; of a step that a rollback repeated, the newest."""
+    return list({(_kind(row), row["step"]): row for row in _rows(path)}.values())
+
+
+def _rows(path: Path) -> Iterator[dict]:
     text = path.read_text()
-    rows = map(json.loads, text[: text.rfind("\n") + 1].splitlines())
-    return list({(_kind(row), row["step"]): row for row in rows}.values())
+    return map(json.loads, text[: text.rfind("\n") + 1].splitlines())
 
 
 def exported_step(metrics: list[dict], record: dict) -> int:

@@ -45,6 +45,12 @@ def test_of_a_step_made_again_after_a_rollback_the_second_counts(tmp_path):
     assert [row["loss"] for row in read_metrics(metrics.path)] == [1.0, 2.0, None]
     assert len(metrics.path.read_text().splitlines()) == 4  # nothing that was written is lost
 
+    resumed = Metrics(metrics.path)  # from a checkpoint after step 2
+    assert not resumed.add({"step": 2, "loss": 99.0})
+    assert resumed.add({"step": 3, "loss": 3.0})
+    resumed.write()
+    assert [row["loss"] for row in read_metrics(metrics.path)] == [1.0, 2.0, 3.0]
+
 
 def test_flops_of_gpt2_124m():
     # 6N + 12 * n_layer * n_embd * T, N = 124,439,808 - 1024 * 768 without position embeddings
