@@ -50,13 +50,14 @@ def main() -> None:
     rng = random.Random(args.seed)
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
-        pool = [{"text": text, "url": f"https://example.org/{i}"} for i, text in enumerate(texts(args.source))]
+        pool = [{"text": text} for text in texts(args.source)]
         rng.shuffle(pool)
         pool = pool[: args.pool]
         refuse_too_few([document for document in pool if len(document["text"].split()) > MIN_SHINGLES + 3], args.pairs)
         write_files(work / "pool", pool)
         deduplicate(work / "pool", work / "corpus", ["minhash"], num_workers=args.num_workers)
-        corpus = pyarrow.parquet.read_table(work / "corpus" / "documents", columns=["text", "url"]).to_pylist()
+        kept = pyarrow.parquet.read_table(work / "corpus" / "documents", columns=["text"])["text"].to_pylist()
+        corpus = [{"text": text, "url": f"https://example.org/{number}"} for number, text in enumerate(kept)]
 
         planted = plant(corpus, args.pairs, rng)
         write_files(work / "input", corpus)
