@@ -26,7 +26,7 @@ from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from gpt2repro import preparation, shards
-from gpt2repro.corpora import HUB_CORPORA, LOCAL_CORPORA, SKIPPED, Corpus, open_corpus, with_attempts
+from gpt2repro.corpora import HUB_CORPORA, LOCAL_CORPORA, NOTES, SKIPPED, Corpus, open_corpus, with_attempts
 from gpt2repro.deduplication import EXECUTORS, deduplicate
 from gpt2repro.errors import Parser, UserError, run_script
 from gpt2repro.tokenization import build_tokenizer, expected_vocab_size
@@ -100,7 +100,7 @@ def prepare(output_dir: Path, args: argparse.Namespace) -> None:
         records = preparation.prepare_parts(corpus.parts(), common, quota, args.num_workers, progress.show)
     refuse_an_empty_split(output_dir, records, split, corpus, args)
     counted = [record["notes"] for record in records] + ([report["notes"]] if report else [])
-    notes = {note: sum(counts[note] for counts in counted) for note in preparation.COUNTED}
+    notes = {note: sum(counts[note] for counts in counted) for note in NOTES}
     manifest = {
         "format_version": shards.FORMAT_VERSION,
         "corpus": {"name": args.corpus, **corpus.facts},
@@ -134,8 +134,10 @@ def tokenizer_of(output_dir: Path, begun: dict) -> dict:
     recorded = recorded_settings(output_dir / SETTINGS) or {}
     built = {key: recorded.pop(key, {}) for key in ("tokenizer_facts", "tokenizer_files")}
     files = built["tokenizer_files"]
+    if not files or recorded != begun:
+        return {}
     damaged = any(shards.file_problem(output_dir / "tokenizer" / name, sha256) for name, sha256 in files.items())
-    return built if files and recorded == begun and not damaged else {}
+    return {} if damaged else built
 
 
 def tidy(output_dir: Path) -> None:

@@ -27,7 +27,6 @@ from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils import DistributedType, GradientAccumulationPlugin, InitProcessGroupKwargs, set_seed
 from filelock import FileLock, Timeout
 from torch.distributed.fsdp import MixedPrecisionPolicy
-from torch.distributed.tensor import DTensor
 from transformers.utils.logging import disable_progress_bar
 
 from gpt2repro import checkpoint, shards
@@ -44,14 +43,14 @@ from gpt2repro.model_card import model_card
 from gpt2repro.model_folder import find_model, generate, save_model_folder
 from gpt2repro.openai_weights import from_gpt2
 from gpt2repro.optimizers import build_optimizers, launch_problems, set_lr
-from gpt2repro.preflight import settle
+from gpt2repro.preflight import goes_on, settle
 from gpt2repro.processes import on_main, world_size
 from gpt2repro.recipe import Recipe
 from gpt2repro.schedule import lr_at
 from gpt2repro.stopping import EXIT_CODE, StopRequest
 from gpt2repro.telemetry import Telemetry, plot_losses, provenance, read_metrics
 from gpt2repro.tracker import start_tracker
-from gpt2repro.unwrap import unwrapped
+from gpt2repro.unwrap import unwrapped, whole
 from gpt2repro.validation import Best, validation_losses
 from modeling_gpt2repro import GPT2ReproConfig, GPT2ReproForCausalLM
 
@@ -171,8 +170,7 @@ def train_step(
                 loss = model(input_ids=tokens[:, :-1], shift_labels=tokens[:, 1:], use_cache=False).loss
             accelerator.backward(loss)  # divides by the accumulation
         micro_losses.append(loss.detach())
-    grad_norm = accelerator.clip_grad_norm_(model.parameters(), recipe.max_grad_norm)
-    grad_norm = grad_norm.full_tensor() if isinstance(grad_norm, DTensor) else grad_norm
+    grad_norm = whole(accelerator.clip_grad_norm_(model.parameters(), recipe.max_grad_norm))
 
     mean_loss, stopping = agree(accelerator, torch.stack(micro_losses).mean(), stop)
     if guard.accepts(step, mean_loss, float(grad_norm), accelerator.scaler):
@@ -316,7 +314,7 @@ def record_run(recipe: Recipe, manifest: dict, hardware: str, lock: FileLock) ->
 def build_model(recipe: Recipe, config: GPT2ReproConfig) -> GPT2ReproForCausalLM:
     """The model to train, in float32, the same on every process."""
     set_seed(recipe.seed)
-    if recipe.init_from == "scratch" or (checkpoint.latest(recipe.output_dir) and not recipe.eval_only):
+    if recipe.init_from == "scratch" or goes_on(recipe):
         model = GPT2ReproForCausalLM(config)
     else:
         model = from_gpt2(find_model(recipe.init_from), config, dtype=torch.float32)

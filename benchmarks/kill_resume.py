@@ -25,6 +25,10 @@ from pathlib import Path
 import psutil
 
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from gpt2repro.telemetry import OF_THE_CLOCK
+
+
 ROOT = Path(__file__).resolve().parents[1]
 RECIPE = """
 max_steps: 60
@@ -42,7 +46,6 @@ checkpoint_every: 3
 num_workers: 1
 model: {n_layer: 2, n_head: 2, n_embd: 128, n_positions: 64, resid_pdrop: 0.1, embd_pdrop: 0.1, attn_pdrop: 0.1}
 """
-OF_THE_CLOCK = ("tokens_per_second", "data_wait", "hours", "hours_left")  # keys of metrics that no two runs share
 
 
 def main() -> None:

@@ -36,14 +36,7 @@ from train_accelerate import train_step
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--batch_size", type=int, default=2, help="sequences a step (default: %(default)s)")
-    parser.add_argument("--sequence_length", type=int, default=256, help="tokens (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=30, help="of each loop (default: %(default)s)")
-    parser.add_argument("--saves", type=int, default=3, help="checkpoints (default: %(default)s)")
-    parser.add_argument("--precision", choices=("no", "bf16"), default="no", help="autocast; no is float32")
-    parser.add_argument("--output", type=Path, help="write the figures as JSON")
-    args = parser.parse_args()
+    args = parse_arguments()
 
     B, T = args.batch_size, args.sequence_length
     folder = tempfile.TemporaryDirectory()
@@ -114,6 +107,17 @@ def main() -> None:
     print("a checkpoint: " + ", ".join(f"{name} {value:.2f}" for name, value in saves.items()))
     if args.output:
         args.output.write_text(json.dumps(report, indent=2) + "\n")
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--batch_size", type=int, default=2, help="sequences a step (default: %(default)s)")
+    parser.add_argument("--sequence_length", type=int, default=256, help="tokens (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=30, help="of each loop (default: %(default)s)")
+    parser.add_argument("--saves", type=int, default=3, help="checkpoints (default: %(default)s)")
+    parser.add_argument("--precision", choices=("no", "bf16"), default="no", help="autocast; no is float32")
+    parser.add_argument("--output", type=Path, help="write the figures as JSON")
+    return parser.parse_args()
 
 
 def save_once(checkpoints: Checkpoints, number: int, step: Callable[[], None]) -> dict[str, float]:

@@ -44,6 +44,7 @@ PART_BYTES = 400_000_000  # of text in a part: some 90 million tokens, two minut
 ATTEMPTS = 6  # at what the network fails at
 FIRST_DELAY = 1.0  # seconds before the second attempt; it doubles with each
 SKIPPED = ("no text", "no JSON")  # rows that are left out and counted: null, and lines that cannot be read
+NOTES = ("repaired", *SKIPPED)  # of documents, which are counted
 
 
 class Document(NamedTuple):
@@ -51,7 +52,7 @@ class Document(NamedTuple):
 
     text: can be written in UTF-8; None where the row is left out.
     url: of its page, if it has one.
-    note: what is counted: "repaired" where U+FFFD stands for halves of surrogate pairs; one of SKIPPED; or "".
+    note: one of NOTES, "repaired" where U+FFFD stands for halves of surrogate pairs; or "".
     """
 
     text: str | None

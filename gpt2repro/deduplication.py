@@ -36,7 +36,7 @@ from urllib.parse import urlsplit, urlunsplit
 
 import numpy as np
 
-from gpt2repro.corpora import SKIPPED, Piece, open_corpus
+from gpt2repro.corpora import NOTES, Piece, open_corpus
 from gpt2repro.errors import UserError, first_line
 from gpt2repro.shards import write_json
 
@@ -189,7 +189,7 @@ def read_documents(data, rank: int, world_size: int, files: list[tuple[str, list
     have of notes is counted in a file of the folder `notes`."""
     from datatrove.data import Document
 
-    counts = dict.fromkeys(("repaired", *SKIPPED), 0)
+    counts = dict.fromkeys(NOTES, 0)
     for name, pieces in files[len(files) * rank // world_size : len(files) * (rank + 1) // world_size]:
         documents = (document for piece in pieces for document in piece.documents())
         for number, document in enumerate(documents):
@@ -422,7 +422,7 @@ def statistics(output_dir: Path, settings: dict) -> dict:
     """
     folders = {**{f"removed_{method}": f"removed/{method}" for method in settings["methods"]}, "out": "documents"}
     counts = {part: count_rows(output_dir / folder) for part, folder in folders.items()}
-    notes: Counter = Counter(dict.fromkeys(("repaired", *SKIPPED), 0))
+    notes: Counter = Counter(dict.fromkeys(NOTES, 0))
     for path in (output_dir / "work" / "notes").glob("*.json"):
         notes.update(json.loads(path.read_text()))
     groups = {

@@ -154,10 +154,14 @@ def config_problems(
     return problems
 
 
+def goes_on(recipe: Recipe) -> bool:
+    """Whether the run has a checkpoint, with which it goes on, so that it does not need what it began with."""
+    return checkpoint.latest(recipe.output_dir) is not None and not recipe.eval_only
+
+
 def tokenizer_problems(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """Whether the model that the run starts from knows the data's tokens by other ids; some bring no tokenizer."""
-    begun = checkpoint.latest(recipe.output_dir) and not recipe.eval_only
-    if recipe.init_from == "scratch" or begun:
+    if recipe.init_from == "scratch" or goes_on(recipe):
         return []
     try:
         theirs = load_tokenizer(find_model(recipe.init_from)).get_vocab()

@@ -26,13 +26,12 @@ from pathlib import Path
 import numpy as np
 
 from gpt2repro import shards
-from gpt2repro.corpora import SKIPPED, Piece, with_attempts
+from gpt2repro.corpora import NOTES, Piece, with_attempts
 from gpt2repro.errors import UserError, first_line
 from gpt2repro.tokenization import load_encoder
 
 
 BATCH_DOCUMENTS = 64
-COUNTED = ("repaired", *SKIPPED)  # notes of documents, which a record counts
 
 
 @dataclass(frozen=True)
@@ -106,7 +105,7 @@ def prepare_part(
         split: shards.ShardWriter(folder, f"part_{number:05d}_{split}", dtype, settings.shard_tokens, settings.eot_id)
         for split in shards.SPLITS
     }
-    complete, notes, val_lengths = True, dict.fromkeys(COUNTED, 0), []
+    complete, notes, val_lengths = True, dict.fromkeys(NOTES, 0), []
     with no_space(settings.output_dir), _discarding(writers.values()):
         documents = _divided(pieces, settings, notes)
         while batch := list(islice(documents, BATCH_DOCUMENTS)):

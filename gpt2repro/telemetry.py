@@ -14,12 +14,12 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
 from gpt2repro.errors import first_line, written
 from gpt2repro.guard import Guard
 from gpt2repro.recipe import Recipe
+from gpt2repro.unwrap import whole
 
 
 # Dense bf16 (fp16 for V100) peak in FLOP/s, from NVIDIA's datasheets; the first pattern that fits the name counts.
@@ -37,6 +37,7 @@ PEAK_FLOPS = {
     r"V100-PCIE": 112e12,
 }
 UPDATE_RATIO_EVERY = 100  # steps; it takes a copy of the weights
+OF_THE_CLOCK = ("tokens_per_second", "data_wait", "hours", "hours_left")  # keys of a row that no two runs share
 ROW_KINDS = ("loss", "val_loss", "hellaswag_acc", "samples")  # the key that tells what a row of metrics.jsonl is
 
 
@@ -257,7 +258,8 @@ class Telemetry:
             self.bar.write(text)
 
     def close(self) -> None:
-        """
+        """End the bar, metrics.jsonl and the tracker.
+
         Raises:
             UserError: metrics.jsonl cannot be written; on the main process.
         """
@@ -282,8 +284,7 @@ class Telemetry:
 
 
 def _norm(tensors: list[torch.Tensor]) -> torch.Tensor:
-    norm = torch.nn.utils.get_total_norm(tensors)
-    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+    return whole(torch.nn.utils.get_total_norm(tensors))
 
 
 def _kind(row: dict) -> str:

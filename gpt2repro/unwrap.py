@@ -1,9 +1,10 @@
-"""The plain model inside what training wraps around it."""
+"""The plain model inside what training wraps around it, and the whole tensor of one that it shards."""
 
 import torch
 from accelerate.utils import extract_model_from_parallel
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 
@@ -25,3 +26,8 @@ def unwrapped(model: torch.nn.Module) -> PreTrainedModel:
         plain.load_state_dict(state, assign=True)
         plain.tie_weights()
     return plain
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor itself; of one that is sharded by FSDP2 all of it, for which all processes call this."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

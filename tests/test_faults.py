@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 
 import prepare_data
 from gpt2repro.stopping import EXIT_CODE
-from gpt2repro.telemetry import read_metrics
+from gpt2repro.telemetry import OF_THE_CLOCK, read_metrics
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -39,7 +39,6 @@ checkpoint_every: 4
 num_workers: 1
 model: {n_positions: 32, n_layer: 2, n_head: 2, n_embd: 32, resid_pdrop: 0.1}
 """
-OF_THE_CLOCK = {"tokens_per_second", "data_wait", "hours", "hours_left"}
 # The trainer with a fault: `hook` is Python that runs before main, with all of the trainer in scope.
 SCRIPT = """
 import os, signal, sys, time
