@@ -5,8 +5,8 @@
     python eval_hellaswag.py runs/mine --data hellaswag_val.jsonl.gz --limit 200
     accelerate launch --config_file accelerate_configs/ddp_8gpu.yaml eval_hellaswag.py runs/mine --batch_size 32
 
-The protocol is described in gpt2repro/hellaswag.py. MODEL is a run, a folder with weights, configuration and tokenizer
-as save_pretrained writes them, or a Hub id.
+The protocol is described in gpt2repro/evaluation/hellaswag.py. MODEL is a run, a folder with weights, configuration and
+tokenizer as save_pretrained writes them, or a Hub id.
 """
 
 import argparse
@@ -17,9 +17,8 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
-from gpt2repro.devices import cpu_asked
 from gpt2repro.errors import Parser, UserError, run_script
-from gpt2repro.hellaswag import (
+from gpt2repro.evaluation.hellaswag import (
     FULL_SET,
     HUB_ID,
     OPENAI_GPT2,
@@ -29,7 +28,8 @@ from gpt2repro.hellaswag import (
     predict,
     with_error,
 )
-from gpt2repro.model_folder import find_model, open_model
+from gpt2repro.models.folder import find_model, open_model
+from gpt2repro.processes import cpu_asked
 from modeling_gpt2repro import register_auto_classes
 
 

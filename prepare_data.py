@@ -8,7 +8,7 @@
     python prepare_data.py --verify data/mine
     python prepare_data.py --describe data/mine
 
-The output directory is described in gpt2repro/shards.py; train_accelerate.py reads it through `data_dir`.
+The output directory is described in gpt2repro/data/shards.py; train_accelerate.py reads it through `data_dir`.
 """
 
 import argparse
@@ -25,11 +25,12 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
-from gpt2repro import preparation, shards
-from gpt2repro.corpora import HUB_CORPORA, LOCAL_CORPORA, NOTES, SKIPPED, Corpus, open_corpus, with_attempts
-from gpt2repro.deduplication import EXECUTORS, deduplicate
+from gpt2repro.data import shards
+from gpt2repro.data.tokenization import build_tokenizer, expected_vocab_size
 from gpt2repro.errors import Parser, UserError, run_script
-from gpt2repro.tokenization import build_tokenizer, expected_vocab_size
+from gpt2repro.prepare import parts as preparation
+from gpt2repro.prepare.corpora import HUB_CORPORA, LOCAL_CORPORA, NOTES, SKIPPED, Corpus, open_corpus, with_attempts
+from gpt2repro.prepare.deduplication import EXECUTORS, deduplicate
 
 
 SETTINGS = "preparing.json"  # stands in an unfinished directory: what is being prepared there
@@ -54,7 +55,7 @@ def main(argv: list[str]) -> None:
         return
     if args.describe:
         # Here, as it imports half as much again, and the worker processes import this file too.
-        from gpt2repro.describe import describe
+        from gpt2repro.prepare.describe import describe
 
         print(describe(args.describe))
         return

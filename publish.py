@@ -17,13 +17,13 @@ from pathlib import Path
 
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
-from gpt2repro import checkpoint
 from gpt2repro.errors import Parser, UserError, run_script
-from gpt2repro.hub import create_repository, upload
-from gpt2repro.model_card import model_card
-from gpt2repro.model_folder import find_model, load_tokenizer, save_model_folder, tokenizer_for
-from gpt2repro.openai_weights import from_gpt2, to_gpt2
-from gpt2repro.telemetry import plot_losses, read_metrics
+from gpt2repro.hub.model_card import model_card
+from gpt2repro.hub.upload import create_repository, upload
+from gpt2repro.models.folder import find_model, load_tokenizer, save_model_folder, tokenizer_for
+from gpt2repro.models.openai_weights import from_gpt2, to_gpt2
+from gpt2repro.train import checkpoint
+from gpt2repro.train.telemetry import plot_losses, read_metrics
 from modeling_gpt2repro import register_auto_classes
 
 

@@ -11,9 +11,9 @@ import argparse
 from accelerate import Accelerator
 from transformers import TextStreamer
 
-from gpt2repro.devices import cpu_asked
 from gpt2repro.errors import Parser, UserError, run_script
-from gpt2repro.model_folder import generate, open_model
+from gpt2repro.models.folder import generate, open_model
+from gpt2repro.processes import cpu_asked
 from modeling_gpt2repro import register_auto_classes
 
 

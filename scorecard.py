@@ -16,11 +16,11 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
-from gpt2repro.compare import as_table, compare_models
-from gpt2repro.corpora import python_docs
-from gpt2repro.devices import cpu_asked
 from gpt2repro.errors import Parser, UserError, run_script
-from gpt2repro.model_folder import open_model
+from gpt2repro.evaluation.compare import as_table, compare_models
+from gpt2repro.models.folder import open_model
+from gpt2repro.prepare.corpora import python_docs
+from gpt2repro.processes import cpu_asked
 from modeling_gpt2repro import register_auto_classes
 
 

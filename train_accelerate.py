@@ -29,29 +29,29 @@ from filelock import FileLock, Timeout
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers.utils.logging import disable_progress_bar
 
-from gpt2repro import checkpoint, shards
-from gpt2repro.batches import MicroBatches
-from gpt2repro.checkpoint import Checkpoints
-from gpt2repro.data_order import stateless_seed
-from gpt2repro.devices import cpu_asked, device_name, use_all_cores
+from gpt2repro.data import shards
+from gpt2repro.data.batches import MicroBatches
+from gpt2repro.data.mixture import Mixture, data_record, each_source
+from gpt2repro.data.order import stateless_seed
 from gpt2repro.errors import SharedError, UserError, run_script, written
-from gpt2repro.guard import Guard
-from gpt2repro.hellaswag import ENDINGS, encode_item, evaluate_hellaswag, load_items
-from gpt2repro.hub import create_repository, upload
-from gpt2repro.mixture import Mixture, data_record, each_source
-from gpt2repro.model_card import model_card
-from gpt2repro.model_folder import find_model, generate, save_model_folder
-from gpt2repro.openai_weights import from_gpt2
-from gpt2repro.optimizers import build_optimizers, launch_problems, set_lr
-from gpt2repro.preflight import goes_on, settle
-from gpt2repro.processes import on_main, world_size
+from gpt2repro.evaluation.hellaswag import ENDINGS, encode_item, evaluate_hellaswag, load_items
+from gpt2repro.evaluation.validation import Best, validation_losses
+from gpt2repro.hub.model_card import model_card
+from gpt2repro.hub.upload import create_repository, upload
+from gpt2repro.models.folder import find_model, generate, save_model_folder
+from gpt2repro.models.openai_weights import from_gpt2
+from gpt2repro.models.unwrap import unwrapped, whole
+from gpt2repro.processes import cpu_asked, device_name, on_main, use_all_cores, world_size
 from gpt2repro.recipe import Recipe
-from gpt2repro.schedule import lr_at
-from gpt2repro.stopping import EXIT_CODE, StopRequest
-from gpt2repro.telemetry import Telemetry, plot_losses, provenance, read_metrics
-from gpt2repro.tracker import start_tracker
-from gpt2repro.unwrap import unwrapped, whole
-from gpt2repro.validation import Best, validation_losses
+from gpt2repro.train import checkpoint
+from gpt2repro.train.checkpoint import Checkpoints
+from gpt2repro.train.guard import Guard
+from gpt2repro.train.optimizers import build_optimizers, launch_problems, set_lr
+from gpt2repro.train.preflight import goes_on, settle
+from gpt2repro.train.schedule import lr_at
+from gpt2repro.train.stopping import EXIT_CODE, StopRequest
+from gpt2repro.train.telemetry import Telemetry, plot_losses, provenance, read_metrics
+from gpt2repro.train.tracker import start_tracker
 from modeling_gpt2repro import GPT2ReproConfig, GPT2ReproForCausalLM
 
 

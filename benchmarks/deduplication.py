@@ -36,8 +36,8 @@ import pyarrow.parquet
 
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from gpt2repro.corpora import python_docs
-from gpt2repro.deduplication import deduplicate, match_probability
+from gpt2repro.prepare.corpora import python_docs
+from gpt2repro.prepare.deduplication import deduplicate, match_probability
 
 
 LEVELS = {0.95: 0.02, 0.8: 0.03, 0.5: 0.03}  # Jaccard similarity -> half the width of its bin

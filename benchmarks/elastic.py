@@ -23,10 +23,10 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 
-from gpt2repro.batches import MicroBatches
-from gpt2repro.mixture import Mixture
+from gpt2repro.data.batches import MicroBatches
+from gpt2repro.data.mixture import Mixture
 from gpt2repro.recipe import Recipe
-from gpt2repro.telemetry import provenance, read_metrics
+from gpt2repro.train.telemetry import provenance, read_metrics
 
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -26,7 +26,7 @@ import psutil
 
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from gpt2repro.telemetry import OF_THE_CLOCK
+from gpt2repro.train.telemetry import OF_THE_CLOCK
 
 
 ROOT = Path(__file__).resolve().parents[1]

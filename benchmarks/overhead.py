@@ -22,15 +22,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from accelerate import Accelerator
 
-from gpt2repro.checkpoint import Checkpoints
-from gpt2repro.devices import device_name
-from gpt2repro.guard import Guard
-from gpt2repro.optimizers import build_optimizers
+from gpt2repro.data.tokenization import build_tokenizer
+from gpt2repro.processes import device_name
 from gpt2repro.recipe import Recipe
-from gpt2repro.schedule import lr_at
-from gpt2repro.stopping import StopRequest
-from gpt2repro.telemetry import Telemetry, provenance
-from gpt2repro.tokenization import build_tokenizer
+from gpt2repro.train.checkpoint import Checkpoints
+from gpt2repro.train.guard import Guard
+from gpt2repro.train.optimizers import build_optimizers
+from gpt2repro.train.schedule import lr_at
+from gpt2repro.train.stopping import StopRequest
+from gpt2repro.train.telemetry import Telemetry, provenance
 from modeling_gpt2repro import GPT2ReproConfig, GPT2ReproForCausalLM
 from train_accelerate import train_step
 

@@ -27,12 +27,12 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from gpt2repro.guard import Guard
-from gpt2repro.optimizers import build_optimizers
 from gpt2repro.recipe import Recipe
-from gpt2repro.schedule import lr_at
-from gpt2repro.stopping import StopRequest
-from gpt2repro.telemetry import Telemetry, flops_per_token, peak_flops, provenance
+from gpt2repro.train.guard import Guard
+from gpt2repro.train.optimizers import build_optimizers
+from gpt2repro.train.schedule import lr_at
+from gpt2repro.train.stopping import StopRequest
+from gpt2repro.train.telemetry import Telemetry, flops_per_token, peak_flops, provenance
 from modeling_gpt2repro import GPT2ReproConfig, GPT2ReproForCausalLM
 from train_accelerate import train_step
 

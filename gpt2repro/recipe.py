@@ -14,8 +14,10 @@ from typing import Any, Literal
 
 import yaml
 
-from gpt2repro.data_order import Sampling
 from gpt2repro.errors import Parser, UserError
+
+
+Sampling = Literal["shuffle", "sequential", "random"]
 
 
 def option(default: Any, help: str, *, changeable: bool = False) -> Any:
@@ -51,7 +53,7 @@ class Recipe:
     batch_ramp_tokens: int = option(0, "tokens in which the batch grows from its start, by as much at a time")
     micro_batch_size: int = option(64, "sequences a process sends through the model at once", changeable=True)
     sequence_length: int = option(1024, "tokens a sequence (T); what init_from has beyond is cut off")
-    sampling: Sampling = option("shuffle", "order of the training windows: see gpt2repro/data_order.py")
+    sampling: Sampling = option("shuffle", "order of the training windows: see gpt2repro/data/order.py")
 
     optimizer: Literal["adamw", "muon"] = option("adamw", "for all weights; muon: for the blocks' matrices only")
     learning_rate: float = option(6e-4, "peak learning rate of AdamW")

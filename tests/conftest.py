@@ -10,8 +10,8 @@ import pytest
 import tiktoken
 from fork_server import ForkServer
 
-from gpt2repro import corpora
-from gpt2repro.tokenization import Tokenizer, build_tokenizer, gpt2_encoding
+from gpt2repro.data.tokenization import Tokenizer, build_tokenizer, gpt2_encoding
+from gpt2repro.prepare import corpora
 
 
 ROOT = Path(__file__).resolve().parents[1]

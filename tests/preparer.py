@@ -16,7 +16,9 @@ IMPORTS = """
 import json
 import datasets, fsspec, pyarrow.parquet
 import prepare_data
-from gpt2repro import corpora, preparation, shards
+from gpt2repro.prepare import corpora
+from gpt2repro.prepare import parts as preparation
+from gpt2repro.data import shards
 """
 
 

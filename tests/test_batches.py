@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from gpt2repro.batches import MicroBatches
-from gpt2repro.data_order import count_windows, window_starts
+from gpt2repro.data.batches import MicroBatches
+from gpt2repro.data.mixture import Mixture
+from gpt2repro.data.order import count_windows, window_starts
+from gpt2repro.data.shards import TokenStream
 from gpt2repro.errors import UserError
-from gpt2repro.mixture import Mixture
 from gpt2repro.recipe import Recipe
-from gpt2repro.shards import TokenStream
 
 
 T = 8

@@ -10,11 +10,11 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import DistributedType
 
-from gpt2repro import checkpoint
-from gpt2repro.checkpoint import Checkpoints, damage
 from gpt2repro.errors import UserError
-from gpt2repro.optimizers import build_optimizers
 from gpt2repro.recipe import Recipe
+from gpt2repro.train import checkpoint
+from gpt2repro.train.checkpoint import Checkpoints, damage
+from gpt2repro.train.optimizers import build_optimizers
 from modeling_gpt2repro import GPT2ReproConfig, GPT2ReproForCausalLM
 
 

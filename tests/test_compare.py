@@ -6,11 +6,11 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from gpt2repro.compare import compare_models
-from gpt2repro.model_card import model_card
-from gpt2repro.model_folder import save_model_folder
-from gpt2repro.openai_weights import from_gpt2, to_gpt2
-from gpt2repro.tokenization import build_tokenizer
+from gpt2repro.data.tokenization import build_tokenizer
+from gpt2repro.evaluation.compare import compare_models
+from gpt2repro.hub.model_card import model_card
+from gpt2repro.models.folder import save_model_folder
+from gpt2repro.models.openai_weights import from_gpt2, to_gpt2
 from modeling_gpt2repro import GPT2ReproConfig, GPT2ReproForCausalLM
 
 

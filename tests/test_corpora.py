@@ -15,9 +15,9 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from gpt2repro import corpora
-from gpt2repro.corpora import open_corpus
 from gpt2repro.errors import UserError
+from gpt2repro.prepare import corpora
+from gpt2repro.prepare.corpora import open_corpus
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -87,7 +87,7 @@ def test_python_docs_hold_the_documentation_strings(python_docs):
 
 def test_python_docs_are_the_same_in_another_process(python_docs):
     """Whatever the order of its sets: PYTHONHASHSEED differs."""
-    code = "import hashlib; from gpt2repro.corpora import python_docs as docs; "
+    code = "import hashlib; from gpt2repro.prepare.corpora import python_docs as docs; "
     code += "print(hashlib.sha256('\\x00'.join(docs()).encode()).hexdigest())"
     command = [sys.executable, "-W", "ignore", "-c", code]
     other = subprocess.check_output(command, text=True, cwd=ROOT, env=os.environ | {"PYTHONHASHSEED": "7"})

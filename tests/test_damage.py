@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 import prepare_data
-from gpt2repro import describe, shards
+from gpt2repro.data import shards
 from gpt2repro.errors import UserError
+from gpt2repro.prepare import describe
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from gpt2repro.data_order import _hash, count_windows, permute, stateless_seed, window_starts
+from gpt2repro.data.order import _hash, count_windows, permute, stateless_seed, window_starts
 
 
 SEQUENCE_LENGTH = 8

@@ -16,9 +16,9 @@ import psutil
 import pyarrow.parquet
 import pytest
 
-from gpt2repro import deduplication
-from gpt2repro.deduplication import deduplicate, match_probability, normalized_url
 from gpt2repro.errors import UserError
+from gpt2repro.prepare import deduplication
+from gpt2repro.prepare.deduplication import deduplicate, match_probability, normalized_url
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -222,7 +222,7 @@ def test_ray_on_one_machine_gives_the_same(source, tmp_path):
     files = [source / "b.parquet", source / "c.jsonl"]
     expected = deduplicate(files, tmp_path / "local", ["minhash"], num_buckets=2)
     code = (
-        "import sys; from gpt2repro.deduplication import deduplicate; "
+        "import sys; from gpt2repro.prepare.deduplication import deduplicate; "
         "deduplicate(sys.argv[2:], sys.argv[1], ['minhash'], executor='ray', num_workers=2, num_buckets=2)"
     )
     command = [sys.executable, "-c", code, tmp_path / "ray", *files]
@@ -315,7 +315,7 @@ def test_slurm_is_not_asked_twice(source, slurm, tmp_path, capsys):
 DIE = """
 import os, signal, sys
 from datatrove.io import DataFolder
-from gpt2repro.deduplication import deduplicate
+from gpt2repro.prepare.deduplication import deduplicate
 
 original, number = DataFolder.open, int(sys.argv[2])
 
@@ -361,7 +361,7 @@ def test_workers_end_with_a_killed_run(source, tmp_path):
     """They would go on with its tasks, and write the files that the repeated call writes."""
     os.mkfifo(tmp_path / "endless.jsonl")  # who reads it waits for ever
     code = (
-        "import sys; from gpt2repro.deduplication import deduplicate; "
+        "import sys; from gpt2repro.prepare.deduplication import deduplicate; "
         "deduplicate(sys.argv[2:], sys.argv[1], ['url'], num_workers=2)"
     )
     command = [sys.executable, "-c", code, tmp_path / "out", source / "c.jsonl", tmp_path / "endless.jsonl"]

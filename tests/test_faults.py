@@ -19,8 +19,8 @@ from fork_server import ENVIRONMENT, ForkServer
 from safetensors.torch import load_file
 
 import prepare_data
-from gpt2repro.stopping import EXIT_CODE
-from gpt2repro.telemetry import OF_THE_CLOCK, read_metrics
+from gpt2repro.train.stopping import EXIT_CODE
+from gpt2repro.train.telemetry import OF_THE_CLOCK, read_metrics
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -44,7 +44,11 @@ SCRIPT = """
 import os, signal, sys, time
 import torch
 import train_accelerate
-from gpt2repro import batches, checkpoint, guard, telemetry, validation
+from gpt2repro.data import batches
+from gpt2repro.train import checkpoint
+from gpt2repro.train import guard
+from gpt2repro.train import telemetry
+from gpt2repro.evaluation import validation
 from gpt2repro.errors import run_script
 {hook}
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from gpt2repro.errors import UserError
-from gpt2repro.foreign_checkpoints import check_tensors, expected_shapes, read_checkpoint_file
+from gpt2repro.models.foreign_checkpoints import check_tensors, expected_shapes, read_checkpoint_file
 from modeling_gpt2repro import GPT2ReproConfig, GPT2ReproForCausalLM
 
 

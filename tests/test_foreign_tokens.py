@@ -7,10 +7,10 @@ import struct
 import numpy as np
 import pytest
 
-from gpt2repro.data_order import count_windows
+from gpt2repro.data.foreign_tokens import HELD_OUT_TOKENS, foreign_manifest
+from gpt2repro.data.order import count_windows
+from gpt2repro.data.shards import TokenStream, find_manifest
 from gpt2repro.errors import UserError
-from gpt2repro.foreign_tokens import HELD_OUT_TOKENS, foreign_manifest
-from gpt2repro.shards import TokenStream, find_manifest
 
 
 T = 16

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from gpt2repro.errors import SharedError
-from gpt2repro.guard import Guard
 from gpt2repro.recipe import Recipe
+from gpt2repro.train.guard import Guard
 from train_accelerate import roll_back
 
 

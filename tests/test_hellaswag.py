@@ -19,9 +19,16 @@ from accelerate.state import AcceleratorState
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast, T5Config
 
 import eval_hellaswag
-from gpt2repro import hellaswag
 from gpt2repro.errors import UserError
-from gpt2repro.hellaswag import encode_item, evaluate_hellaswag, load_items, predict, score_endings, score_items
+from gpt2repro.evaluation import hellaswag
+from gpt2repro.evaluation.hellaswag import (
+    encode_item,
+    evaluate_hellaswag,
+    load_items,
+    predict,
+    score_endings,
+    score_items,
+)
 from modeling_gpt2repro import GPT2ReproConfig, GPT2ReproForCausalLM
 
 
@@ -411,7 +418,7 @@ def test_metric_by_hand(monkeypatch):
 
     monkeypatch.setattr(socket, "getaddrinfo", no_network)
     monkeypatch.setattr(socket.socket, "connect", no_network)
-    metric = evaluate.load(str(ROOT / "gpt2repro" / "metrics" / "hellaswag"))
+    metric = evaluate.load(str(ROOT / "gpt2repro" / "evaluation" / "metrics" / "hellaswag"))
     result = metric.compute(
         summed_nll=[
             [4.0, 3.0, 9.0, 9.0],  # acc: 1; means 1, 3, 9, 9: acc_norm: 0

@@ -11,9 +11,9 @@ import torch
 from hub_server import HubServer
 
 import prepare_data
-from gpt2repro.model_card import model_card
-from gpt2repro.model_folder import save_model_folder
-from gpt2repro.tokenization import build_tokenizer
+from gpt2repro.data.tokenization import build_tokenizer
+from gpt2repro.hub.model_card import model_card
+from gpt2repro.models.folder import save_model_folder
 from modeling_gpt2repro import GPT2ReproConfig, GPT2ReproForCausalLM
 
 
@@ -263,7 +263,7 @@ for name, revision in revisions.items():
 AT_ONCE = """
 import json, multiprocessing, sys
 from transformers import GPT2Config, GPT2LMHeadModel, dynamic_module_utils
-from gpt2repro.model_folder import open_model
+from gpt2repro.models.folder import open_model
 
 GPT2LMHeadModel(GPT2Config(n_layer=1, n_head=1, n_embd=8))  # imports once what each process would import
 processes = multiprocessing.get_context("fork")
@@ -514,7 +514,7 @@ def test_from_gpt2_reads_a_revision_of_a_hub_repository(hub, python, tmp_path):
 import sys, torch
 from transformers import GPT2Config, GPT2LMHeadModel
 from huggingface_hub import HfApi
-from gpt2repro.openai_weights import from_gpt2, to_gpt2
+from gpt2repro.models.openai_weights import from_gpt2, to_gpt2
 model = GPT2LMHeadModel(GPT2Config(vocab_size=90, n_positions=16, n_embd=16, n_layer=2, n_head=2))
 model.push_to_hub("ada/gpt2")
 HfApi().create_tag("ada/gpt2", tag="v1")

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from gpt2repro.batches import MicroBatches
-from gpt2repro.data_order import (
+from gpt2repro.data.batches import MicroBatches
+from gpt2repro.data.mixture import Mixture, data_manifest, data_record
+from gpt2repro.data.order import (
     MIXTURE_BLOCK,
     _hash,
     count_windows,
@@ -21,10 +22,9 @@ from gpt2repro.data_order import (
     stateless_seed,
     window_starts,
 )
+from gpt2repro.data.shards import find_manifest, unigram_entropy
 from gpt2repro.errors import UserError
-from gpt2repro.mixture import Mixture, data_manifest, data_record
 from gpt2repro.recipe import Recipe
-from gpt2repro.shards import find_manifest, unigram_entropy
 
 
 T = 8

@@ -4,11 +4,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from gpt2repro.data.tokenization import build_tokenizer
 from gpt2repro.errors import UserError
-from gpt2repro.model_card import model_card
-from gpt2repro.model_folder import find_model, load_tokenizer, open_model, save_model_folder
-from gpt2repro.openai_weights import to_gpt2
-from gpt2repro.tokenization import build_tokenizer
+from gpt2repro.hub.model_card import model_card
+from gpt2repro.models.folder import find_model, load_tokenizer, open_model, save_model_folder
+from gpt2repro.models.openai_weights import to_gpt2
 from modeling_gpt2repro import GPT2ReproConfig, GPT2ReproForCausalLM, register_auto_classes
 
 

@@ -11,7 +11,7 @@ from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig
 
 from gpt2repro.errors import UserError
-from gpt2repro.openai_weights import from_gpt2, gpt2_config, to_gpt2
+from gpt2repro.models.openai_weights import from_gpt2, gpt2_config, to_gpt2
 from modeling_gpt2repro import GPT2ReproConfig, GPT2ReproForCausalLM
 
 
@@ -206,7 +206,7 @@ def test_fewer_positions_change_nothing_for_short_sequences(gpt2, folder, ids):
 
 PEAK = """
 import re, sys
-from gpt2repro.openai_weights import from_gpt2
+from gpt2repro.models.openai_weights import from_gpt2
 peak = lambda: int(re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())[1]) * 1024
 before = peak()
 model = from_gpt2(sys.argv[1])

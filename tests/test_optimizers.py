@@ -10,9 +10,9 @@ import torch
 from accelerate import DistributedType
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
-from gpt2repro.guard import Guard
-from gpt2repro.optimizers import build_optimizers, launch_problems, set_lr
 from gpt2repro.recipe import Recipe
+from gpt2repro.train.guard import Guard
+from gpt2repro.train.optimizers import build_optimizers, launch_problems, set_lr
 from modeling_gpt2repro import GPT2ReproConfig, GPT2ReproForCausalLM
 from train_accelerate import train_step
 

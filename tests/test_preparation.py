@@ -21,10 +21,12 @@ import tokenizers
 from preparer import Preparer, alive, contents, documents_of, manifest_of, tokens_of, until
 
 import prepare_data
-from gpt2repro import corpora, preparation, shards
-from gpt2repro.corpora import Piece, open_corpus
+from gpt2repro.data import shards
 from gpt2repro.errors import UserError
-from gpt2repro.preparation import Quota, plan
+from gpt2repro.prepare import corpora
+from gpt2repro.prepare import parts as preparation
+from gpt2repro.prepare.corpora import Piece, open_corpus
+from gpt2repro.prepare.parts import Quota, plan
 
 
 PART_BYTES = 10_000

@@ -12,8 +12,10 @@ import pyarrow.parquet
 import pytest
 
 import prepare_data
-from gpt2repro import corpora, preparation, shards
+from gpt2repro.data import shards
 from gpt2repro.errors import UserError
+from gpt2repro.prepare import corpora
+from gpt2repro.prepare import parts as preparation
 
 
 EOT = 50_256

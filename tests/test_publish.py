@@ -13,12 +13,12 @@ from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, GPT2LMHeadModel
 
 import publish
+from gpt2repro.data.tokenization import build_tokenizer
 from gpt2repro.errors import UserError
-from gpt2repro.hellaswag import OPENAI_GPT2
-from gpt2repro.model_card import model_card
-from gpt2repro.model_folder import save_model_folder
-from gpt2repro.tokenization import build_tokenizer
-from gpt2repro.unwrap import unwrapped
+from gpt2repro.evaluation.hellaswag import OPENAI_GPT2
+from gpt2repro.hub.model_card import model_card
+from gpt2repro.models.folder import save_model_folder
+from gpt2repro.models.unwrap import unwrapped
 from modeling_gpt2repro import GPT2ReproConfig, GPT2ReproForCausalLM
 
 
@@ -220,9 +220,9 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from transformers import AutoTokenizer
-from gpt2repro.model_card import model_card
-from gpt2repro.model_folder import save_model_folder
-from gpt2repro.unwrap import unwrapped
+from gpt2repro.hub.model_card import model_card
+from gpt2repro.models.folder import save_model_folder
+from gpt2repro.models.unwrap import unwrapped
 from modeling_gpt2repro import GPT2ReproForCausalLM
 
 folder, kind, rank = sys.argv[1], sys.argv[2], int(sys.argv[3])

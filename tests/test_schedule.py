@@ -5,7 +5,7 @@ import math
 import pytest
 
 from gpt2repro.recipe import Recipe
-from gpt2repro.schedule import lr_at
+from gpt2repro.train.schedule import lr_at
 
 
 def rates(**fields):

@@ -12,10 +12,10 @@ import shutil
 import numpy as np
 import pytest
 
-from gpt2repro import shards
+from gpt2repro.data import shards
+from gpt2repro.data.shards import ShardWriter, TokenStream, unigram_entropy
+from gpt2repro.data.tokenization import build_tokenizer
 from gpt2repro.errors import UserError
-from gpt2repro.shards import ShardWriter, TokenStream, unigram_entropy
-from gpt2repro.tokenization import build_tokenizer
 
 
 EOT = 99

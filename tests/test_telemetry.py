@@ -7,9 +7,17 @@ import pytest
 import torch
 from transformers import GPT2Config
 
-from gpt2repro.guard import Guard
 from gpt2repro.recipe import Recipe
-from gpt2repro.telemetry import Metrics, Telemetry, flops_per_token, peak_flops, plot_losses, provenance, read_metrics
+from gpt2repro.train.guard import Guard
+from gpt2repro.train.telemetry import (
+    Metrics,
+    Telemetry,
+    flops_per_token,
+    peak_flops,
+    plot_losses,
+    provenance,
+    read_metrics,
+)
 
 
 def test_rows_are_appended_once_whatever_is_logged_again(tmp_path):

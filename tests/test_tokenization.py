@@ -10,9 +10,9 @@ import pytest
 import tiktoken.registry
 from transformers import AutoTokenizer
 
-from gpt2repro import tokenization
+from gpt2repro.data import tokenization
+from gpt2repro.data.tokenization import END_OF_TEXT, build_tokenizer, gpt2_encoding
 from gpt2repro.errors import UserError
-from gpt2repro.tokenization import END_OF_TEXT, build_tokenizer, gpt2_encoding
 
 
 NASTY = {

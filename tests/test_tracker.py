@@ -12,8 +12,8 @@ from transformers import GPT2Config
 
 from gpt2repro.errors import UserError
 from gpt2repro.recipe import Recipe
-from gpt2repro.telemetry import Telemetry, read_metrics, track
-from gpt2repro.tracker import start_tracker
+from gpt2repro.train.telemetry import Telemetry, read_metrics, track
+from gpt2repro.train.tracker import start_tracker
 
 
 ROWS = [{"step": step, "tokens": step * 10, "loss": 5.0 - step, "samples": ["text"]} for step in (1, 2, 3, 4)]

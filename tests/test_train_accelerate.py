@@ -20,15 +20,15 @@ from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, LlamaConfig
 
 import prepare_data
 import train_accelerate
-from gpt2repro import preflight
-from gpt2repro.batches import MicroBatches
+from gpt2repro.data.batches import MicroBatches
+from gpt2repro.data.mixture import Mixture
+from gpt2repro.data.shards import TokenStream, file_sha256, read_manifest, unigram_entropy
 from gpt2repro.errors import UserError
-from gpt2repro.mixture import Mixture
-from gpt2repro.optimizers import build_optimizers, set_lr
 from gpt2repro.recipe import Recipe
-from gpt2repro.schedule import lr_at
-from gpt2repro.shards import TokenStream, file_sha256, read_manifest, unigram_entropy
-from gpt2repro.telemetry import read_metrics
+from gpt2repro.train import preflight
+from gpt2repro.train.optimizers import build_optimizers, set_lr
+from gpt2repro.train.schedule import lr_at
+from gpt2repro.train.telemetry import read_metrics
 from modeling_gpt2repro import GPT2ReproConfig, GPT2ReproForCausalLM
 
 

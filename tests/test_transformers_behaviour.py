@@ -37,7 +37,7 @@ from transformers.utils import (
     is_optimum_quanto_available,
 )
 
-from gpt2repro.openai_weights import to_gpt2
+from gpt2repro.models.openai_weights import to_gpt2
 from modeling_gpt2repro import (
     GPT2ReproConfig,
     GPT2ReproForCausalLM,

@@ -25,10 +25,10 @@ from pathlib import Path
 
 import numpy as np
 
-from gpt2repro import shards
-from gpt2repro.corpora import NOTES, Piece, with_attempts
+from gpt2repro.data import shards
+from gpt2repro.data.tokenization import load_encoder
 from gpt2repro.errors import UserError, first_line
-from gpt2repro.tokenization import load_encoder
+from gpt2repro.prepare.corpora import NOTES, Piece, with_attempts
 
 
 BATCH_DOCUMENTS = 64

@@ -19,10 +19,10 @@ from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 from transformers import GenerationConfig, GPT2Config, GPT2LMHeadModel, PreTrainedConfig, PreTrainedModel
 
+from gpt2repro.data.tokenization import padded_vocab_size
 from gpt2repro.errors import UserError, explained, first_line
-from gpt2repro.foreign_checkpoints import check_tensors, read_checkpoint_file
-from gpt2repro.tokenization import padded_vocab_size
-from gpt2repro.unwrap import unwrapped
+from gpt2repro.models.foreign_checkpoints import check_tensors, read_checkpoint_file
+from gpt2repro.models.unwrap import unwrapped
 from modeling_gpt2repro import GPT2ReproConfig, GPT2ReproForCausalLM
 
 

@@ -5,13 +5,13 @@ identical token stream.
 """
 
 from collections.abc import Sequence
-from typing import Literal
 
 import numpy as np
 from numpy.typing import ArrayLike
 
+from gpt2repro.recipe import Sampling
 
-Sampling = Literal["shuffle", "sequential", "random"]
+
 FEISTEL_ROUNDS = 6
 MIXTURE_BLOCK = 1000  # samples among which the sources of a mixture have their exact shares
 

@@ -26,10 +26,10 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
+from gpt2repro.data.shards import file_problem, file_sha256, flush
 from gpt2repro.errors import MAKE_SPACE, UserError, first_line
 from gpt2repro.processes import on_main
 from gpt2repro.recipe import Recipe
-from gpt2repro.shards import file_problem, file_sha256, flush
 
 
 MODEL, OPTIMIZER, STATE, HASHES = "model.safetensors", "optimizer.safetensors", "trainer_state.json", "hashes.json"

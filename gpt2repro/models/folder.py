@@ -19,9 +19,9 @@ from transformers import (
     dynamic_module_utils,
 )
 
+from gpt2repro.data.tokenization import build_tokenizer
 from gpt2repro.errors import UserError, explained
-from gpt2repro.openai_weights import from_gpt2
-from gpt2repro.tokenization import build_tokenizer
+from gpt2repro.models.openai_weights import from_gpt2
 
 
 def find_model(name: str) -> str:

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import numpy as np
 
-from gpt2repro.data_order import MIXTURE_BLOCK, mixture_slots
+from gpt2repro.data.order import MIXTURE_BLOCK, mixture_slots
+from gpt2repro.data.shards import SPLITS, TokenStream, find_manifest
 from gpt2repro.errors import UserError
-from gpt2repro.shards import SPLITS, TokenStream, find_manifest
 
 
 @dataclass(frozen=True)

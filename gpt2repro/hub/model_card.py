@@ -7,8 +7,8 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers import PreTrainedModel
 
-from gpt2repro.hellaswag import FULL_SET, HUB_ID, OPENAI_GPT2, with_error
-from gpt2repro.telemetry import exported_step, read_metrics
+from gpt2repro.evaluation.hellaswag import FULL_SET, HUB_ID, OPENAI_GPT2, with_error
+from gpt2repro.train.telemetry import exported_step, read_metrics
 
 
 # of recipe.yaml: told in the table, or paths of the machine that it ran on

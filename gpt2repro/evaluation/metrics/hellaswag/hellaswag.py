@@ -1,4 +1,5 @@
-"""HellaSwag accuracy as an `evaluate` metric: `evaluate.load("gpt2repro/metrics/hellaswag")`, without a network.
+"""HellaSwag accuracy as an `evaluate` metric, without a network:
+`evaluate.load("gpt2repro/evaluation/metrics/hellaswag")`.
 
 `evaluate` copies this file into its module cache and runs the copy. So the file imports installed packages only, one
 import a line, because `evaluate` reads the import lines with a regular expression.

@@ -36,9 +36,9 @@ from urllib.parse import urlsplit, urlunsplit
 
 import numpy as np
 
-from gpt2repro.corpora import NOTES, Piece, open_corpus
+from gpt2repro.data.shards import write_json
 from gpt2repro.errors import UserError, first_line
-from gpt2repro.shards import write_json
+from gpt2repro.prepare.corpora import NOTES, Piece, open_corpus
 
 
 METHODS = ("url", "minhash")
@@ -388,7 +388,7 @@ def slurm_executors(stages: list[tuple], output_dir: Path, num_workers: int, par
     """datatrove's executor of each stage, which depends on the one before."""
     from datatrove.executor import SlurmPipelineExecutor
 
-    paths = {"PATH": Path(sys.executable).parent, "PYTHONPATH": Path(__file__).resolve().parents[1]}
+    paths = {"PATH": Path(sys.executable).parent, "PYTHONPATH": Path(__file__).resolve().parents[2]}
     environment = " ".join(f"{name}={shlex.quote(str(path))}:${name}" for name, path in paths.items())
     executors: list = []
     for name, tasks, pipeline in stages:

@@ -10,7 +10,7 @@ from accelerate.tracking import GeneralTracker
 
 from gpt2repro.errors import UserError, first_line
 from gpt2repro.recipe import Recipe
-from gpt2repro.telemetry import read_metrics, track
+from gpt2repro.train.telemetry import read_metrics, track
 
 
 PROJECT = "gpt2repro"

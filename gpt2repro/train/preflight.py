@@ -11,21 +11,21 @@ from accelerate import PartialState
 from accelerate.tracking import get_available_trackers
 from transformers import PreTrainedTokenizerBase
 
-from gpt2repro import checkpoint, shards
-from gpt2repro.data_order import count_windows
-from gpt2repro.devices import cpu_asked, missing_gpu
+from gpt2repro.data import shards
+from gpt2repro.data.foreign_tokens import foreign_format
+from gpt2repro.data.mixture import data_manifest, each_source
+from gpt2repro.data.order import count_windows
+from gpt2repro.data.tokenization import build_tokenizer, padded_vocab_size
 from gpt2repro.errors import UserError
-from gpt2repro.foreign_tokens import foreign_format
-from gpt2repro.mixture import data_manifest, each_source
-from gpt2repro.model_folder import find_model, load_tokenizer
-from gpt2repro.openai_weights import gpt2_config
-from gpt2repro.processes import world_size
+from gpt2repro.models.folder import find_model, load_tokenizer
+from gpt2repro.models.openai_weights import gpt2_config
+from gpt2repro.processes import cpu_asked, missing_gpu, world_size
 from gpt2repro.recipe import Recipe, differences, parse_recipe
-from gpt2repro.tokenization import build_tokenizer, padded_vocab_size
+from gpt2repro.train import checkpoint
 from modeling_gpt2repro import GPT2ReproConfig, register_auto_classes
 
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 DEMO = ROOT / "recipes" / "demo.yaml"
 
 

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import numpy as np
 
-from gpt2repro import shards
-from gpt2repro.model_folder import load_tokenizer
+from gpt2repro.data import shards
+from gpt2repro.models.folder import load_tokenizer
 
 
 SHOWN_DOCUMENTS = 3

@@ -20,8 +20,8 @@ from typing import BinaryIO
 
 import numpy as np
 
+from gpt2repro.data.foreign_tokens import foreign_format, foreign_manifest
 from gpt2repro.errors import UserError, first_line
-from gpt2repro.foreign_tokens import foreign_format, foreign_manifest
 
 
 FORMAT_VERSION = 1

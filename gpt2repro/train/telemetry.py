@@ -17,9 +17,9 @@ from accelerate import Accelerator
 from tqdm import tqdm
 
 from gpt2repro.errors import first_line, written
-from gpt2repro.guard import Guard
+from gpt2repro.models.unwrap import whole
 from gpt2repro.recipe import Recipe
-from gpt2repro.unwrap import whole
+from gpt2repro.train.guard import Guard
 
 
 # Dense bf16 (fp16 for V100) peak in FLOP/s, from NVIDIA's datasheets; the first pattern that fits the name counts.
@@ -317,7 +317,7 @@ def track(accelerator: Accelerator, row: dict) -> None:
 
 def provenance() -> dict:
     """The software that runs: versions and, in a git checkout, the commit."""
-    root = Path(__file__).resolve().parents[1]
+    root = Path(__file__).resolve().parents[2]
     commit = None
     if (root / ".git").exists():  # an installed copy may lie inside somebody else's checkout
         git = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40"]

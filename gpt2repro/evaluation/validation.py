@@ -6,11 +6,11 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
-from gpt2repro.data_order import count_windows
+from gpt2repro.data.mixture import Mixture
+from gpt2repro.data.order import count_windows
+from gpt2repro.data.shards import TokenStream
 from gpt2repro.errors import SharedError
-from gpt2repro.mixture import Mixture
 from gpt2repro.recipe import Recipe
-from gpt2repro.shards import TokenStream
 
 
 class Best:

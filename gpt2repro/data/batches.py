@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from gpt2repro.data_order import mix, source_seed, window_starts
+from gpt2repro.data.mixture import Mixture
+from gpt2repro.data.order import mix, source_seed, window_starts
 from gpt2repro.errors import UserError, first_line
-from gpt2repro.mixture import Mixture
 from gpt2repro.recipe import Recipe
 
 
