@@ -12,14 +12,13 @@ from huggingface_hub import ModelCard
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
-    AutoTokenizer,
     GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     dynamic_module_utils,
 )
 
-from gpt2repro.data.tokenization import build_tokenizer
+from gpt2repro.data.tokenization import build_tokenizer, load_tokenizer
 from gpt2repro.errors import UserError, explained
 from gpt2repro.models.openai_weights import from_gpt2
 
@@ -78,19 +77,6 @@ def save_model_folder(
         shutil.copy(picture, temporary / "loss.png")
     shutil.rmtree(folder, ignore_errors=True)  # an earlier export of the same run
     temporary.rename(folder)
-
-
-def load_tokenizer(name: str | Path, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """The tokenizer of a folder or Hub id.
-
-    Raises:
-        UserError: there is none.
-    """
-    with explained(f"{name}: no tokenizer can be loaded from there", "save one there with tokenizer.save_pretrained"):
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
-        if not tokenizer.get_vocab().keys() - set(tokenizer.all_special_tokens):
-            raise ValueError("the vocabulary is empty")  # what transformers makes of a folder without tokenizer files
-    return tokenizer
 
 
 def open_model(

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 
 from gpt2repro.data import shards
-from gpt2repro.models.folder import load_tokenizer
+from gpt2repro.data.tokenization import load_tokenizer
 
 
 SHOWN_DOCUMENTS = 3
