@@ -27,7 +27,7 @@ from pathlib import Path
 
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from gpt2repro.prepare.corpora import python_docs
+from gpt2repro.prepare.built_in import python_docs
 from gpt2repro.train.telemetry import provenance, read_metrics
 
 

@@ -2,7 +2,9 @@
 
 import os
 import platform
+import threading
 from collections.abc import Callable
+from multiprocessing.process import BaseProcess
 from typing import Any
 
 import torch
@@ -77,3 +79,16 @@ def use_all_cores() -> None:
     if launched and not sized_by_accelerate and os.environ.get("OMP_NUM_THREADS") == "1":
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+
+
+# ---- processes that this one started ----
+
+
+def end_with_parent(parent: BaseProcess) -> None:
+    """End this process when `parent` ends, even if it is killed; a daemon thread waits for it."""
+
+    def wait_and_end() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=wait_and_end, daemon=True).start()

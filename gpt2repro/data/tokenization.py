@@ -206,7 +206,7 @@ def gpt2_encoding() -> tiktoken.Encoding:
 def _packaged_encoding(path: Path) -> tiktoken.Encoding:
     """GPT-2's encoding from OpenAI's encoder.json.
 
-    tiktoken's own loader, tiktoken.load.data_gym_to_mergeable_bpe_ranks, would copy local files into its cache directory.
+    tiktoken's own loader, tiktoken.load.data_gym_to_mergeable_bpe_ranks, would copy local files into a cache directory.
     """
     if sha256(path.read_bytes()).hexdigest() != ENCODER_SHA256:
         raise UserError(
