@@ -40,7 +40,7 @@ from gpt2repro.hub.model_card import model_card
 from gpt2repro.hub.upload import create_repository, upload
 from gpt2repro.models.folder import find_model, generate, save_model_folder
 from gpt2repro.models.openai_weights import from_gpt2
-from gpt2repro.models.unwrap import unwrapped, whole
+from gpt2repro.models.unwrap import full_tensor, unwrapped
 from gpt2repro.processes import cpu_asked, device_name, on_main, use_all_cores, world_size
 from gpt2repro.recipe import Recipe
 from gpt2repro.train import checkpoint
@@ -170,7 +170,7 @@ def train_step(
                 loss = model(input_ids=tokens[:, :-1], shift_labels=tokens[:, 1:], use_cache=False).loss
             accelerator.backward(loss)  # divides by the accumulation
         micro_losses.append(loss.detach())
-    grad_norm = whole(accelerator.clip_grad_norm_(model.parameters(), recipe.max_grad_norm))
+    grad_norm = full_tensor(accelerator.clip_grad_norm_(model.parameters(), recipe.max_grad_norm))
 
     mean_loss, stopping = agree(accelerator, torch.stack(micro_losses).mean(), stop)
     if guard.accepts(step, mean_loss, float(grad_norm), accelerator.scaler):

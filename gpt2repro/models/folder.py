@@ -20,7 +20,8 @@ from transformers import (
 )
 
 from gpt2repro.data.tokenization import build_tokenizer
-from gpt2repro.errors import UserError, explained
+from gpt2repro.errors import UserError
+from gpt2repro.models.errors import explained
 from gpt2repro.models.openai_weights import from_gpt2
 
 

@@ -17,7 +17,7 @@ from accelerate import Accelerator
 from tqdm import tqdm
 
 from gpt2repro.errors import first_line, written
-from gpt2repro.models.unwrap import whole
+from gpt2repro.models.unwrap import full_tensor
 from gpt2repro.recipe import Recipe
 from gpt2repro.train.guard import Guard
 
@@ -284,7 +284,7 @@ class Telemetry:
 
 
 def _norm(tensors: list[torch.Tensor]) -> torch.Tensor:
-    return whole(torch.nn.utils.get_total_norm(tensors))
+    return full_tensor(torch.nn.utils.get_total_norm(tensors))
 
 
 def _kind(row: dict) -> str:
