@@ -38,8 +38,9 @@ from gpt2repro.evaluation.hellaswag import ENDINGS, encode_item, evaluate_hellas
 from gpt2repro.evaluation.validation import Best, validation_losses
 from gpt2repro.hub.model_card import model_card
 from gpt2repro.hub.upload import create_repository, upload
-from gpt2repro.models.folder import find_model, generate, save_model_folder
+from gpt2repro.models.folder import find_model, save_model_folder
 from gpt2repro.models.openai_weights import from_gpt2
+from gpt2repro.models.sampling import generate
 from gpt2repro.models.unwrap import full_tensor, unwrapped
 from gpt2repro.processes import cpu_asked, device_name, on_main, use_all_cores, world_size
 from gpt2repro.recipe import Recipe
