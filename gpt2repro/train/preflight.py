@@ -20,7 +20,8 @@ from gpt2repro.errors import UserError
 from gpt2repro.models.folder import find_model, load_tokenizer
 from gpt2repro.models.openai_weights import gpt2_config
 from gpt2repro.processes import cpu_asked, missing_gpu, world_size
-from gpt2repro.recipe import Recipe, differences, parse_recipe
+from gpt2repro.recipe import Recipe
+from gpt2repro.recipe_file import differences, parse_recipe
 from gpt2repro.train import checkpoint
 from modeling_gpt2repro import GPT2ReproConfig, register_auto_classes
 
