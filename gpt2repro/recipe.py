@@ -80,7 +80,9 @@ class Recipe:
     )
 
     option = options_of("optimizer")
-    optimizer: Literal["adamw", "muon"] = option("adamw", "adamw for all weights, or muon for the blocks' matrices")
+    optimizer: str = option(
+        "adamw", "adamw, muon (for the blocks' matrices), or another in train/optimizers.py's registry"
+    )
     weight_decay: float = option(0.1, "decoupled weight decay of tensors with 2 or more dimensions", at_least=0)
     adam_beta1: float = option(0.9, "AdamW's first-moment decay rate", at_least=0, below=1)
     adam_beta2: float = option(0.95, "AdamW's second-moment decay rate", at_least=0, below=1)
