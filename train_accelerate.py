@@ -157,8 +157,7 @@ def train_step(
         The mean loss of all processes in nats per token, the gradient's norm before clipping, and why the run is to
         stop, if it is. They are the same on all processes.
     """
-    for optimizer in optimizers:
-        set_lr(optimizer, lr)  # first of all, as DeepSpeed makes its update with the last backward pass
+    set_lr(optimizers, lr)  # first of all, as DeepSpeed makes its update with the last backward pass
     micro_losses = []
     accelerator.gradient_accumulation_steps = recipe.accumulation(accelerator.num_processes, guard.batch(step))
     accelerator.step = 0  # its count of micro-batches, by which it knows the last one of a step

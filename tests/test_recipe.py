@@ -1,18 +1,49 @@
 """Recipes: what is read, what is refused, and the arithmetic of a step."""
 
 import dataclasses
+import re
+import typing
 from pathlib import Path
 
 import pytest
 import torch
 
 from gpt2repro.errors import UserError
-from gpt2repro.recipe import Recipe, differences, parse_recipe
+from gpt2repro.recipe import Recipe
+from gpt2repro.recipe_file import build_parser, default_of, differences, field_types, parse_recipe
 from modeling_gpt2repro import GPT2ReproConfig, GPT2ReproForCausalLM
 
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
+NUMBERS = (int, float, int | None, float | None)
+BOUNDARIES = [  # fields, their last accepted values, their first refused ones, the rule
+    (
+        "max_steps global_batch_tokens micro_batch_size sequence_length log_every checkpoint_every keep_last "
+        "sample_tokens max_bad_steps",
+        [1],
+        [0],
+        "at least 1",
+    ),
+    (
+        "batch_ramp_start batch_ramp_tokens warmup_steps validate_every validation_tokens hellaswag_every sample_every "
+        "num_workers keep_every patience max_rollbacks",
+        [0],
+        [-1],
+        "at least 0",
+    ),
+    (
+        "learning_rate min_learning_rate weight_decay muon_learning_rate muon_weight_decay max_hours",
+        [0.0],
+        [-1e-9],
+        "at least 0",
+    ),
+    ("adam_epsilon max_grad_norm sample_temperature spike_zscore", [1e-9], [0.0, -1e-9], "above 0"),
+    ("peak_tflops dollars_per_hour", [None, 1e-9], [0.0, -1e-9], "above 0"),
+    ("seed", [0, 2**32 - 1], [-1, 2**32], "at least 0 and below 4294967296"),
+    ("decay_fraction", [1e-9, 1.0], [0.0, 1 + 1e-9], "above 0 and at most 1"),
+    ("adam_beta1 adam_beta2 muon_momentum", [0.0, 1 - 1e-9], [-1e-9, 1.0], "at least 0 and below 1"),
+]
 
 
 def parse(tmp_path, text, *argv):
@@ -117,8 +148,8 @@ def test_sources_are_data_or_data_dir_and_flags_choose_anew(tmp_path, text, flag
 @pytest.mark.parametrize(
     ("text", "flags", "problem"),
     [
-        ("data_dir: x\ndata: {y: 1}", "", "data and data_dir are both given; data has all directories"),
-        ("", "--data_dir x --data y=1", "data and data_dir are both given; data has all directories"),
+        ("data_dir: x\ndata: {y: 1}", "", "data and data_dir are both given; list every directory in data"),
+        ("", "--data_dir x --data y=1", "data and data_dir are both given; list every directory in data"),
         ("", "--data x y", "data=['x', 'y'] is not a table of name: number"),
         ("", "--data x=much", "data=['x=much'] is not a table of name: number"),
         ("", "--data x=0.5 x=0.5", "data=['x=0.5', 'x=0.5'] is not a table of name: number"),
@@ -148,6 +179,44 @@ def test_all_problems_of_values_are_found_at_once():
         assert name in found
 
 
+@pytest.mark.parametrize(("names", "accepted", "refused", "rule"), BOUNDARIES)
+def test_bounds_accept_their_limit_and_refuse_what_is_beyond(names, accepted, refused, rule):
+    for name in names.split():
+        complaint = f"{name}={{}} must be {rule}"
+        for value in accepted:
+            assert complaint.format(value) not in Recipe(**{name: value}).problems(1)
+        for value in refused:
+            assert complaint.format(value) in Recipe(**{name: value}).problems(1)
+
+
+def test_every_number_has_bounds_that_a_test_crosses():
+    tested = " ".join(names for names, *_ in BOUNDARIES).split()
+    numbers = [name for name, hint in typing.get_type_hints(Recipe).items() if hint in NUMBERS]
+    assert sorted(tested) == sorted(numbers)
+    assert sorted(tested) == sorted(f.name for f in dataclasses.fields(Recipe) if f.metadata["bounds"])
+
+
+def test_hellaswag_data_must_exist(tmp_path):
+    missing, items = tmp_path / "missing.jsonl", tmp_path / "items.jsonl"
+    items.write_text("")
+    assert Recipe(hellaswag_data=str(items)).problems(1) == []
+    (problem,) = Recipe(hellaswag_data=str(missing)).problems(1)
+    assert problem == f"hellaswag_data={missing} must be a HellaSwag file, .jsonl or .jsonl.gz"
+
+
+def test_help_lists_every_field_in_its_group_with_its_default(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "1000")  # no line is wrapped
+    text = build_parser(field_types(GPT2ReproConfig)).format_help()
+    _, *parts = re.split(r"^(\S.*):\n", text, flags=re.MULTILINE)
+    sections = dict(zip(parts[::2], parts[1::2]))
+    groups = list(dict.fromkeys(f.metadata["group"] for f in dataclasses.fields(Recipe)))
+    assert list(sections) == ["options", *groups]
+    for f in dataclasses.fields(Recipe):
+        section = sections[f.metadata["group"]]
+        assert f"  --{f.name} " in section or f"  {f.name} (in the recipe file): " in section, f.name
+        assert f"{f.metadata['help']} (default: {default_of(f)})\n" in section, f.name
+
+
 @pytest.mark.parametrize(
     ("tokens", "micro", "length", "processes", "remedies"),
     [
@@ -175,28 +244,31 @@ def test_batch_that_does_not_divide_names_what_does(tokens, micro, length, proce
             "lower warmup_steps or decay_fraction",
         ),
         ({"lr_schedule": "wsd", "decay_fraction": 0}, "decay_fraction=0 must be above 0 and at most 1"),
-        ({"lr_schedule": "linear", "min_learning_rate": 1}, "min_learning_rate=1 is above learning_rate=0.0006"),
+        (
+            {"lr_schedule": "linear", "min_learning_rate": 1},
+            "min_learning_rate=1 must be at most learning_rate=0.0006; change one of them",
+        ),
         ({"muon_momentum": 1.0}, "muon_momentum=1.0 must be at least 0 and below 1"),
         (
             {"optimizer": "muon", "learning_rate": 0, "min_learning_rate": 0},
-            "learning_rate=0 must be above 0 with muon, whose learning rate is in proportion to it",
+            "learning_rate=0 must be above 0 with muon, whose learning rate is a multiple of it",
         ),
         (
             {"batch_ramp_start": 65536},
-            "batch_ramp_start=65536 and batch_ramp_tokens=0: a ramp has both; give both, or neither",
+            "batch_ramp_start=65536 and batch_ramp_tokens=0: a ramp needs both; set both, or neither",
         ),
         (
             {"batch_ramp_tokens": 10},
-            "batch_ramp_start=0 and batch_ramp_tokens=10: a ramp has both; give both, or neither",
+            "batch_ramp_start=0 and batch_ramp_tokens=10: a ramp needs both; set both, or neither",
         ),
         ({"batch_ramp_start": -1}, "batch_ramp_start=-1 must be at least 0"),
         (
             {"eval_only": True},
-            "init_from=scratch has learnt nothing; with eval_only add --init_from with a run or a model",
+            "init_from=scratch is untrained; with eval_only, set --init_from to a run or a model",
         ),
         (
             {"patience": 2, "validate_every": 0},
-            "patience=2 counts validations, and validate_every=0 has none; change one of them",
+            "patience=2 counts validations, but validate_every=0 runs none; change one of them",
         ),
     ],
 )

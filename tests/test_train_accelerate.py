@@ -248,8 +248,8 @@ def test_a_growing_batch_with_muon_learns_as_written_out_with_any_processes(trai
         loss.backward()
         losses.append(loss.item())
         norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.max_grad_norm).item())
+        set_lr(optimizers, lr_at(step, recipe))
         for optimizer in optimizers:
-            set_lr(optimizer, lr_at(step, recipe))
             optimizer.step()
             optimizer.zero_grad()
     for name in ("1x8", "2x2"):

@@ -20,8 +20,10 @@ from gpt2repro.errors import UserError
 from gpt2repro.models.folder import find_model, load_tokenizer
 from gpt2repro.models.openai_weights import gpt2_config
 from gpt2repro.processes import cpu_asked, missing_gpu, world_size
-from gpt2repro.recipe import Recipe, differences, parse_recipe
+from gpt2repro.recipe import Recipe
+from gpt2repro.recipe_file import differences, parse_recipe
 from gpt2repro.train import checkpoint
+from gpt2repro.train.optimizers import optimizer_problems
 from modeling_gpt2repro import GPT2ReproConfig, register_auto_classes
 
 
@@ -40,7 +42,7 @@ def settle(argv: list[str]) -> tuple[Recipe, dict, GPT2ReproConfig, PreTrainedTo
     recipe, problems = parse_recipe(argv, DEMO, GPT2ReproConfig)
     if not problems and not recipe.data and not any(word.split("=")[0] == "--config" for word in argv):
         prepare_demo(recipe)
-    problems += recipe.problems(world_size()) + missing_gpu()
+    problems += recipe.problems(world_size()) + optimizer_problems(recipe) + missing_gpu()
     problems += [] if recipe.eval_only else output_problems(recipe)
     if recipe.report_to not in ("none", *map(str, get_available_trackers())):
         problems.append(f"report_to={recipe.report_to} is not installed; run `pip install {recipe.report_to}`")
