@@ -25,7 +25,10 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
+from gpt2repro import files
 from gpt2repro.data import shards
+from gpt2repro.data.manifest import MANIFEST, Manifest, TokenizerRecord, remedy
+from gpt2repro.data.shards import Split
 from gpt2repro.data.tokenization import build_tokenizer, expected_vocab_size
 from gpt2repro.errors import Parser, UserError, run_script
 from gpt2repro.prepare import parts as preparation
@@ -50,7 +53,8 @@ SHARD_TOKENS_HELP = (
 def main(argv: list[str]) -> None:
     args = parse_arguments(argv)
     if args.verify:
-        manifest = shards.verify(args.verify, args.num_workers, lambda shards: tqdm(shards, unit=" shards"))
+        manifest = Manifest.read(args.verify)
+        manifest.verify(args.verify, args.num_workers, lambda shards: tqdm(shards, unit=" shards"))
         print(summary(args.verify, manifest))
         return
     if args.describe:
@@ -76,7 +80,7 @@ def prepare(output_dir: Path, args: argparse.Namespace) -> None:
     check_space(output_dir, corpus, expected_vocab_size(tokenizer_name), args)
     begun = settings_of(args) | {"corpus_facts": corpus.facts, "modified": corpus.modified}
     built = tokenizer_of(output_dir, begun)
-    shards.write_json(output_dir / SETTINGS, begun | built)
+    files.write_json(output_dir / SETTINGS, begun | built)
     report = None
     if args.dedup:
         if (report := deduplicated(args, corpus)) is None:
@@ -85,7 +89,7 @@ def prepare(output_dir: Path, args: argparse.Namespace) -> None:
         corpus = replace(corpus, pieces=open_corpus("files", str(output_dir / DEDUPLICATED / "documents")).pieces)
     if not built:
         built = build_and_save(tokenizer_name, corpus, args)
-        shards.write_json(output_dir / SETTINGS, begun | built)
+        files.write_json(output_dir / SETTINGS, begun | built)
     tokenizer = built["tokenizer_facts"]
     common = preparation.Settings(
         output_dir=output_dir,
@@ -102,19 +106,20 @@ def prepare(output_dir: Path, args: argparse.Namespace) -> None:
     refuse_an_empty_split(output_dir, records, split, corpus, args)
     counted = [record["notes"] for record in records] + ([report["notes"]] if report else [])
     notes = {note: sum(counts[note] for counts in counted) for note in NOTES}
-    manifest = {
-        "format_version": shards.FORMAT_VERSION,
-        "corpus": {"name": args.corpus, **corpus.facts},
-        "tokenizer": tokenizer,
-        "tokenizer_files": built["tokenizer_files"],
-        "deduplication": report,
-        "split": split,
-        "settings": settings_of(args),
-        "repaired_documents": notes["repaired"],
-        "skipped_documents": {note: notes[note] for note in SKIPPED},
-        "splits": preparation.put_together(records, common),
-    }
-    shards.write_json(output_dir / shards.MANIFEST, shards.seal(manifest))
+    manifest = Manifest(
+        corpus={"name": args.corpus, **corpus.facts},
+        tokenizer=TokenizerRecord.from_dict(tokenizer),
+        splits={name: Split.from_dict(s) for name, s in preparation.put_together(records, common).items()},
+        preparation={
+            "tokenizer_files": built["tokenizer_files"],
+            "deduplication": report,
+            "split": split,
+            "settings": settings_of(args),
+            "repaired_documents": notes["repaired"],
+            "skipped_documents": {note: notes[note] for note in SKIPPED},
+        },
+    )
+    manifest.write(output_dir)
     tidy(output_dir)
     print(summary(output_dir, manifest))
 
@@ -126,7 +131,7 @@ def build_and_save(name: str, corpus: Corpus, args: argparse.Namespace) -> dict:
     folder = Path(args.output_dir) / "tokenizer"
     shutil.rmtree(folder, ignore_errors=True)
     tokenizer.fast.save_pretrained(folder)
-    hashes = {path.name: shards.file_sha256(path) for path in sorted(folder.iterdir())}
+    hashes = {path.name: files.file_sha256(path) for path in sorted(folder.iterdir())}
     return {"tokenizer_facts": tokenizer.describe(), "tokenizer_files": hashes}
 
 
@@ -137,14 +142,14 @@ def tokenizer_of(output_dir: Path, begun: dict) -> dict:
     files = built["tokenizer_files"]
     if not files or recorded != begun:
         return {}
-    damaged = any(shards.file_problem(output_dir / "tokenizer" / name, sha256) for name, sha256 in files.items())
+    damaged = any(files.file_problem(output_dir / "tokenizer" / name, sha256) for name, sha256 in files.items())
     return {} if damaged else built
 
 
 def tidy(output_dir: Path) -> None:
     """Remove what only an unfinished directory needs."""
     preparation.clean_up(output_dir)
-    for name in (SETTINGS, SETTINGS + ".tmp", shards.MANIFEST + ".tmp", LOCK):
+    for name in (SETTINGS, SETTINGS + ".tmp", MANIFEST + ".tmp", LOCK):
         (output_dir / name).unlink(missing_ok=True)
 
 
@@ -237,7 +242,7 @@ def already_prepared(output_dir: Path, args: argparse.Namespace) -> bool:
     if output_dir.is_dir() and {path.name for path in output_dir.iterdir()} <= {SETTINGS + ".tmp", LOCK}:
         return False  # empty, or interrupted before the first file was written
     asked = settings_of(args)
-    for name in (shards.MANIFEST, SETTINGS):
+    for name in (MANIFEST, SETTINGS):
         if (found := recorded_settings(output_dir / name)) is None:
             continue
         if name == SETTINGS and not any(output_dir.glob("parts/part_*.json")):  # only this may be made already:
@@ -251,9 +256,9 @@ def already_prepared(output_dir: Path, args: argparse.Namespace) -> bool:
             return False
         if args.corpus == "files" or Path(args.corpus).is_dir():  # they may have changed since
             open_asked(output_dir, args)
-        manifest = shards.read_manifest(output_dir)
-        if damaged := shards.unsound(output_dir, manifest):
-            raise UserError("\n".join(f"{problem}; {shards.again(output_dir)}" for problem in damaged))
+        manifest = Manifest.read(output_dir)
+        if damaged := manifest.missing_shards(output_dir):
+            raise UserError("\n".join(f"{problem}; {remedy(output_dir)}" for problem in damaged))
         tidy(output_dir)  # perhaps the last moments were missing
         print(f"already prepared: {summary(output_dir, manifest)}")
         return True
@@ -270,8 +275,8 @@ def open_asked(output_dir: Path, args: argparse.Namespace) -> Corpus:
         UserError: it cannot be had, or it is not the corpus that the directory was begun with.
     """
     recorded = {}
-    if (output_dir / shards.MANIFEST).exists():
-        recorded = shards.read_manifest(output_dir)["corpus"]
+    if (output_dir / MANIFEST).exists():
+        recorded = Manifest.read(output_dir).corpus
     elif (output_dir / DEDUPLICATED).exists() or any(output_dir.glob("parts/part_*.json")):
         found = recorded_settings(output_dir / SETTINGS) or {}
         recorded = found.get("corpus_facts", {}) | {"modified": found.get("modified")}
@@ -290,7 +295,7 @@ def recorded_settings(path: Path) -> dict | None:
     """The settings that a manifest, or SETTINGS, records; None where there is no such file of ours."""
     try:
         content = json.loads(path.read_text())
-        return dict(content["settings"] if path.name == shards.MANIFEST else content)
+        return dict(content["settings"] if path.name == MANIFEST else content)
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
@@ -381,15 +386,15 @@ def refuse_an_empty_split(
             raise UserError(f"the {name} split got no document ({split}); {remedy}")
 
 
-def summary(directory: str | Path, manifest: dict) -> str:
+def summary(directory: str | Path, manifest: Manifest) -> str:
     parts = [
-        f"{name} {split['tokens']:,} tokens, {split['documents']:,} documents, {len(split['shards'])} shards"
-        for name, split in manifest["splits"].items()
+        f"{name} {split.tokens:,} tokens, {split.documents:,} documents, {len(split.shards)} shards"
+        for name, split in manifest.splits.items()
     ]
-    if left_out := sum(manifest.get("skipped_documents", {}).values()):
+    if left_out := sum(manifest.preparation.get("skipped_documents", {}).values()):
         parts.append(f"{left_out:,} rows left out, which had no text")
-    tokenizer = manifest["tokenizer"]
-    return f"{directory}: {'; '.join(parts)}; tokenizer {tokenizer['name']}, {tokenizer['vocab_size']:,} ids"
+    tokenizer = manifest.tokenizer
+    return f"{directory}: {'; '.join(parts)}; tokenizer {tokenizer.name}, {tokenizer.vocab_size:,} ids"
 
 
 if __name__ == "__main__":

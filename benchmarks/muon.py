@@ -28,7 +28,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from gpt2repro.prepare.corpora import python_docs
-from gpt2repro.train.telemetry import provenance, read_metrics
+from gpt2repro.train.metrics import read_metrics
+from gpt2repro.train.report import provenance
 
 
 ROOT = Path(__file__).resolve().parents[1]

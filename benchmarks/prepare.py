@@ -40,7 +40,7 @@ import pyarrow.parquet
 from gpt2repro.data.tokenization import END_OF_TEXT, gpt2_encoding
 from gpt2repro.prepare import parts as preparation
 from gpt2repro.prepare.corpora import Piece, open_corpus
-from gpt2repro.train.telemetry import provenance
+from gpt2repro.train.report import provenance
 
 
 EOT = 50_256

@@ -21,8 +21,10 @@ from transformers import (
 
 from gpt2repro.data.tokenization import build_tokenizer
 from gpt2repro.errors import UserError
+from gpt2repro.files import new_folder
 from gpt2repro.models.errors import explained
 from gpt2repro.models.openai_weights import from_gpt2
+from gpt2repro.run_folder import RunFolder
 from modeling_gpt2repro import register_auto_classes
 
 
@@ -37,14 +39,14 @@ def find_model(name: str) -> str:
         UserError: a folder without a model, or a path that does not exist.
     """
     folder = Path(name)
-    for candidate in (folder / "model", folder):
+    for candidate in (RunFolder(folder).model, folder):
         if (candidate / "config.json").is_file():
             return str(candidate)
     if folder.is_file():
         return name
     if folder.exists():
-        checkpoints = sorted(folder.glob("checkpoints/step_*"))
-        unfinished = f" (an unfinished run; its newest checkpoint is {checkpoints[-1]})" if checkpoints else ""
+        newest = RunFolder(folder).latest_checkpoint()
+        unfinished = f" (an unfinished run; its newest checkpoint is {newest})" if newest else ""
         raise UserError(f"{name} holds no model: neither config.json nor model/config.json exists{unfinished}")
     if name.count("/") > 1 or name.startswith((".", "/")):
         raise UserError(f"{name} does not exist; give a model folder, a run folder or a Hub id")
@@ -58,27 +60,24 @@ def save_model_folder(
     card: ModelCard,
     picture: Path | None = None,
 ) -> None:
-    """Write weights, code, tokenizer, generation defaults, model card and loss curve, all or nothing.
+    """Write weights, code, tokenizer, generation defaults, model card and loss curve, atomically.
 
     Args:
         model: a plain model, see `unwrapped`.
         picture: the loss curve as PNG.
     """
-    temporary = folder.with_name("writing_" + folder.name)
-    shutil.rmtree(temporary, ignore_errors=True)
     config = model.config
     if model.generation_config._from_model_config:  # nobody has chosen one
         model.generation_config = GenerationConfig(
             bos_token_id=config.bos_token_id, eos_token_id=config.eos_token_id, do_sample=True, top_k=50
         )
-    model.save_pretrained(temporary)
     tokenizer.model_max_length = config.n_positions
-    _save_tokenizer(temporary, tokenizer)
-    card.save(temporary / "README.md")
-    if picture:
-        shutil.copy(picture, temporary / "loss.png")
-    shutil.rmtree(folder, ignore_errors=True)  # an earlier export of the same run
-    temporary.rename(folder)
+    with new_folder(folder) as unfinished:
+        model.save_pretrained(unfinished)
+        _save_tokenizer(unfinished, tokenizer)
+        card.save(unfinished / "README.md")
+        if picture:
+            shutil.copy(picture, unfinished / "loss.png")
 
 
 def _save_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:

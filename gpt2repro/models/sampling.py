@@ -9,14 +9,18 @@ from gpt2repro.errors import UserError
 DEFAULTS = {"do_sample": True, "top_k": 50}
 
 
+def prompt_text(prompt: str, tokenizer: PreTrainedTokenizerBase) -> str:
+    """The prompt; for an empty one the text that begins a document."""
+    return prompt or tokenizer.bos_token or "\n"
+
+
 def encode_prompt(prompt: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
     """(1, T) int64 token ids on the model's device; an empty prompt is the start of a document.
 
     Raises:
         UserError: the tokenizer has no token for the prompt, or the prompt leaves no position for a new token.
     """
-    text = prompt or tokenizer.bos_token or "\n"
-    ids = tokenizer(text, return_tensors="pt").input_ids.to(model.device)
+    ids = tokenizer(prompt_text(prompt, tokenizer), return_tensors="pt").input_ids.to(model.device)
     positions = getattr(model.config, "max_position_embeddings", None)
     if not ids.numel():
         raise UserError(f"the tokenizer has no token for the prompt {prompt!r}; use characters of its corpus")

@@ -36,8 +36,8 @@ from urllib.parse import urlsplit, urlunsplit
 
 import numpy as np
 
-from gpt2repro.data.shards import write_json
 from gpt2repro.errors import UserError, first_line
+from gpt2repro.files import write_json
 from gpt2repro.prepare.corpora import NOTES, Piece, open_corpus
 
 

@@ -4,7 +4,9 @@ from pathlib import Path
 
 import numpy as np
 
-from gpt2repro.data import shards
+from gpt2repro.data.manifest import Manifest
+from gpt2repro.data.shards import SPLITS
+from gpt2repro.data.token_stream import TokenStream
 from gpt2repro.models.folder import load_tokenizer
 
 
@@ -20,24 +22,24 @@ def describe(data_dir: str | Path) -> str:
     Raises:
         UserError: the directory is missing or unfinished, or a shard cannot be opened.
     """
-    manifest = shards.read_manifest(data_dir)
+    manifest = Manifest.read(data_dir)
     tokenizer = load_tokenizer(Path(data_dir) / "tokenizer")
-    eot_id = manifest["tokenizer"]["eot_id"]
-    corpus = ", ".join(f"{key} {value}" for key, value in manifest["corpus"].items() if isinstance(value, str | int))
+    eot_id = manifest.tokenizer.eot_id
+    corpus = ", ".join(f"{key} {value}" for key, value in manifest.corpus.items() if isinstance(value, str | int))
     lines = [
         f"{data_dir}: {corpus}",
-        f"tokenizer {manifest['tokenizer']['name']}, {manifest['tokenizer']['vocab_size']:,} ids",
+        f"tokenizer {manifest.tokenizer.name}, {manifest.tokenizer.vocab_size:,} ids",
     ]
-    for name in shards.SPLITS:
-        split, stream = manifest["splits"][name], shards.TokenStream.open(data_dir, name)
-        lines += ["", f"{name}: {split['tokens']:,} tokens in {split['documents']:,} documents and "
-                  f"{len(split['shards'])} shards, {split['bytes']:,} bytes of text, "
-                  f"{split['tokens'] / max(split['bytes'], 1):.4f} tokens per byte"]  # fmt: skip
+    for name in SPLITS:
+        split, stream = manifest.splits[name], TokenStream.open(data_dir, name)
+        lines += ["", f"{name}: {split.tokens:,} tokens in {split.documents:,} documents and "
+                  f"{len(split.shards)} shards, {split.bytes:,} bytes of text, "
+                  f"{split.tokens / max(split.bytes or 0, 1):.4f} tokens per byte"]  # fmt: skip
         starts = [0]
         if eot_id is not None:
             starts, counts = document_lengths(stream, eot_id)
             lines += ["", f"{'tokens in a document':>24} {'documents':>12}", *histogram(counts)]
-        for number, start in enumerate(starts[: split["documents"]], start=1):
+        for number, start in enumerate(starts[: split.documents], start=1):
             ids = stream.read(start, min(SHOWN_TOKENS, len(stream) - start)).tolist()
             if eot_id in ids[1:]:
                 ids = ids[: ids.index(eot_id, 1)]
@@ -45,7 +47,7 @@ def describe(data_dir: str | Path) -> str:
     return "\n".join(lines)
 
 
-def document_lengths(stream: shards.TokenStream, eot_id: int) -> tuple[list[int], np.ndarray]:
+def document_lengths(stream: TokenStream, eot_id: int) -> tuple[list[int], np.ndarray]:
     """Where the first SHOWN_DOCUMENTS start; and (64,) int64, how many documents have 2^i ... 2^(i+1) - 1 tokens, their
     opening id included."""
     first: list[int] = []

@@ -25,7 +25,9 @@ from pathlib import Path
 
 import numpy as np
 
+from gpt2repro import files
 from gpt2repro.data import shards
+from gpt2repro.data.token_stream import TokenStream
 from gpt2repro.data.tokenization import load_encoder
 from gpt2repro.errors import UserError, first_line
 from gpt2repro.prepare.corpora import NOTES, Piece, with_attempts
@@ -132,10 +134,10 @@ def prepare_part(
             "quota": dataclasses.asdict(quota),
             "complete": complete,
             "notes": notes,
-            "splits": {split: writer.finish() for split, writer in writers.items()},
+            "splits": {split: writer.finish().to_dict() for split, writer in writers.items()},
             "val_lengths": val_lengths,  # tokens of each document, for `_merged`
         }
-        shards.write_json(marker, record)
+        files.write_json(marker, record)
     return record
 
 
@@ -389,7 +391,7 @@ def put_together(records: list[dict], settings: Settings) -> dict:
         splits[split] = {unit: sum(part[unit] for part in parts) for unit in ("tokens", "documents", "bytes")}
         # Without a token to open them, the documents of a part may all be empty, and in no shard.
         splits[split] |= {"documents": sum(shard["documents"] for shard in pieces), "shards": pieces}
-    shards.flush(output_dir)
+    files.flush(output_dir)
     return splits
 
 
@@ -401,7 +403,7 @@ def _merged(records: list[dict], settings: Settings) -> list[dict]:
     with no_space(settings.output_dir), _discarding([writer]):
         for record in records:
             pieces = record["splits"]["val"]["shards"]
-            stream = shards.TokenStream(
+            stream = TokenStream(
                 tuple(folder / shard["file"] for shard in pieces),
                 tuple(shard["tokens"] for shard in pieces),
                 (None,) * len(pieces),
@@ -411,7 +413,7 @@ def _merged(records: list[dict], settings: Settings) -> list[dict]:
             for length in record["val_lengths"]:
                 writer.add(stream.read(end + opening, length - opening), text_bytes=0)
                 end += length
-        return writer.finish()["shards"]
+        return writer.finish().to_dict()["shards"]
 
 
 def clean_up(output_dir: Path) -> None:
