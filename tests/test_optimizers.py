@@ -69,7 +69,7 @@ def test_muon_updates_the_block_matrices_and_adamw_the_rest(model):
 
 
 def test_muon_steps_as_written_out(model):
-    """Two steps of Nesterov momentum, five Newton-Schulz iterations, the aspect ratio's square root, decoupled decay."""
+    """Nesterov momentum, five Newton-Schulz iterations, the aspect ratio's square root, decoupled decay; two steps."""
     _, muon = build_optimizers(model, MUON)
     weights = {name: p for name, p in model.named_parameters() if name.endswith(MATRICES) and ".h." in name}
     expected = {name: p.detach().double() for name, p in weights.items()}
