@@ -47,7 +47,7 @@ def names_of(optimizer, model):
     return {names[p] for group in optimizer.param_groups for p in group["params"]}
 
 
-def orthogonalised(matrix):
+def orthogonalized(matrix):
     """Muon's quintic applied five times to the singular values of a matrix, in float64."""
     u, s, v = torch.linalg.svd(matrix.double(), full_matrices=False)
     s = s / matrix.double().norm()
@@ -66,7 +66,7 @@ def test_muon_updates_the_block_matrices_and_adamw_the_rest(model):
 
 
 def test_muon_steps_as_written_out(model):
-    """Two steps of Nesterov momentum, five Newton-Schulz iterations, the square root of the aspect ratio, decay."""
+    """Nesterov momentum, five Newton-Schulz iterations, the aspect ratio's square root, decoupled decay; two steps."""
     _, muon = build_optimizers(model, MUON)
     weights = {name: p for name, p in model.named_parameters() if name.endswith(MATRICES) and ".h." in name}
     expected = {name: p.detach().double() for name, p in weights.items()}
@@ -75,7 +75,7 @@ def test_muon_steps_as_written_out(model):
         for name, p in weights.items():
             p.grad = torch.randn_like(p)
             momenta[name] = 0.9 * momenta[name] + 0.1 * p.grad.double()
-            update = orthogonalised(0.1 * p.grad.double() + 0.9 * momenta[name])
+            update = orthogonalized(0.1 * p.grad.double() + 0.9 * momenta[name])
             update *= math.sqrt(max(1, p.shape[0] / p.shape[1]))
             expected[name] = expected[name] * (1 - 0.02 * 0.5) - 0.02 * update
         before = {name: p.detach().double() for name, p in weights.items()}
