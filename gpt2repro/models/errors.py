@@ -19,7 +19,7 @@ LIBRARY_ERRORS = (
     StrictDataclassError,
 )
 ACCESS_DENIED = (401, 403, 404)  # HTTP; the Hub answers 404 for a private repository, too
-LOG_IN = "check the name, log in with `hf auth login`, and if the model is gated, request access on its page"
+LOG_IN = "check the name, log in with `hf auth login`, and if the model is gated, ask for access on its page"
 
 
 @contextlib.contextmanager
