@@ -6,7 +6,7 @@
     accelerate launch --config_file accelerate_configs/ddp_8gpu.yaml eval_hellaswag.py runs/mine --batch_size 32
 
 The protocol is described in gpt2repro/evaluation/hellaswag.py. MODEL is a run, a folder with weights, configuration and
-tokenizer as save_pretrained writes them, or a Hub id.
+tokenizer as written by save_pretrained, a Hub id, or a file of nanoGPT, build-nanogpt or llm.c.
 """
 
 import argparse
@@ -30,60 +30,70 @@ from gpt2repro.evaluation.hellaswag import (
 )
 from gpt2repro.models.folder import find_model, open_model
 from gpt2repro.processes import cpu_asked
-from modeling_gpt2repro import register_auto_classes
 
 
 PROTOCOL = "completion style, build-nanogpt"
-# name, acc, acc_norm; build-nanogpt hellaswag.py:12-19, on the full set with its WikiHow marks
-REFERENCES: list[tuple[str, float, float]] = [
-    ("OpenAI gpt2", OPENAI_GPT2["hellaswag_acc"], OPENAI_GPT2["hellaswag_acc_norm"]),
-    ("OpenAI gpt2-xl", 0.3842, 0.4893),
-]
+# On the full set with its WikiHow marks. Source: build-nanogpt hellaswag.py:12-19
+REFERENCES = {
+    "OpenAI gpt2": OPENAI_GPT2,
+    "OpenAI gpt2-xl": {"hellaswag_acc": 0.3842, "hellaswag_acc_norm": 0.4893},
+}
 WIKIHOW_MARK = "[header]"
-DEFAULT_BATCH_SIZE = {"cpu": 1}  # with GPT-2's vocabulary one CPU thread was 3.6 times slower with 16
+BATCH_SIZE = 16
+CPU_BATCH_SIZE = 1  # with GPT-2's vocabulary one CPU thread was 3.6 times slower with 16
 DTYPES: dict[str, str | torch.dtype] = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def main(argv: list[str]) -> None:
     args = parse_arguments(argv)
     check_arguments(args)
-    register_auto_classes()
     accelerator = Accelerator(cpu=cpu_asked())
-    with accelerator.main_process_first():  # the others find what was downloaded, or copied as code, in the caches
+    with accelerator.main_process_first():  # the other ranks find downloads and remote code in the caches
         items = load_items(args.data, args.limit)
         model, tokenizer = open_model(args.model, DTYPES[args.dtype], args.trust_remote_code)
 
     config = model.config.get_text_config()
-    max_length = getattr(config, "max_position_embeddings", None)  # n_positions goes by this name, too
+    max_length = getattr(config, "max_position_embeddings", None)  # an alias of n_positions
     encoded = [encode_item(item, tokenizer, max_length) for item in items]
     check_vocabulary(args.model, encoded, config.vocab_size)
     model = model.to(accelerator.device)
-    batch_size = args.batch_size or DEFAULT_BATCH_SIZE.get(accelerator.device.type, 16)
+    default_batch_size = CPU_BATCH_SIZE if accelerator.device.type == "cpu" else BATCH_SIZE
+    batch_size = args.batch_size or default_batch_size
     metrics, records = evaluate_hellaswag(model, encoded, accelerator, batch_size, progress=True)
 
     if accelerator.is_main_process:
-        print(table(args.model, metrics))
-        for note in notes(items, encoded, max_length):
-            print(f"note: {note}")
+        print(score_table(args.model, metrics))
+        for caveat in caveats(items, encoded, max_length):
+            print(f"note: {caveat}")
         if args.output:
-            write_output(args, model, accelerator, items, metrics, records)
+            report = {
+                "model": args.model,
+                "protocol": PROTOCOL,
+                "data": describe_data(args.data),
+                "n": len(items),
+                "dtype": str(model.dtype).removeprefix("torch."),
+                "mixed_precision": accelerator.mixed_precision,
+                "results": metrics,
+                "items": [item_scores(item, record) for item, record in zip(items, records)],
+            }
+            write_report(report, args.output)
     accelerator.end_training()
 
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser = Parser(__doc__)
-    parser.add_argument("model", help="run, checkpoint, folder, Hub id, or another trainer's file")
-    parser.add_argument("--data", help="local hellaswag_val.jsonl or .jsonl.gz; the default is the Hub's copy")
-    parser.add_argument("--limit", type=int, help="score only the first so many items")
-    parser.add_argument("--batch_size", type=int, help="items a forward pass, each of 4 rows; 16, or 1 on a CPU")
-    parser.add_argument("--output", help="write results and the scores of every item to this JSON file")
-    parser.add_argument("--dtype", choices=DTYPES, default="auto", help="precision of the weights; auto: as saved")
-    parser.add_argument("--trust_remote_code", action="store_true", help="run the model code that MODEL brings")
+    parser.add_argument("model", help="run, checkpoint, model folder, Hub id, or another trainer's file")
+    parser.add_argument("--data", help="local hellaswag_val.jsonl or .jsonl.gz (default: from the Hub)")
+    parser.add_argument("--limit", type=int, help="score only the first LIMIT items")
+    parser.add_argument("--batch_size", type=int, help="items per forward pass, 4 rows each (default: 16, on a CPU 1)")
+    parser.add_argument("--output", help="write the results and every item's scores to this JSON file")
+    parser.add_argument("--dtype", choices=DTYPES, default="auto", help="dtype of the weights; auto: as saved")
+    parser.add_argument("--trust_remote_code", action="store_true", help="run the model code that comes with MODEL")
     return parser.parse_args(argv)
 
 
 def check_arguments(args: argparse.Namespace) -> None:
-    """Raise one UserError with all mistakes that show before anything is loaded."""
+    """Raise one UserError with every mistake that can be found before anything is loaded."""
     problems = []
     for name in ("limit", "batch_size"):
         value = getattr(args, name)
@@ -104,63 +114,59 @@ def check_arguments(args: argparse.Namespace) -> None:
 
 
 def check_vocabulary(name: str, encoded: list, vocab_size: int) -> None:
-    """Raise a UserError where the tokenizer is another model's: an unknown id would end in an error of the device."""
+    """Raise a UserError if the tokenizer is another model's; an unknown id would end in a device-side error."""
     highest = max(max(row) for item in encoded for row in item.rows)
     if highest >= vocab_size:
         raise UserError(
-            f"{name}: the tokenizer makes token {highest}, but the model knows only {vocab_size}; "
+            f"{name}: the tokenizer returns token {highest}, but the model knows only {vocab_size}; "
             "the tokenizer belongs to another model"
         )
 
 
-def table(model: str, metrics: dict) -> str:
+def score_table(model: str, metrics: dict) -> str:
+    """The model's accuracies with standard errors, above those of OpenAI's models."""
     acc = with_error(metrics["hellaswag_acc"], metrics["hellaswag_acc_stderr"])
     acc_norm = with_error(metrics["hellaswag_acc_norm"], metrics["hellaswag_acc_norm_stderr"])
     rows = [("model", "acc", "acc_norm", "items"), (model, acc, acc_norm, f"{metrics['hellaswag_items']:,}")]
-    rows += [(name, f"{acc:.4f}", f"{acc_norm:.4f}", f"{FULL_SET:,}") for name, acc, acc_norm in REFERENCES]
+    for name, reference in REFERENCES.items():
+        acc, acc_norm = f"{reference['hellaswag_acc']:.4f}", f"{reference['hellaswag_acc_norm']:.4f}"
+        rows.append((name, acc, acc_norm, f"{FULL_SET:,}"))
     width = max(len(name) for name, *_ in rows)
     lines = [f"{name:{width}}  {acc:15}  {acc_norm:15}  {items:>7}" for name, acc, acc_norm, items in rows]
     return "\n".join([f"HellaSwag ({PROTOCOL})", *lines])
 
 
-def notes(items: list[dict], encoded: list, max_length: int | None) -> list[str]:
-    """What keeps this score from being compared with the references."""
+def caveats(items: list[dict], encoded: list, max_length: int | None) -> list[str]:
+    """Why this score is not comparable with the references."""
     found = []
     if len(items) < FULL_SET:
         found.append(
-            f"only the first {len(items):,} of {FULL_SET:,} items, and no random sample (ActivityNet's come first): "
+            f"only the first {len(items):,} of {FULL_SET:,} items, not a random sample (ActivityNet's come first): "
             "do not compare with the full set"
         )
     elif not any(WIKIHOW_MARK in item["ctx"] for item in items):
         found.append("this copy of the set lacks WikiHow's [header], [title], [step] marks; the references had them")
-    if cut := sum(item.cut for item in encoded):
+    cut = sum(item.cut for item in encoded)
+    if cut:
         found.append(f"{cut:,} items were cut to the model's {max_length} positions")
     return found
 
 
-def write_output(args: argparse.Namespace, model, accelerator, items: list[dict], metrics: dict, records: list) -> None:
-    """Everything that is needed to check the score or to compare two models item by item, as JSON."""
-    rows = []
-    for item, record in zip(items, records):
-        prediction, prediction_norm = predict(record)
-        number = {"ind": item["ind"]} if "ind" in item else {}
-        rows.append({**number, **record, "prediction": prediction, "prediction_norm": prediction_norm})
-    output = {
-        "model": args.model,
-        "protocol": PROTOCOL,
-        "data": describe_data(args.data),
-        "n": len(items),
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "mixed_precision": accelerator.mixed_precision,
-        "results": metrics,
-        "items": rows,
-    }
-    with open(args.output, "x") as file:  # "x": nor is a file overwritten that appeared since the beginning
-        json.dump(output, file)
-    print(f"wrote {args.output}")
+def item_scores(item: dict, record: dict) -> dict:
+    """What is needed to check the score, or to compare two models item by item."""
+    prediction, prediction_norm = predict(record)
+    number = {"ind": item["ind"]} if "ind" in item else {}
+    return {**number, **record, "prediction": prediction, "prediction_norm": prediction_norm}
+
+
+def write_report(report: dict, path: str) -> None:
+    with open(path, "x") as file:  # "x": does not overwrite a file created in the meantime either
+        json.dump(report, file)
+    print(f"wrote {path}")
 
 
 def describe_data(data: str | None) -> dict:
+    """Where the items come from, with the hash of a local file."""
     if data is None:
         return {"hub_id": HUB_ID, "split": "validation"}
     with open(data, "rb") as file:

@@ -1,11 +1,11 @@
 """GPT-2 (Radford et al. 2019, "Language Models are Unsupervised Multitask Learners") as a transformers model.
 
-The file is self-contained (torch and transformers only) because `save_pretrained` and `push_to_hub` copy it beside
-the weights, where `from_pretrained(..., trust_remote_code=True)` runs it. Read it bottom-up in the order it is
-written: loss, attention, MLP, block, trunk, language model.
+The file is self-contained (torch and transformers only) because `save_pretrained` and `push_to_hub` copy it next to
+the weights, where `from_pretrained(..., trust_remote_code=True)` runs it. It builds up from the parts to the whole:
+loss, attention, MLP, block, trunk, language model.
 
 Shapes in comments: B batch, T positions of this call, S cached + new positions, D = n_embd, H = n_head,
-hs = D / H head size, V = vocab_size (rows of the embedding, padding included), N = B * T tokens.
+hs = D / H head size, V = vocab_size (rows of the embedding, including padding), N = B * T tokens.
 """
 
 import math
@@ -35,18 +35,18 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 
-IGNORE_INDEX = -100  # the label that carries no loss, as everywhere in torch and transformers
-LOGITS_PER_CHUNK = 2**27  # elements of the loss's logits that exist at once: 0.5 GiB in float32
+IGNORE_INDEX = -100  # label of positions without loss, the convention of torch and transformers
+LOGITS_PER_CHUNK = 2**27  # logits that the loss materializes at once: 0.5 GiB in float32
 
 
 class GPT2ReproConfig(PreTrainedConfig):
-    """Configuration of GPT-2 under its own field names; the defaults are GPT-2 124M without dropout.
+    """Configuration under GPT-2's own field names; the defaults are GPT-2 124M without dropout.
 
-    vocab_size is the number of embedding rows, padded to a multiple of 64 for matrix-product speed;
+    vocab_size is the number of embedding rows, padded to a multiple of 64 for faster matrix products;
     unpadded_vocab_size is the number of real tokens. Padding is invisible: see `GPT2ReproForCausalLM`.
 
     Raises:
-        ValueError: a value is out of its range, or the sizes contradict each other.
+        ValueError: a value is out of range, or the sizes are inconsistent.
     """
 
     model_type = "gpt2repro"
@@ -94,7 +94,7 @@ class GPT2ReproConfig(PreTrainedConfig):
                 f"unpadded_vocab_size={self.unpadded_vocab_size} must lie between 1 and vocab_size={self.vocab_size}, "
                 "the number of embedding rows"
             )
-        # register_for_auto_class, at the end of this file, names only the class that is saved; Hub users need them all.
+        # register_for_auto_class, at the end of this file, records only the class being saved; Hub users need all four.
         kwargs.setdefault(
             "auto_map",
             {
@@ -108,10 +108,10 @@ class GPT2ReproConfig(PreTrainedConfig):
 
 
 class _ChunkedLinearCrossEntropy(torch.autograd.Function):
-    """Summed cross-entropy of `hidden @ weight.T`, whose logits exist one chunk of rows at a time.
+    """Summed cross-entropy of `hidden @ weight.T`, with the logits materialized one chunk of rows at a time.
 
-    The gradients are computed in the forward pass, while each chunk's softmax is at hand (the idea of Liger-Kernel's
-    fused linear cross-entropy), so the logits are neither kept nor computed twice.
+    The gradients are computed in the forward pass, from each chunk's softmax (the idea of Liger-Kernel's fused linear
+    cross-entropy), so the logits are neither stored nor recomputed.
     """
 
     @staticmethod
@@ -121,16 +121,17 @@ class _ChunkedLinearCrossEntropy(torch.autograd.Function):
         chunk_rows = max(1, LOGITS_PER_CHUNK // len(w))
         loss = torch.zeros((), dtype=torch.float32, device=x.device)
         grad_x = torch.empty_like(x) if with_gradients else None
-        with_weight = with_gradients and ctx.needs_input_grad[1]  # not where adapters are trained around it
+        with_weight = with_gradients and ctx.needs_input_grad[1]  # False when only adapters are trained
         grad_w = torch.zeros_like(w, dtype=torch.float32) if with_weight else None
-        for chunk in range(-(-len(x) // chunk_rows)):  # torch.compile then assumes the chunks' number, not len(x)
+        # torch.compile specializes on the number of chunks, not on len(x).
+        for chunk in range(-(-len(x) // chunk_rows)):
             rows = slice(chunk * chunk_rows, (chunk + 1) * chunk_rows)
             logits = x[rows] @ w.T
             logits[:, unpadded_vocab_size:] = -torch.inf
             log_probs = F.log_softmax(logits, dim=-1, dtype=torch.float32)
             counted = (labels[rows] != IGNORE_INDEX)[:, None]
             target = labels[rows][:, None].where(counted, 0)
-            # gather sees the real tokens only, so that any other label is its error and not a silent loss
+            # gather gets the real tokens only, so a label out of range raises an error instead of training silently
             loss -= (log_probs[:, :unpadded_vocab_size].gather(1, target) * counted).sum()
             if with_gradients:  # d loss / d logits = softmax - one_hot(target)
                 grad_logits = log_probs.exp_().scatter_add_(1, target, -torch.ones_like(target, dtype=torch.float32))
@@ -152,15 +153,16 @@ class _ChunkedLinearCrossEntropy(torch.autograd.Function):
 
 
 def linear_cross_entropy(hidden, weight, labels, unpadded_vocab_size, num_items_in_batch=None):
-    """Cross-entropy of the next token over the real vocabulary, without ever holding all logits.
+    """Next-token cross-entropy over the real vocabulary, without materializing all logits at once.
 
     Args:
         hidden: (N, D) float, the trunk's output. Under autocast the products run in the autocast dtype; the softmax,
-            the sum and the weight's gradient are float32 always.
-        weight: (V, D) float, the head's weight with its padding rows.
-        labels: (N,) int64, already shifted; -100 is left out.
-        unpadded_vocab_size: the softmax runs over the first so many of the V rows.
-        num_items_in_batch: divisor of the summed loss; None means the number of labels that count, i.e. the mean.
+            the sum and the weight's gradient are always float32.
+        weight: (V, D) float, the head's weight including padding rows.
+        labels: (N,) int64, already shifted; -100 is ignored.
+        unpadded_vocab_size: the softmax runs over this many of the V rows, the first ones.
+        num_items_in_batch: divisor of the summed loss; None means the number of labels that are not ignored, i.e. the
+            mean.
     Returns:
         () float32, nats per token.
     """
@@ -175,13 +177,14 @@ def linear_cross_entropy(hidden, weight, labels, unpadded_vocab_size, num_items_
 
 
 def eager_attention_forward(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
-    """Attention written out, the reference for the faster kernels.
+    """Attention in plain torch, the reference for the faster kernels.
 
     Args:
         query, key, value: (B, H, T, hs), (B, H, S, hs), (B, H, S, hs).
-        attention_mask: (B or 1, 1, T, S) float, added to the scores: 0 where a query may look, the minimum where not.
+        attention_mask: (B or 1, 1, T, S) float, added to the scores: 0 where a query may attend, otherwise the dtype's
+            minimum.
     Returns:
-        (B, T, H, hs) the mixed values, and (B, H, T, S) the attention weights.
+        (B, T, H, hs) attention output, and (B, H, T, S) attention weights.
     """
     scores = query @ key.transpose(2, 3) * scaling  # (B, H, T, S)
     if attention_mask is not None:
@@ -236,7 +239,7 @@ class GPT2ReproMLP(nn.Module):
         n_inner = config.n_inner or 4 * config.n_embd
         self.c_fc = nn.Linear(config.n_embd, n_inner, bias=config.bias)
         self.c_proj = residual_projection(n_inner, config.n_embd, bias=config.bias)
-        # "gelu_new" is the same function written out in five Python operations; torch's kernel is one.
+        # transformers computes "gelu_new" in five operations; torch's kernel is the same function in one.
         name = config.activation_function
         self.act = ACT2FN["gelu_pytorch_tanh" if name == "gelu_new" else name]
         self.dropout = nn.Dropout(config.resid_pdrop)
@@ -262,9 +265,9 @@ class GPT2ReproBlock(GradientCheckpointingLayer):
 
 
 def residual_projection(in_features: int, out_features: int, bias: bool) -> nn.Linear:
-    """A Linear that writes into the residual stream, marked for its own initialisation.
+    """A Linear that writes into the residual stream, marked for its scaled initialization.
 
-    The mark sits on the Linear itself: transformers skips the init hook of custom modules without direct parameters.
+    The mark is on the Linear itself: transformers skips the init hook of custom modules without direct parameters.
     """
     linear = nn.Linear(in_features, out_features, bias=bias)
     linear.is_residual_projection = True
@@ -286,10 +289,12 @@ class GPT2ReproPreTrainedModel(PreTrainedModel):
     _can_record_outputs = {"hidden_states": GPT2ReproBlock, "attentions": GPT2ReproAttention}
 
     def _init_weights(self, module):
-        """N(0, initializer_range) for Linear and Embedding, zero biases, LayerNorm 1 and 0; and, GPT-2 paper, 2.3:
-        "We scale the weights of residual layers at initialization by a factor of 1/sqrt(N) where N is the number of
-        residual layers." There are two in each block. Padding rows of the vocabulary are 0 and stay 0: no gradient
-        reaches them."""
+        """N(0, initializer_range) for Linear and Embedding, zero biases, LayerNorm weight 1 and bias 0.
+
+        GPT-2 paper, section 2.3: "We scale the weights of residual layers at initialization by a factor of 1/sqrt(N)
+        where N is the number of residual layers." Each block has two. Padding rows of the vocabulary are 0 and stay 0,
+        since no gradient reaches them.
+        """
         super()._init_weights(module)
         if getattr(module, "is_residual_projection", False):
             std = self.config.initializer_range / math.sqrt(2 * self.config.n_layer)
@@ -298,7 +303,7 @@ class GPT2ReproPreTrainedModel(PreTrainedModel):
             initialization.zeros_(module.weight[self.config.unpadded_vocab_size :])
 
     def check_length(self, length: int) -> None:
-        """Raise a ValueError for a sequence that has more tokens than there are positions."""
+        """Raise a ValueError if a sequence is longer than n_positions."""
         if length > self.config.n_positions:
             raise ValueError(
                 f"a sequence of {length} tokens is longer than the model's n_positions={self.config.n_positions}; "
@@ -306,9 +311,8 @@ class GPT2ReproPreTrainedModel(PreTrainedModel):
             )
 
     def resize_token_embeddings(self, new_num_tokens=None, pad_to_multiple_of=None, mean_resizing=True):
-        """As in transformers; the real vocabulary becomes new_num_tokens, the rows that pad_to_multiple_of adds stay
-        padding."""
-        if new_num_tokens is not None:  # padding rows are untrained: no new token may start as one of them
+        """As in transformers; new_num_tokens is the real vocabulary, pad_to_multiple_of adds padding rows."""
+        if new_num_tokens is not None:  # drop padding rows first: they are untrained, so no new token may start as one
             super().resize_token_embeddings(min(new_num_tokens, self.config.unpadded_vocab_size), mean_resizing=False)
         embeddings = super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
         if new_num_tokens is not None:
@@ -346,19 +350,20 @@ class GPT2ReproModel(GPT2ReproPreTrainedModel):
         """Hidden states of the last block after the final LayerNorm.
 
         Args:
-            input_ids: (B, T) int64; or inputs_embeds: (B, T, D) float. Exactly one of them.
+            input_ids: (B, T) int64; or inputs_embeds: (B, T, D) float. Exactly one of the two.
             attention_mask: (B, S) 1 for real tokens and 0 for padding; None means no padding.
-            position_ids: (B, T) int64, given where positions do not simply count on from the cache.
+            position_ids: (B, T) int64; None means that positions continue from the cache.
             past_key_values: keys and values of earlier positions.
         Returns:
-            last_hidden_state (B, T, D); past_key_values, hidden_states and attentions where asked for.
+            last_hidden_state (B, T, D); past_key_values, hidden_states and attentions if requested.
         Raises:
-            ValueError: not exactly one input, or a sequence longer than n_positions.
+            ValueError: not exactly one input, an unsupported input, or a sequence longer than n_positions.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
-        if refused := [name for name in ("token_type_ids", "encoder_hidden_states") if kwargs.get(name) is not None]:
-            raise ValueError(f"{' and '.join(refused)}: a language model has no use for that; leave it out")
+        unsupported = [name for name in ("token_type_ids", "encoder_hidden_states") if kwargs.get(name) is not None]
+        if unsupported:
+            raise ValueError(f"{' and '.join(unsupported)}: not supported by this language model; leave it out")
         if inputs_embeds is None:
             inputs_embeds = self.wte(input_ids)
         if use_cache and past_key_values is None and not self.training:
@@ -368,13 +373,13 @@ class GPT2ReproModel(GPT2ReproPreTrainedModel):
         past = 0 if past_key_values is None else past_key_values.get_seq_length()
         positions = position_ids
         if positions is None:
-            if isinstance(past, int):  # a static cache counts on the device; `generate` checks beforehand
+            if isinstance(past, int):  # a static cache keeps its length on the device; `generate` checks it instead
                 self.check_length(past + T)
             positions = torch.arange(T, device=inputs_embeds.device)[None] + past
 
         causal_mask = None
-        # Without padding, packing and cache, SDPA's own is_causal=True is the whole mask. transformers knows that too,
-        # but while torch.compile traces it would build a mask tensor, for our own arange of position_ids as well.
+        # Without padding, packing or cache, SDPA needs no mask but is_causal=True. transformers knows that too, but it
+        # builds a mask tensor while torch.compile traces, even for our own arange of position_ids.
         only_causal = attention_mask is None and position_ids is None and past_key_values is None
         if not (only_causal and self.config._attn_implementation == "sdpa"):
             causal_mask = create_causal_mask(
@@ -393,9 +398,9 @@ class GPT2ReproModel(GPT2ReproPreTrainedModel):
 class GPT2ReproForCausalLM(GPT2ReproPreTrainedModel, GenerationMixin):
     """GPT-2 with its tied language-model head.
 
-    The padding rows of the vocabulary are invisible: the loss is that of a softmax over the real tokens, and the
-    logits of padded ids leave the model as the dtype's minimum, so no sample, beam or probability ever sees them. (A
-    mean over all logits does, as label smoothing takes it: that needs a model without padding rows.)
+    The padding rows of the vocabulary are invisible: the loss uses a softmax over the real tokens, and the logits of
+    padding ids leave the model as the dtype's minimum, so they never affect sampling, beams or probabilities. (They do
+    affect a mean over all logits, as in label smoothing, which needs a model without padding rows.)
     """
 
     _tied_weights_keys = {"lm_head.weight": "transformer.wte.weight"}
@@ -408,11 +413,13 @@ class GPT2ReproForCausalLM(GPT2ReproPreTrainedModel, GenerationMixin):
         self.post_init()
 
     def prepare_inputs_for_generation(self, input_ids, inputs_embeds=None, position_ids=None, **kwargs):
-        """As in transformers; here a sequence that grows too long is an error with a static cache too, whose length
-        the forward pass cannot see. (`generate` looks for inputs_embeds in this signature.)"""
+        """As in transformers, and checks the sequence length: with a static cache the forward pass cannot see it.
+
+        inputs_embeds is named because `generate` looks for it in this signature.
+        """
         length = input_ids.shape[1] if position_ids is None else position_ids.shape[-1]
         if position_ids is not None and length > self.config.n_positions:
-            length = int(position_ids.max()) + 1  # left padding takes no position
+            length = int(position_ids.max()) + 1  # left padding uses no positions
         self.check_length(length)
         return super().prepare_inputs_for_generation(
             input_ids, inputs_embeds=inputs_embeds, position_ids=position_ids, **kwargs
@@ -433,17 +440,17 @@ class GPT2ReproForCausalLM(GPT2ReproPreTrainedModel, GenerationMixin):
         num_items_in_batch: int | torch.Tensor | None = None,
         **kwargs,
     ) -> CausalLMOutputWithPast:
-        """Next-token loss and logits; the arguments not named here are those of `GPT2ReproModel.forward`.
+        """Next-token loss and logits; see `GPT2ReproModel.forward` for the other arguments.
 
         Args:
-            labels: (B, T) int64 in Hugging Face's convention, e.g. the input_ids themselves: the model shifts them.
+            labels: (B, T) int64 in the Hugging Face convention, e.g. input_ids: the model shifts them.
             shift_labels: (B, T) int64, already shifted: position t holds the token that follows input t. In both,
-                -100 is left out of the loss.
-            logits_to_keep: compute logits for only the last so many positions (0: all), or for these indices.
+                -100 is ignored by the loss.
+            logits_to_keep: compute logits for this many last positions only (0: all), or for these indices.
             num_items_in_batch: divisor of the summed loss, for gradient accumulation; None means the mean.
         Returns:
-            loss: () float32, nats per token, where labels were given. It always covers all positions.
-            logits: (B, T or fewer, V). None in training with labels: they would be the largest tensor by far.
+            loss: () float32, nats per token, if labels were given. It always covers all positions.
+            logits: (B, T or fewer, V). None in training with labels: they would be by far the largest tensor.
         """
         outputs: BaseModelOutputWithPast = self.transformer(
             input_ids=input_ids,
@@ -479,21 +486,21 @@ class GPT2ReproForCausalLM(GPT2ReproPreTrainedModel, GenerationMixin):
         if len(hidden) != len(targets):
             raise ValueError(f"{len(targets)} labels for {len(hidden)} positions; give one for each input token")
         real = self.config.unpadded_vocab_size
-        # FSDP2 makes the head a subclass of Linear that computes the same, and has gathered its weight by now: it is
-        # sharded together with the token embedding.
+        # FSDP2 replaces the head's class by a subclass of Linear with the same forward. Its weight is gathered by now,
+        # since it is sharded together with the token embedding.
         if type(self.lm_head).forward is nn.Linear.forward and not hasattr(self.lm_head, "_hf_hook"):
             return linear_cross_entropy(hidden, self.lm_head.weight, targets, real, num_items_in_batch)
-        # With an adapter (PEFT) or offloaded weights (accelerate), only the head itself knows its logits.
+        # With an adapter (PEFT) or offloaded weights (accelerate), only the head's own forward computes its logits.
         return fixed_cross_entropy(self.lm_head(hidden)[:, :real].float(), targets, num_items_in_batch)
 
 
 class GPT2ReproForSequenceClassification(GenericForSequenceClassification, GPT2ReproPreTrainedModel):
-    """A linear layer on the last real token's hidden state, as GPT2ForSequenceClassification."""
+    """A linear layer on the hidden state of the last real token, as in GPT2ForSequenceClassification."""
 
     base_model_prefix = "transformer"
 
     def __init__(self, config: GPT2ReproConfig):
-        # Not the mixin's: that asks AutoModel for the trunk, which AutoModel does not know if this file is remote code.
+        # Not the mixin's __init__: it gets the trunk from AutoModel, which fails if this file is run as remote code.
         PreTrainedModel.__init__(self, config)
         self.num_labels = config.num_labels
         self.transformer = GPT2ReproModel(config)
@@ -501,7 +508,7 @@ class GPT2ReproForSequenceClassification(GenericForSequenceClassification, GPT2R
         self.post_init()
 
 
-# This makes save_pretrained and push_to_hub put a copy of this file beside the weights.
+# This makes save_pretrained and push_to_hub copy this file next to the weights.
 GPT2ReproConfig.register_for_auto_class()
 GPT2ReproModel.register_for_auto_class("AutoModel")
 GPT2ReproForCausalLM.register_for_auto_class("AutoModelForCausalLM")
@@ -509,7 +516,7 @@ GPT2ReproForSequenceClassification.register_for_auto_class("AutoModelForSequence
 
 
 def register_auto_classes() -> None:
-    """Let the Auto classes open gpt2repro folders with this module, without running the copy in the folder."""
+    """Make the Auto classes open gpt2repro folders with this module instead of the folder's copy of it."""
     AutoConfig.register(GPT2ReproConfig.model_type, GPT2ReproConfig, exist_ok=True)
     AutoModel.register(GPT2ReproConfig, GPT2ReproModel, exist_ok=True)
     AutoModelForCausalLM.register(GPT2ReproConfig, GPT2ReproForCausalLM, exist_ok=True)

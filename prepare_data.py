@@ -8,7 +8,7 @@
     python prepare_data.py --verify data/mine
     python prepare_data.py --describe data/mine
 
-The output directory is described in gpt2repro/data/shards.py; train_accelerate.py reads it through `data_dir`.
+gpt2repro/data/manifest.py describes the output directory; train_accelerate.py reads it through `data_dir`.
 """
 
 import argparse
@@ -20,9 +20,10 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from gpt2repro.data import shards
+from gpt2repro.data.manifest import Manifest
 from gpt2repro.data.tokenization import build_tokenizer, expected_vocab_size
 from gpt2repro.errors import Parser, UserError, run_script
+from gpt2repro.files import file_sha256
 from gpt2repro.prepare import parts, workers
 from gpt2repro.prepare.corpora import HUB_CORPORA, LOCAL_CORPORA, Corpus, open_corpus
 from gpt2repro.prepare.deduplication import DedupOptions, deduplicate
@@ -45,7 +46,8 @@ from gpt2repro.prepare.retries import with_retries
 def main(argv: list[str]) -> None:
     args = parse_arguments(argv)
     if args.verify:
-        manifest = shards.verify(args.verify, args.num_workers, lambda shards: tqdm(shards, unit=" shards"))
+        manifest = Manifest.read(args.verify)
+        manifest.verify(args.verify, args.num_workers, lambda shards: tqdm(shards, unit=" shards"))
         print(summary(args.verify, manifest))
         return
     if args.describe:
@@ -95,8 +97,8 @@ def prepare(directory: OutputDirectory, request: Request, execution: Execution) 
     job = parts.Job(
         directory=directory,
         tokenizer=request.tokenizer_of(corpus),
-        vocab_size=tokenizer.facts["vocab_size"],
-        eot_id=tokenizer.facts["eot_id"],
+        vocab_size=tokenizer.record.vocab_size,
+        eot_id=tokenizer.record.eot_id,
         shard_tokens=request.shard_tokens,
         val_fraction=val_split.get("val_fraction", 0.0),
         single_text=corpus.single_text,
@@ -111,19 +113,20 @@ def prepare(directory: OutputDirectory, request: Request, execution: Execution) 
         raise
 
     notes = count_notes(records, report)
-    manifest = {
-        "format_version": shards.FORMAT_VERSION,
-        "corpus": {"name": request.corpus, **corpus.facts},
-        "tokenizer": tokenizer.facts,
-        "tokenizer_files": tokenizer.files,
-        "deduplication": report,
-        "split": val_split,
-        "settings": request.settings(),
-        "repaired_documents": notes["repaired"],
-        "skipped_documents": {reason: notes[reason] for reason in SKIP_REASONS},
-        "splits": parts.put_together(records, job),
-    }
-    shards.write_json(directory.manifest, shards.seal(manifest))
+    manifest = Manifest(
+        corpus={"name": request.corpus, **corpus.facts},
+        tokenizer=tokenizer.record,
+        splits=parts.put_together(records, job),
+        preparation={
+            "tokenizer_files": tokenizer.files,
+            "deduplication": report,
+            "split": val_split,
+            "settings": request.settings(),
+            "repaired_documents": notes["repaired"],
+            "skipped_documents": {reason: notes[reason] for reason in SKIP_REASONS},
+        },
+    )
+    manifest.write(directory.path)
     directory.tidy()
     print(summary(directory.path, manifest))
 
@@ -131,7 +134,7 @@ def prepare(directory: OutputDirectory, request: Request, execution: Execution) 
 def run_deduplication(
     directory: OutputDirectory, corpus: Corpus, request: Request, execution: Execution
 ) -> dict | None:
-    """Write the documents to keep to directory.deduplicated; returns the statistics, or None while Slurm is running."""
+    """Write the documents to keep to directory.deduplicated; returns the statistics, None while Slurm is at work."""
     if corpus.single_text or not all(piece.path for piece in corpus.pieces):
         raise UserError(f"--dedup {request.dedup}: {request.corpus} is not many documents in files; leave it out")
     methods = tuple(str(request.dedup).split(","))
@@ -146,7 +149,7 @@ def build_and_save_tokenizer(directory: OutputDirectory, corpus: Corpus, request
     tokenizer = with_retries(lambda: build_tokenizer(name, islice(corpus.texts(), count)))
     shutil.rmtree(directory.tokenizer, ignore_errors=True)
     tokenizer.fast.save_pretrained(directory.tokenizer)
-    hashes = {path.name: shards.file_sha256(path) for path in sorted(directory.tokenizer.iterdir())}
+    hashes = {path.name: file_sha256(path) for path in sorted(directory.tokenizer.iterdir())}
     return SavedTokenizer(tokenizer.describe(), hashes)
 
 

@@ -5,12 +5,11 @@
     python publish.py runs/demo/checkpoints/step_00000500 --to ./exported       # any folder: starts with . or / or ~
     python publish.py nanogpt/out/ckpt.pt --to ./converted                      # nanoGPT, build-nanogpt, llm.c
 
-What is published has the weights in safetensors, tokenizer, generation defaults and a model card that says what the run
-measured. An upload is one commit.
+What is published has the weights as safetensors, the tokenizer, generation defaults and a model card that says what the
+run measured. An upload is one commit.
 """
 
 import argparse
-import json
 import shutil
 import tempfile
 from pathlib import Path
@@ -22,16 +21,19 @@ from gpt2repro.hub.model_card import model_card
 from gpt2repro.hub.upload import create_repository, upload
 from gpt2repro.models.folder import find_model, load_tokenizer, save_model_folder, tokenizer_for
 from gpt2repro.models.openai_weights import from_gpt2, to_gpt2
+from gpt2repro.run_folder import RunFolder
 from gpt2repro.train import checkpoint
-from gpt2repro.train.telemetry import plot_losses, read_metrics
-from modeling_gpt2repro import register_auto_classes
+from gpt2repro.train.metrics import read_metrics
+from gpt2repro.train.report import plot_losses
+
+
+FOLDER_PREFIXES = (".", "/", "~")  # of --to; anything else is a Hub repository
 
 
 def main(argv: list[str]) -> None:
     args = parse_arguments(argv)
-    register_auto_classes()
     source = find_model(args.source)
-    is_folder = args.to.startswith((".", "/", "~"))
+    is_folder = args.to.startswith(FOLDER_PREFIXES)
     if is_folder:
         folder = Path(args.to).expanduser().resolve()
         name = folder.name
@@ -51,10 +53,13 @@ def main(argv: list[str]) -> None:
     if args.format == "gpt2":
         model = to_gpt2(model)
 
-    run_dir, last_step = run_of(Path(source))
-    card = model_card(model, name, None if is_folder else args.to, run_dir, last_step, args.license)
+    run, last_step = RunFolder.around(Path(source)), checkpoint_step_of(Path(source))
+    card = model_card(model, name, None if is_folder else args.to, run, last_step, args.license)
     with tempfile.TemporaryDirectory() as scratch:
-        picture = draw(run_dir, last_step, Path(scratch) / "loss.png", name) if run_dir else None
+        picture = None
+        if run is not None:
+            picture = Path(scratch) / "loss.png"
+            draw_losses(run, last_step, picture, name)
         save_model_folder(folder, model, tokenizer, card, picture)
     if is_folder:
         print(f"written to {args.to}")
@@ -63,40 +68,36 @@ def main(argv: list[str]) -> None:
         shutil.rmtree(folder)
 
 
-def run_of(source: Path) -> tuple[Path | None, int | None]:
-    """The run that a model folder or checkpoint lies in, None where there is no record of one; and the checkpoint's
-    step."""
-    source, state = source.resolve(), source / checkpoint.STATE
-    last_step = json.loads(state.read_text())["step"] if state.is_file() else None
-    run_dir = source.parents[1] if state.is_file() else source.parent
-    recorded = state.is_file() or source.name == "model"
-    recorded = recorded and all((run_dir / name).is_file() for name in ("recipe.yaml", "metrics.jsonl"))
-    return (run_dir if recorded else None), last_step
+def checkpoint_step_of(source: Path) -> int | None:
+    """The step of a checkpoint; None for what is not a checkpoint."""
+    state = source / checkpoint.STATE
+    return checkpoint.read_state(source)["step"] if state.is_file() else None
 
 
-def draw(run_dir: Path, last_step: int | None, path: Path, title: str) -> Path:
-    """The loss up to a step, or all of it."""
-    metrics = [row for row in read_metrics(run_dir / "metrics.jsonl") if row["step"] <= (last_step or row["step"])]
-    plot_losses(metrics, {}, path, title)
-    return path
+def draw_losses(run: RunFolder, last_step: int | None, path: Path, title: str) -> None:
+    """The loss up to a step; None: all of it."""
+    rows = read_metrics(run.metrics)
+    if last_step is not None:
+        rows = [row for row in rows if row["step"] <= last_step]
+    plot_losses(rows, {}, path, title)
 
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser = Parser(__doc__)
     parser.add_argument("source", help="run, checkpoint, model folder, Hub id, or another trainer's file")
-    parser.add_argument("--to", required=True, metavar="REPO_OR_FOLDER", help="owner/name, or a new folder: ./name")
+    parser.add_argument("--to", required=True, metavar="REPO_OR_FOLDER", help="owner/name, or a new folder, ./name")
     parser.add_argument(
         "--format",
         choices=("gpt2repro", "gpt2"),
         default="gpt2repro",
         help="gpt2repro: with our model code; gpt2: transformers' own class, loads anywhere (default: %(default)s)",
     )
-    parser.add_argument("--tokenizer", help="folder or Hub id, where SOURCE carries none")
+    parser.add_argument("--tokenizer", help="folder or Hub id, if SOURCE has none")
     parser.add_argument("--license", help="of the weights, for the card (default: what the run's recipe says)")
     parser.add_argument("--private", action="store_true", help="create the repository as a private one")
-    parser.add_argument("--revision", help="branch to push to; made if it is not there (default: main)")
+    parser.add_argument("--revision", help="branch to push to, created if need be (default: main)")
     args = parser.parse_args(argv)
-    if args.to.startswith((".", "/", "~")):
+    if args.to.startswith(FOLDER_PREFIXES):
         folder = Path(args.to).expanduser()
         if args.private or args.revision:
             raise UserError("--private and --revision are for the Hub; leave them out, or give --to owner/name")

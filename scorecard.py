@@ -1,11 +1,11 @@
-"""Hold two models side by side on the same text.
+"""Compare two models on the same text.
 
     python scorecard.py --weights-only gpt2 ./exported-gpt2             # is the conversion exact?
     python scorecard.py --weights-only nanogpt/out/ckpt.pt ./converted --text my.txt
 
 A and B are runs, checkpoints, model folders, Hub ids of causal language models, or files of nanoGPT, build-nanogpt and
-llm.c. Both must have the same tokenizer. Printed are the differences of the hidden states after each layer and of the
-logits, both losses, how often both find the same token the likeliest, and the KL divergence; all in float32.
+llm.c, with the same tokenizer. The table shows how far the hidden states of each layer and the logits differ, both
+losses, how often both models predict the same token, and the KL divergence. Everything is computed in float32.
 """
 
 import argparse
@@ -21,59 +21,75 @@ from gpt2repro.evaluation.compare import as_table, compare_models
 from gpt2repro.models.folder import open_model
 from gpt2repro.prepare.built_in import python_docs
 from gpt2repro.processes import cpu_asked
-from modeling_gpt2repro import register_auto_classes
+
+
+CHARACTERS_PER_TOKEN = 8  # more than tokens of the default text have
 
 
 def main(argv: list[str]) -> None:
     args = parse_arguments(argv)
-    register_auto_classes()
     device = Accelerator(cpu=cpu_asked()).device
-    (a, tokenizer), (b, tokenizer_b) = (
-        open_model(name, dtype=torch.float32, trust_remote_code=args.trust_remote_code) for name in args.weights_only
-    )
+    name_a, name_b = args.weights_only
+    model_a, tokenizer_a = open_model(name_a, torch.float32, args.trust_remote_code)
+    model_b, tokenizer_b = open_model(name_b, torch.float32, args.trust_remote_code)
     text = read_text(args.text, args.tokens)
-    ids = tokenizer(text, verbose=False).input_ids
+    ids = tokenizer_a(text, verbose=False).input_ids
     if ids != tokenizer_b(text, verbose=False).input_ids:
-        raise UserError(f"{' and '.join(args.weights_only)} have different tokenizers; only equal ones can be compared")
-    length = min(a.config.max_position_embeddings, b.config.max_position_embeddings, args.tokens)
-    windows = torch.tensor(ids[: args.tokens // length * length + 1])
-    if len(windows) <= length:
-        raise UserError(f"the text has {len(ids)} tokens, fewer than one window of {length + 1}; give a longer --text")
-    windows = windows.unfold(0, length + 1, length)
-    comparison = compare_models(a.to(device), b.to(device), windows, len(tokenizer))
-    print(f"A: {args.weights_only[0]}\nB: {args.weights_only[1]}\n\n{as_table(comparison)}")
+        raise UserError(f"{name_a} and {name_b} have different tokenizers; only models with the same can be compared")
+    positions = [model.config.max_position_embeddings for model in (model_a, model_b)]
+    windows = cut_windows(ids, min(*positions, args.tokens), args.tokens)
+    comparison = compare_models(model_a.to(device), model_b.to(device), windows, len(tokenizer_a))
+    print(f"A: {name_a}\nB: {name_b}\n\n{as_table(comparison)}")
     if args.output:
         args.output.write_text(json.dumps(dataclasses.asdict(comparison), indent=2) + "\n")
 
 
+def cut_windows(ids: list[int], length: int, max_tokens: int) -> torch.Tensor:
+    """(N, length + 1) int64: windows that overlap by one token and predict at most `max_tokens`.
+
+    Raises:
+        UserError: the text is shorter than one window.
+    """
+    predicted = max_tokens // length * length
+    tokens = torch.tensor(ids[: predicted + 1])
+    if len(tokens) <= length:
+        raise UserError(f"the text has {len(ids)} tokens, fewer than one window of {length + 1}; give a longer --text")
+    return tokens.unfold(0, length + 1, length)
+
+
 def read_text(path: Path | None, tokens: int) -> str:
-    """The given text, or as much as is needed of the documentation that Python carries."""
+    """The given text, or enough of the documentation that ships with Python for so many tokens."""
     if path is None:
-        texts, length = [], 0
-        for text in python_docs():
-            texts.append(text)
-            length += len(text)
-            if length > tokens * 8:  # characters; tokens of this text are shorter
-                break
-        return "\n".join(texts)
+        return default_text(tokens * CHARACTERS_PER_TOKEN)
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--text {path} cannot be read ({error}); give a text file in UTF-8") from error
 
 
+def default_text(min_characters: int) -> str:
+    texts = []
+    length = 0
+    for text in python_docs():
+        texts.append(text)
+        length += len(text)
+        if length > min_characters:
+            break
+    return "\n".join(texts)
+
+
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser = Parser(__doc__)
     parser.add_argument("--weights-only", nargs=2, metavar=("A", "B"), required=True, help="the two models")
-    parser.add_argument("--text", type=Path, help="text file (default: documentation that Python carries)")
-    parser.add_argument("--tokens", type=int, default=8192, help="of the text that are read (default: %(default)s)")
-    parser.add_argument("--output", type=Path, metavar="FILE", help="write the comparison as JSON, too")
-    parser.add_argument("--trust_remote_code", action="store_true", help="run the model code that A or B brings")
+    parser.add_argument("--text", type=Path, help="text file (default: documentation that ships with Python)")
+    parser.add_argument("--tokens", type=int, default=8192, help="length of text to compare on (default: %(default)s)")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="also write the comparison as JSON")
+    parser.add_argument("--trust_remote_code", action="store_true", help="run the model code that comes with A or B")
     args = parser.parse_args(argv)
     if args.tokens < 1:
         raise UserError(f"--tokens {args.tokens} must be at least 1")
     if args.output and (args.output.exists() or not args.output.parent.is_dir()):
-        raise UserError(f"--output {args.output} must be a new file in a folder that exists; choose another name")
+        raise UserError(f"--output {args.output} must be a new file in an existing folder; choose another name")
     return args
 
 

@@ -24,9 +24,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 
 from gpt2repro.data.batches import MicroBatches
-from gpt2repro.data.mixture import Mixture
+from gpt2repro.data.mixture import RunData
 from gpt2repro.recipe import Recipe
-from gpt2repro.train.telemetry import provenance, read_metrics
+from gpt2repro.train.metrics import read_metrics
+from gpt2repro.train.report import provenance
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -108,7 +109,7 @@ def figures(run: Path) -> dict[str, dict[int, float]]:
 def stream_hash(data_dir: Path, processes: int, micro: int) -> str:
     """Of what all processes read in the run, sample by sample."""
     recipe = Recipe(max_steps=STEPS, global_batch_tokens=SEQUENCES * T, micro_batch_size=micro, sequence_length=T)
-    data, digest = Mixture.open({str(data_dir): 1.0}, "train"), sha256()
+    data, digest = RunData.open({str(data_dir): 1.0}).train, sha256()
     ranks = [MicroBatches(data, recipe, rank, processes) for rank in range(processes)]
     for step in range(STEPS):
         for m in range(recipe.accumulation(processes, step)):

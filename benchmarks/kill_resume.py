@@ -26,7 +26,7 @@ import psutil
 
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from gpt2repro.train.telemetry import OF_THE_CLOCK
+from gpt2repro.train.metrics import CLOCK_KEYS
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -169,7 +169,7 @@ class Run:
         """What must not depend on interruptions: the hash of the final weights, and the metrics without the clock."""
         weights = hashlib.sha256((self.output_dir / "model" / "model.safetensors").read_bytes()).hexdigest()
         rows = [json.loads(line) for line in (self.output_dir / "metrics.jsonl").read_text().splitlines()]
-        return weights, [{key: value for key, value in row.items() if key not in OF_THE_CLOCK} for row in rows]
+        return weights, [{key: value for key, value in row.items() if key not in CLOCK_KEYS} for row in rows]
 
 
 if __name__ == "__main__":

@@ -27,12 +27,13 @@ from gpt2repro.processes import device_name
 from gpt2repro.recipe import Recipe
 from gpt2repro.train.checkpoint import Checkpoints
 from gpt2repro.train.guard import Guard
-from gpt2repro.train.optimizers import build_optimizers
+from gpt2repro.train.optimizers import build_optimizers, set_lr
+from gpt2repro.train.report import provenance
 from gpt2repro.train.schedule import lr_at
 from gpt2repro.train.stopping import StopRequest
-from gpt2repro.train.telemetry import Telemetry, provenance
+from gpt2repro.train.telemetry import Telemetry
 from modeling_gpt2repro import GPT2ReproConfig, GPT2ReproForCausalLM
-from train_accelerate import train_step
+from train_accelerate import agree, forward_backward, step_all, zero_grad_all
 
 
 def main() -> None:
@@ -54,8 +55,13 @@ def main() -> None:
     model.train()
 
     def ours(step: int) -> None:
-        lr = lr_at(step, recipe)
-        loss, norm, _ = train_step(accelerator, model, optimizers, stream, recipe, step, lr, guard, stop, telemetry)
+        lr = set_lr(optimizers, lr_at(step, recipe))
+        loss, norm = forward_backward(accelerator, model, [next(stream)], recipe, step)
+        loss, _ = agree(accelerator, loss, stop)
+        if guard.accepts(step, loss, norm, accelerator.scaler):
+            with telemetry.measuring_update(step):
+                step_all(optimizers)
+        zero_grad_all(optimizers)
         telemetry.log_step(step + 1, loss, lr, norm, guard)
 
     def bare(step: int) -> None:
@@ -79,7 +85,7 @@ def main() -> None:
                 seconds[loop].append(time.perf_counter() - began)
     medians = {loop.__name__: statistics.median(measured) for loop, measured in seconds.items()}
     began = time.perf_counter()
-    with telemetry.update(0):
+    with telemetry.measuring_update(0):
         pass
     every_hundredth = time.perf_counter() - began
     overhead = medians["ours"] / medians["bare"] - 1 + every_hundredth / 100 / medians["bare"]

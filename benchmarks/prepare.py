@@ -44,7 +44,7 @@ from gpt2repro.prepare.plan import Quota
 from gpt2repro.prepare.prepared import OutputDirectory
 from gpt2repro.prepare.readers import Piece
 from gpt2repro.prepare.workers import prepare_parts
-from gpt2repro.train.telemetry import provenance
+from gpt2repro.train.report import provenance
 
 
 EOT = 50_256

@@ -28,13 +28,12 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from gpt2repro.recipe import Recipe
-from gpt2repro.train.guard import Guard
-from gpt2repro.train.optimizers import build_optimizers
+from gpt2repro.train.optimizers import build_optimizers, set_lr
+from gpt2repro.train.report import provenance
 from gpt2repro.train.schedule import lr_at
-from gpt2repro.train.stopping import StopRequest
-from gpt2repro.train.telemetry import Telemetry, flops_per_token, peak_flops, provenance
+from gpt2repro.train.speed import flops_per_token, peak_flops
 from modeling_gpt2repro import GPT2ReproConfig, GPT2ReproForCausalLM
-from train_accelerate import train_step
+from train_accelerate import forward_backward, step_all, zero_grad_all
 
 
 VARIANTS = {"ours": "gpt2repro, Accelerate", "reference": "GPT2LMHeadModel, plain PyTorch"}
@@ -121,12 +120,12 @@ def our_step(args: argparse.Namespace, batches):
     raw_model = GPT2ReproForCausalLM(GPT2ReproConfig(**sizes))
     model, *optimizers = accelerator.prepare(raw_model, *build_optimizers(raw_model, recipe))
     model.train()
-    telemetry, guard, stop = Telemetry(recipe, accelerator, raw_model), Guard(recipe), StopRequest(recipe.max_hours)
 
     def step(i: int) -> None:
-        lr = lr_at(i, recipe)
-        loss, norm, _ = train_step(accelerator, model, optimizers, batches, recipe, i, lr, guard, stop, telemetry)
-        telemetry.log_step(i + 1, loss, lr, norm, guard)
+        set_lr(optimizers, lr_at(i, recipe))
+        forward_backward(accelerator, model, [next(batches)], recipe, i)
+        step_all(optimizers)
+        zero_grad_all(optimizers)
 
     return step, raw_model.config, raw_model.num_parameters()
 

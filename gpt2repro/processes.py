@@ -1,30 +1,36 @@
-"""The processes of a run and their devices: what the launch command asked for, and what the ranks have to agree on."""
+"""The processes of a run and their devices: what the launch command asked for, and what the ranks have to agree on.
+
+torch and accelerate are imported where they are used: the processes that prepare data need neither.
+"""
 
 import os
 import platform
 import threading
 from collections.abc import Callable
 from multiprocessing.process import BaseProcess
-from typing import Any
-
-import torch
-from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
+from typing import TYPE_CHECKING, Any
 
 from gpt2repro.errors import SharedError, UserError
 
 
+if TYPE_CHECKING:
+    import torch
+
+
 def world_size() -> int:
-    """Processes of this run, as known before the Accelerator exists."""
+    """The number of processes of this run, known before the Accelerator exists."""
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
 def on_main(function: Callable[[], Any]) -> Any:
-    """What `function` returns on the main process of Accelerate, on all; what it sends must be picklable.
+    """Call `function` on the main process and broadcast what it returns, which must be picklable, to all ranks.
 
     Raises:
-        SharedError: on all, where it raised a UserError.
+        SharedError: on every rank, if it raised a UserError.
     """
+    from accelerate import PartialState
+    from accelerate.utils import broadcast_object_list
+
     result, problem = None, None
     if PartialState().is_main_process:
         try:
@@ -38,17 +44,19 @@ def on_main(function: Callable[[], Any]) -> Any:
 
 
 def cpu_asked() -> bool:
-    """Whether this run is to stay on the CPU: `use_cpu: true` in the accelerate config, or every GPU hidden.
+    """Whether this run must stay on the CPU: `use_cpu: true` in the accelerate config, or every GPU hidden.
 
-    Accelerator(cpu=cpu_asked()) lets the processes of multi_cpu.yaml find each other: accelerate tells only
-    single-process runs that they are to use the CPU, and otherwise takes each process for a run of its own.
+    Accelerator(cpu=cpu_asked()) lets the processes of multi_cpu.yaml find each other: accelerate passes the setting
+    on to single-process runs only, and otherwise takes each process for a run of its own.
     """
     asked = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
     return asked or os.environ.get("CUDA_VISIBLE_DEVICES", "all").startswith("-1")
 
 
-def device_name(device: torch.device) -> str:
-    """What a reader calls the machine: the GPU's name, or the CPU's."""
+def device_name(device: "torch.device") -> str:
+    """A name for people: the GPU's product name, or the CPU's architecture and threads."""
+    import torch
+
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     if device.type == "cpu":
@@ -57,13 +65,15 @@ def device_name(device: torch.device) -> str:
 
 
 def missing_gpu() -> list[str]:
-    """One line where the launch command asks for a GPU and torch finds none; accelerate would use the CPU silently."""
-    # A config for GPUs shows in its 16-bit precision, or in several processes.
-    half = (
-        os.environ.get("ACCELERATE_MIXED_PRECISION") in ("bf16", "fp16", "fp8") and "ACCELERATE_USE_CPU" in os.environ
-    )
-    several = world_size() > 1
-    if cpu_asked() or not (half or several) or torch.accelerator.is_available():
+    """One line if the launch command asks for a GPU and torch finds none; accelerate would fall back to the CPU
+    silently."""
+    import torch
+
+    # A config for GPUs is recognised by its 16-bit precision, or by several processes.
+    from_config = "ACCELERATE_USE_CPU" in os.environ
+    half_precision = from_config and os.environ.get("ACCELERATE_MIXED_PRECISION") in ("bf16", "fp16", "fp8")
+    wants_gpu = half_precision or world_size() > 1
+    if cpu_asked() or not wants_gpu or torch.accelerator.is_available():
         return []
     return [
         "the launch command asks for a GPU, but torch finds none; use accelerate_configs/cpu.yaml or multi_cpu.yaml, "
@@ -72,8 +82,10 @@ def missing_gpu() -> list[str]:
 
 
 def use_all_cores() -> None:
-    """Undo OMP_NUM_THREADS=1, which `accelerate launch` sets for all but `use_cpu: true`, for a run that turns out to
-    be on the CPU: its processes share the cores."""
+    """Share all cores among the processes of a CPU run: `accelerate launch` sets OMP_NUM_THREADS=1 unless the config
+    says `use_cpu: true`."""
+    import torch
+
     launched = "ACCELERATE_MIXED_PRECISION" in os.environ
     sized_by_accelerate = os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true"
     if launched and not sized_by_accelerate and os.environ.get("OMP_NUM_THREADS") == "1":
@@ -81,7 +93,7 @@ def use_all_cores() -> None:
         torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
 
 
-# ---- processes that this one started ----
+# ---- worker processes ----
 
 
 def end_with_parent(parent: BaseProcess) -> None:

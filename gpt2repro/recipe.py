@@ -1,114 +1,172 @@
-"""The recipe: everything that defines a run. Defaults, then the YAML file, then the flags; all mistakes at once."""
+"""The recipe: every setting of a run, with its default, its unit and its bounds; and what follows from them."""
 
-import argparse
 import copy
 import dataclasses
-import difflib
 import functools
-import math
-import typing
-from dataclasses import dataclass, field
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from types import NoneType, UnionType
 from typing import Any, Literal
-
-import yaml
-
-from gpt2repro.errors import Parser, UserError
 
 
 Sampling = Literal["shuffle", "sequential", "random"]
 
+BOUNDS = {"at_least": operator.ge, "above": operator.gt, "at_most": operator.le, "below": operator.lt}
 
-def option(default: Any, help: str, *, changeable: bool = False) -> Any:
-    """A recipe field. A changeable one may differ when a run is resumed: it does not alter what is learnt."""
-    metadata = {"help": help, "changeable": changeable}
+
+def define_option(group: str, default: Any, help: str, *, changeable: bool = False, **bounds: float) -> Any:
+    """A dataclass field that is a recipe option.
+
+    Args:
+        group: the heading under which `--help` lists the field.
+        default: the field's default; each recipe gets its own copy of a list or dict.
+        help: what the value means, with its unit.
+        changeable: a resumed run may use another value, because it does not affect what the model learns.
+        bounds: `at_least=`, `above=`, `at_most=` or `below=`. None satisfies them all.
+    """
+    metadata = {"group": group, "help": help, "changeable": changeable, "bounds": bounds}
     if isinstance(default, dict | list):
-        return field(default_factory=lambda: copy.copy(default), metadata=metadata)
-    return field(default=default, metadata=metadata)
+        return dataclasses.field(default_factory=lambda: copy.copy(default), metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def options_of(group: str) -> Callable[..., Any]:
+    """`define_option` for one group: the fields that it defines belong to that group."""
+    return functools.partial(define_option, group)
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """One run. The defaults are build-nanogpt's for GPT-2 124M on FineWeb-Edu (train_gpt2.py)."""
+    """One run. The defaults are build-nanogpt's for GPT-2 124M on FineWeb-Edu (train_gpt2.py).
 
+    Each `option = options_of(...)` opens a group of `--help`; the fields below it belong to that group.
+    """
+
+    option = options_of("run")
+    output_dir: str = option("runs/gpt2-124m", "directory of the run", changeable=True)
+    seed: int = option(1337, "seed for initialization, data order and dropout", at_least=0, below=2**32)
+    resume: bool = option(True, "resume from the newest checkpoint in output_dir", changeable=True)
+    eval_only: bool = option(False, "print the losses of init_from on the data, without training", changeable=True)
+
+    option = options_of("data")
     data_dir: str = option(
         "data/fineweb-edu",
-        "directory that prepare_data.py made, or tokens of nanoGPT, build-nanogpt, llm.c or datatrove",
+        "directory written by prepare_data.py, or token files from nanoGPT, build-nanogpt, llm.c or datatrove",
         changeable=True,
     )
-    data: dict = option(
-        {}, "several such directories with weights, instead of data_dir; flag: --data DIR=0.7 DIR=0.3", changeable=True
+    data: dict[str, float] = option(
+        {}, "weighted mixture of such directories, instead of data_dir, e.g. --data DIR=0.7 DIR=0.3", changeable=True
     )
-    corpus: str = option("fineweb-edu", "what prepare_data.py makes data_dir from", changeable=True)
-    output_dir: str = option("runs/gpt2-124m", "directory of the run", changeable=True)
+    corpus: str = option("fineweb-edu", "corpus from which prepare_data.py builds data_dir", changeable=True)
+    sampling: Sampling = option("shuffle", "order of the training windows: shuffle, sequential or random")
+
+    option = options_of("model")
     init_from: str = option(
-        "scratch", "scratch; gpt2 ... gpt2-xl; any run, model folder or Hub id of a GPT-2; a nanoGPT or llm.c file"
+        "scratch", "scratch; gpt2 ... gpt2-xl; a run, model folder or Hub id of a GPT-2; or a nanoGPT or llm.c file"
     )
-    seed: int = option(1337, "seed of initialisation, data order and dropout")
+    model: dict[str, Any] = option({}, "fields of GPT2ReproConfig, e.g. n_layer; as flags: --model.n_layer 6")
 
-    max_steps: int = option(19_073, "optimizer steps")
-    global_batch_tokens: int = option(524_288, "tokens a step, over all processes and micro-batches")
-    batch_ramp_start: int = option(0, "tokens of the first step, where the batch grows; 0: it has its size at once")
-    batch_ramp_tokens: int = option(0, "tokens in which the batch grows from its start, by as much at a time")
-    micro_batch_size: int = option(64, "sequences a process sends through the model at once", changeable=True)
-    sequence_length: int = option(1024, "tokens a sequence (T); what init_from has beyond is cut off")
-    sampling: Sampling = option("shuffle", "order of the training windows: see gpt2repro/data/order.py")
+    option = options_of("batch and run length")
+    max_steps: int = option(19_073, "optimizer steps", at_least=1)
+    global_batch_tokens: int = option(
+        524_288, "tokens per optimizer step, over all ranks and micro-batches", at_least=1
+    )
+    batch_ramp_start: int = option(0, "tokens in the first step of a batch-size ramp; 0: no ramp", at_least=0)
+    batch_ramp_tokens: int = option(0, "tokens over which the batch ramps up linearly", at_least=0)
+    micro_batch_size: int = option(64, "sequences per rank and forward pass", changeable=True, at_least=1)
+    sequence_length: int = option(
+        1024, "tokens per sequence (T); positions of init_from beyond it are cropped", at_least=1
+    )
 
-    optimizer: Literal["adamw", "muon"] = option("adamw", "for all weights; muon: for the blocks' matrices only")
-    learning_rate: float = option(6e-4, "peak learning rate of AdamW")
-    min_learning_rate: float = option(6e-5, "learning rate at the end of the decay")
-    warmup_steps: int = option(715, "steps of linear warm-up")
+    option = options_of("optimizer")
+    optimizer: str = option(
+        "adamw", "adamw, muon (for the blocks' matrices), or another in train/optimizers.py's registry"
+    )
+    weight_decay: float = option(0.1, "decoupled weight decay of tensors with 2 or more dimensions", at_least=0)
+    adam_beta1: float = option(0.9, "AdamW's first-moment decay rate", at_least=0, below=1)
+    adam_beta2: float = option(0.95, "AdamW's second-moment decay rate", at_least=0, below=1)
+    adam_epsilon: float = option(1e-8, "AdamW's epsilon", above=0)
+    muon_learning_rate: float = option(0.02, "Muon's peak learning rate; scheduled like learning_rate", at_least=0)
+    muon_momentum: float = option(0.95, "Muon's momentum", at_least=0, below=1)
+    muon_weight_decay: float = option(0.05, "Muon's decoupled weight decay", at_least=0)
+    max_grad_norm: float = option(1.0, "global gradient norm above which gradients are clipped", above=0)
+
+    option = options_of("learning-rate schedule")
+    learning_rate: float = option(6e-4, "AdamW's peak learning rate", at_least=0)
+    min_learning_rate: float = option(6e-5, "learning rate at the end of the decay", at_least=0)
+    warmup_steps: int = option(715, "steps of linear warm-up", at_least=0)
     lr_schedule: Literal["cosine", "linear", "constant", "wsd"] = option(
-        "cosine", "after the warm-up: decay to the minimum as a cosine or a line, no decay, or one at the end"
+        "cosine", "after the warm-up: cosine or linear decay, constant, or wsd (warm-up, stable, decay)"
     )
-    decay_fraction: float = option(0.2, "part of max_steps, the last, in which wsd decays")
-    decay_shape: Literal["linear", "1-sqrt"] = option("1-sqrt", "the decay of wsd")
-    weight_decay: float = option(0.1, "decoupled decay of tensors with 2 or more dimensions")
-    adam_beta1: float = option(0.9, "AdamW's first moment decay")
-    adam_beta2: float = option(0.95, "AdamW's second moment decay")
-    adam_epsilon: float = option(1e-8, "AdamW's epsilon")
-    muon_learning_rate: float = option(0.02, "Muon's peak learning rate; it follows the schedule of learning_rate")
-    muon_momentum: float = option(0.95, "Muon's momentum")
-    muon_weight_decay: float = option(0.05, "Muon's decoupled decay")
-    max_grad_norm: float = option(1.0, "global gradient norm above which gradients are scaled down")
+    decay_fraction: float = option(0.2, "final fraction of max_steps over which wsd decays", above=0, at_most=1)
+    decay_shape: Literal["linear", "1-sqrt"] = option("1-sqrt", "shape of wsd's decay: linear or 1-sqrt")
 
-    log_every: int = option(1, "steps between rows of metrics.jsonl", changeable=True)
-    validate_every: int = option(250, "steps between validations; 0: only at the end", changeable=True)
+    option = options_of("evaluation")
+    validate_every: int = option(
+        250, "steps between validations; 0: only after the last step", changeable=True, at_least=0
+    )
     validation_tokens: int = option(
-        0, "tokens of each validation, from the start of the split; 0: all", changeable=True
+        0, "tokens per validation, from the start of the split; 0: the whole split", changeable=True, at_least=0
     )
-    hellaswag_every: int = option(0, "steps between HellaSwag evaluations; 0: never", changeable=True)
-    hellaswag_data: str | None = option(None, "local HellaSwag jsonl(.gz); none: from the Hub", changeable=True)
-    sample_every: int = option(250, "steps between samples; 0: only at the end", changeable=True)
-    sample_prompts: list[str] = option(["Hello, I'm a language model,"], "prompts of the samples", changeable=True)
-    sample_tokens: int = option(64, "new tokens of each sample", changeable=True)
-    sample_temperature: float = option(1.0, "divides the logits of the samples; lower is more careful", changeable=True)
-    checkpoint_every: int = option(1000, "steps between checkpoints; there is one at the end too", changeable=True)
-    keep_last: int = option(2, "how many checkpoints are kept, besides the one of the best validation", changeable=True)
-    keep_every: int = option(0, "keep each checkpoint whose step is a multiple of this too; 0: none", changeable=True)
-    max_hours: float = option(0.0, "save and end after so many hours, with exit code 75; 0: no limit", changeable=True)
-    patience: int = option(0, "end after so many validations without a better one, with the best; 0: never")
+    hellaswag_every: int = option(0, "steps between HellaSwag evaluations; 0: never", changeable=True, at_least=0)
+    hellaswag_data: str | None = option(
+        None, "local HellaSwag file, .jsonl or .jsonl.gz; none: from the Hub", changeable=True
+    )
+    sample_every: int = option(250, "steps between samples; 0: only after the last step", changeable=True, at_least=0)
+    sample_prompts: list[str] = option(["Hello, I'm a language model,"], "prompts to sample from", changeable=True)
+    sample_tokens: int = option(64, "new tokens per sample", changeable=True, at_least=1)
+    sample_temperature: float = option(1.0, "sampling temperature", changeable=True, above=0)
 
-    max_bad_steps: int = option(8, "bad steps in a row after which the run goes back to a checkpoint", changeable=True)
-    max_rollbacks: int = option(3, "how often it goes back before it ends", changeable=True)
-    spike_zscore: float = option(6.0, "a loss so many standard deviations above the last ones is a spike")
-    skip_spikes: bool = option(False, "make no update from a spike")
+    option = options_of("checkpoints and early stopping")
+    checkpoint_every: int = option(
+        1000, "steps between checkpoints; the last step always has one", changeable=True, at_least=1
+    )
+    keep_last: int = option(
+        2, "newest checkpoints to keep, besides the one with the best validation loss", changeable=True, at_least=1
+    )
+    keep_every: int = option(
+        0, "also keep checkpoints whose step is a multiple of this; 0: none", changeable=True, at_least=0
+    )
+    max_hours: float = option(
+        0.0, "hours after which the run saves and exits with code 75; 0: no limit", changeable=True, at_least=0
+    )
+    patience: int = option(
+        0, "stop after this many validations without improvement, and export the best model; 0: never", at_least=0
+    )
 
-    eval_only: bool = option(False, "print the losses of init_from on the data, and train nothing", changeable=True)
-    gradient_checkpointing: bool = option(False, "compute activations twice instead of keeping them", changeable=True)
+    option = options_of("bad steps")
+    max_bad_steps: int = option(
+        8, "consecutive bad steps that trigger a rollback to a checkpoint", changeable=True, at_least=1
+    )
+    max_rollbacks: int = option(3, "rollbacks before the run fails", changeable=True, at_least=0)
+    spike_zscore: float = option(6.0, "standard deviations above recent losses that make a loss a spike", above=0)
+    skip_spikes: bool = option(False, "skip the update when the loss spikes")
+
+    option = options_of("speed and memory")
     compile: bool = option(False, "torch.compile the model", changeable=True)
-    num_workers: int = option(1, "processes that read batches ahead; 0: none", changeable=True)
-    resume: bool = option(True, "go on from the newest checkpoint in output_dir", changeable=True)
-    report_to: Literal["none", "tensorboard", "wandb", "trackio"] = option("none", "tracker", changeable=True)
-    peak_tflops: float | None = option(None, "of one device, for MFU; none: by its name", changeable=True)
-    dollars_per_hour: float | None = option(None, "of the whole machine, for the cost of the run", changeable=True)
-    push_to_hub: bool = option(False, "upload the model folder at the end", changeable=True)
-    license: str | None = option(None, "of the weights, for the model card, e.g. apache-2.0", changeable=True)
-    hub_model_id: str = option("", "Hub repository to push to, owner/name", changeable=True)
+    gradient_checkpointing: bool = option(False, "recompute activations instead of storing them", changeable=True)
+    num_workers: int = option(1, "processes that prefetch batches; 0: none", changeable=True, at_least=0)
 
-    model: dict = option({}, "fields of GPT2ReproConfig, e.g. n_layer; flags: --model.n_layer 6")
-    reference_losses: dict = option({}, "name: loss, drawn as lines in loss.png", changeable=True)
+    option = options_of("logging and tracking")
+    log_every: int = option(1, "steps between rows of metrics.jsonl", changeable=True, at_least=1)
+    report_to: Literal["none", "tensorboard", "wandb", "trackio"] = option(
+        "none", "experiment tracker: tensorboard, wandb or trackio", changeable=True
+    )
+    peak_tflops: float | None = option(
+        None, "peak TFLOPS of one device, for MFU; none: looked up by device name", changeable=True, above=0
+    )
+    dollars_per_hour: float | None = option(
+        None, "price of all machines together, for the cost of the run", changeable=True, above=0
+    )
+    reference_losses: dict[str, float] = option({}, "name: loss, drawn as lines in loss.png", changeable=True)
+
+    option = options_of("publishing")
+    push_to_hub: bool = option(False, "upload the model folder at the end of the run", changeable=True)
+    hub_model_id: str = option("", "Hub repository to push to, owner/name", changeable=True)
+    license: str | None = option(None, "license of the weights, for the model card, e.g. apache-2.0", changeable=True)
+
+    del option
 
     @property
     def sources(self) -> dict[str, float]:
@@ -116,80 +174,69 @@ class Recipe:
         return self.data or {self.data_dir: 1.0}
 
     def tokens_before(self, step: int) -> int:
-        """Tokens of the batches of all steps before `step`."""
-        ramp: tuple[int, ...] = (0,)
-        if self.batch_ramp_start:
-            ramp = _ramp(self.batch_ramp_start, self.global_batch_tokens, self.batch_ramp_tokens)
-        past = step - (len(ramp) - 1)  # steps since the ramp
-        return ramp[step] if past < 0 else ramp[-1] + past * self.global_batch_tokens
+        """Tokens in the batches of all steps before `step`."""
+        ramp = ramp_tokens_before(self.batch_ramp_start, self.global_batch_tokens, self.batch_ramp_tokens)
+        ramp_steps = len(ramp) - 1
+        if step < ramp_steps:
+            return ramp[step]
+        return ramp[ramp_steps] + (step - ramp_steps) * self.global_batch_tokens
 
     def first_sample(self, step: int) -> int:
-        """The number of a step's first training sample: how many sequences the batches before it have."""
+        """Number of a step's first training sample, i.e. how many sequences the earlier steps consumed."""
         return self.tokens_before(step) // self.sequence_length
 
     def accumulation(self, num_processes: int, step: int) -> int:
-        """Micro-batches of each process in a step."""
+        """Micro-batches per rank in a step."""
         tokens = self.tokens_before(step + 1) - self.tokens_before(step)
         return tokens // (self.micro_batch_size * self.sequence_length * num_processes)
 
     def problems(self, num_processes: int) -> list[str]:
-        """What is wrong with the values: one line each, with the rule and the remedy."""
-        found = [
-            f"{name}={getattr(self, name)} must be {rule}"
-            for names, rule, holds in _RULES
-            for name in names.split()
-            if not holds(getattr(self, name))
-        ]
-        if not found:
-            found += self._batch_problems(num_processes)
-        if self.lr_schedule != "constant" and self.min_learning_rate > self.learning_rate:
-            found.append(f"min_learning_rate={self.min_learning_rate} is above learning_rate={self.learning_rate}")
-        if self.warmup_steps >= self.max_steps:
-            found.append(
-                f"warmup_steps={self.warmup_steps} must be below max_steps={self.max_steps}; change one of them"
-            )
-        elif self.lr_schedule == "wsd" and self.warmup_steps > (stable := self.max_steps * (1 - self.decay_fraction)):
-            found.append(
-                f"warmup_steps={self.warmup_steps} must be at most {stable:g}, where the decay begins (max_steps="
-                f"{self.max_steps} x (1 - decay_fraction={self.decay_fraction})); lower warmup_steps or decay_fraction"
-            )
-        if self.optimizer == "muon" and self.learning_rate == 0:
-            found.append("learning_rate=0 must be above 0 with muon, whose learning rate is in proportion to it")
-        if self.eval_only and self.init_from == "scratch":
-            found.append("init_from=scratch has learnt nothing; with eval_only add --init_from with a run or a model")
-        if self.patience and not self.validate_every:
-            found.append(
-                f"patience={self.patience} counts validations, and validate_every=0 has none; change one of them"
-            )
-        if self.push_to_hub and self.hub_model_id.count("/") != 1:
-            found.append("push_to_hub needs a repository: add --hub_model_id owner/name")
-        return found
+        """Everything wrong with the values: one line each, with the value, the rule and the remedy."""
+        problems = self._bound_problems()
+        if not problems:  # the batch arithmetic divides by sizes that must be positive
+            problems += self._batch_problems(num_processes)
+        problems += self._schedule_problems()
+        problems += self._evaluation_problems()
+        problems += self._publishing_problems()
+        return problems
+
+    def _bound_problems(self) -> list[str]:
+        problems = []
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            bounds = field.metadata["bounds"]
+            if value is None or all(BOUNDS[name](value, limit) for name, limit in bounds.items()):
+                continue
+            rule = " and ".join(f"{name.replace('_', ' ')} {limit}" for name, limit in bounds.items())
+            problems.append(f"{field.name}={value} must be {rule}")
+        return problems
 
     def _batch_problems(self, num_processes: int) -> list[str]:
         unit = self.micro_batch_size * self.sequence_length * num_processes
         if self.global_batch_tokens % unit == 0:
             return self._ramp_problems(unit)
         below = self.global_batch_tokens // unit * unit
-        remedy = "use global_batch_tokens=" + (f"{below} or {below + unit}" if below else f"{unit}")
-        sequences, rest = divmod(self.global_batch_tokens, self.sequence_length * num_processes)
-        if not rest:
-            divisors = [size for size in range(1, sequences + 1) if sequences % size == 0]
-            remedy += f", or micro_batch_size={min(divisors, key=lambda size: abs(size - self.micro_batch_size))}"
+        multiples = f"{below} or {below + unit}" if below else f"{unit}"
+        remedy = f"use global_batch_tokens={multiples}"
+        sequences, remainder = divmod(self.global_batch_tokens, self.sequence_length * num_processes)
+        if remainder == 0:
+            nearest = min(divisors(sequences), key=lambda size: abs(size - self.micro_batch_size))
+            remedy += f", or micro_batch_size={nearest}"
         return [
             f"global_batch_tokens={self.global_batch_tokens} is not a multiple of {self.micro_batch_size} x "
             f"{self.sequence_length} x {num_processes} = {unit} (micro_batch_size x sequence_length x processes); "
-            + remedy
+            f"{remedy}"
         ]
 
     def _ramp_problems(self, unit: int) -> list[str]:
-        if (self.batch_ramp_start > 0) != (self.batch_ramp_tokens > 0):
+        has_start, has_tokens = self.batch_ramp_start > 0, self.batch_ramp_tokens > 0
+        if has_start != has_tokens:
             return [
-                f"batch_ramp_start={self.batch_ramp_start} and batch_ramp_tokens={self.batch_ramp_tokens}: a ramp has "
-                "both; give both, or neither"
+                f"batch_ramp_start={self.batch_ramp_start} and batch_ramp_tokens={self.batch_ramp_tokens}: a ramp "
+                "needs both; set both, or neither"
             ]
-        units = self.global_batch_tokens // unit
-        starts = [unit * size for size in range(1, units + 1) if units % size == 0]
-        if not self.batch_ramp_start or self.batch_ramp_start in starts:
+        starts = [unit * size for size in divisors(self.global_batch_tokens // unit)]
+        if not has_start or self.batch_ramp_start in starts:
             return []
         nearest = sorted(starts, key=lambda start: abs(start - self.batch_ramp_start))[:2]
         return [
@@ -198,190 +245,64 @@ class Recipe:
             + " or ".join(map(str, sorted(nearest)))
         ]
 
+    def _schedule_problems(self) -> list[str]:
+        problems = []
+        if self.lr_schedule != "constant" and self.min_learning_rate > self.learning_rate:
+            problems.append(
+                f"min_learning_rate={self.min_learning_rate} must be at most learning_rate={self.learning_rate}; "
+                "change one of them"
+            )
+        if self.optimizer == "muon" and self.learning_rate == 0:
+            problems.append("learning_rate=0 must be above 0 with muon, whose learning rate is a multiple of it")
+        decay_start = self.max_steps * (1 - self.decay_fraction)
+        if self.warmup_steps >= self.max_steps:
+            problems.append(
+                f"warmup_steps={self.warmup_steps} must be below max_steps={self.max_steps}; change one of them"
+            )
+        elif self.lr_schedule == "wsd" and self.warmup_steps > decay_start:
+            problems.append(
+                f"warmup_steps={self.warmup_steps} must be at most {decay_start:g}, where the decay begins (max_steps="
+                f"{self.max_steps} x (1 - decay_fraction={self.decay_fraction})); lower warmup_steps or decay_fraction"
+            )
+        return problems
+
+    def _evaluation_problems(self) -> list[str]:
+        problems = []
+        if self.eval_only and self.init_from == "scratch":
+            problems.append("init_from=scratch is untrained; with eval_only, set --init_from to a run or a model")
+        if self.patience and not self.validate_every:
+            problems.append(
+                f"patience={self.patience} counts validations, but validate_every=0 runs none; change one of them"
+            )
+        if self.hellaswag_data is not None and not Path(self.hellaswag_data).is_file():
+            problems.append(f"hellaswag_data={self.hellaswag_data} must be a HellaSwag file, .jsonl or .jsonl.gz")
+        return problems
+
+    def _publishing_problems(self) -> list[str]:
+        if self.push_to_hub and self.hub_model_id.count("/") != 1:
+            return ["push_to_hub needs a repository; add --hub_model_id owner/name"]
+        return []
+
 
 @functools.cache
-def _ramp(start: int, full: int, length: int) -> tuple[int, ...]:
-    """Tokens before each step of a batch-size ramp, and before the first step after it.
+def ramp_tokens_before(start: int, full: int, length: int) -> tuple[int, ...]:
+    """Tokens before each step of a batch-size ramp, and before the first step after it; (0,) without a ramp.
 
     The batch grows linearly with the tokens seen, in multiples of `start`, and is full once `length` tokens were seen.
-    Source: GPT-3 paper, section 2.3 and appendix B; Megatron-LM's rampup_batch_size.
-    """
-    before = [0]
-    while (seen := before[-1]) < length:
-        before.append(seen + start * (1 + seen * (full // start - 1) // length))
-    return tuple(before)
-
-
-_RULES = (  # fields, what their value must be, the test of it
-    (
-        "max_steps global_batch_tokens micro_batch_size sequence_length log_every checkpoint_every keep_last "
-        "sample_tokens max_bad_steps",
-        "at least 1",
-        lambda value: value >= 1,
-    ),
-    (
-        "learning_rate min_learning_rate warmup_steps weight_decay muon_learning_rate muon_weight_decay "
-        "batch_ramp_start batch_ramp_tokens validate_every validation_tokens hellaswag_every sample_every num_workers "
-        "keep_every max_hours patience max_rollbacks",
-        "at least 0",
-        lambda value: value >= 0,
-    ),
-    ("adam_epsilon max_grad_norm sample_temperature spike_zscore", "above 0", lambda value: value > 0),
-    ("peak_tflops dollars_per_hour", "above 0", lambda value: value is None or value > 0),
-    ("seed", "at least 0 and below 2**32", lambda value: 0 <= value < 2**32),
-    ("decay_fraction", "above 0 and at most 1", lambda value: 0 < value <= 1),
-    ("adam_beta1 adam_beta2 muon_momentum", "at least 0 and below 1", lambda value: 0 <= value < 1),
-    (
-        "hellaswag_data",
-        "a HellaSwag file, .jsonl or .jsonl.gz",
-        lambda value: value is None or Path(value).is_file(),
-    ),
-)
-
-
-def parse_recipe(argv: list[str], default_config: Path, config_class: type) -> tuple[Recipe, list[str]]:
-    """The recipe of a command line, and what is wrong with the fields' names and types.
 
     Args:
-        argv: `--config FILE`, and `--field value` or `--model.field value` that override it.
-        default_config: the recipe where no --config is given.
-        config_class: the model's configuration class; its annotated fields are what `model` may hold.
-    Returns:
-        The recipe, with defaults where a value was wrong; and a line for each mistake: an unknown field with the
-        nearest name, a value of the wrong type.
-    Raises:
-        UserError: the recipe file cannot be read.
+        start: tokens in the first step.
+        full: tokens per step after the ramp, a multiple of `start`.
+        length: tokens over which the batch grows; 0: no ramp.
+    Source: GPT-3 paper, section 2.3 and appendix B; Megatron-LM's rampup_batch_size.
     """
-    hints = typing.get_type_hints(Recipe)
-    hints |= {f"model.{name}": hint for name, hint in config_class.__annotations__.items()}
-    flags, unknown = _parser(hints).parse_known_args(argv)
-    values = _read_yaml(Path(flags.config or default_config))
-    problems = [_unknown(word, [f"--{name}" for name in hints]) for word in unknown if word.startswith("-")]
-    problems += [
-        f"unexpected argument {word!r}; flags are --field value"
-        for before, word in zip(["", *unknown], unknown)
-        if not word.startswith("-") and not before.startswith("-")  # else it is the unknown field's value
-    ]
-
-    model = values.pop("model", None) or {}
-    if isinstance(model, dict):
-        values |= {f"model.{name}": value for name, value in model.items()}
-    else:
-        problems.append(f"model={model!r} is not a table of the model's fields")
-    given = {name: value for name, value in vars(flags).items() if name != "config" and value is not None}
-    if any(layer.get("data") and "data_dir" in layer for layer in (values, given)):
-        problems.append("data and data_dir are both given; data has all directories, leave data_dir out")
-    if "data_dir" in given:
-        values.pop("data", None)  # the flags choose anew
-    values |= given
-
-    fields: dict = {"model": {}}
-    for name, value in values.items():
-        name = str(name)
-        if name not in hints:
-            problems.append(_unknown(name, list(hints)))
-            continue
-        try:
-            value = _coerce(value, hints[name])
-        except (AttributeError, KeyError, TypeError, ValueError, OverflowError):
-            problems.append(f"{name}={value!r} is not {_describe(hints[name])}")
-            continue
-        if name.startswith("model."):
-            fields["model"][name.removeprefix("model.")] = value
-        else:
-            fields[name] = value
-    if fields.get("data"):
-        fields["data_dir"] = ""  # which such a run does not read
-    return Recipe(**fields), problems
+    tokens_before = [0]
+    while tokens_before[-1] < length:
+        seen = tokens_before[-1]
+        batch_tokens = start * (1 + seen * (full // start - 1) // length)
+        tokens_before.append(seen + batch_tokens)
+    return tuple(tokens_before)
 
 
-def differences(recipe: Recipe, other: dict) -> list[str]:
-    """The fields in which another run's recipe, given as a dict, trains another model."""
-    return [
-        f"{f.name}={other.get(f.name, _default(f))} there, {getattr(recipe, f.name)} here"
-        for f in dataclasses.fields(Recipe)
-        if not f.metadata["changeable"] and other.get(f.name, _default(f)) != getattr(recipe, f.name)
-    ]
-
-
-def _parser(hints: dict) -> argparse.ArgumentParser:
-    """A flag for each field, all as text: their values are read as those of the YAML file are."""
-    parser = Parser("Train GPT-2. Flags override the recipe; so do --model.FIELD flags.")
-    parser.add_argument("--config", help="recipe file, one of recipes/ or your own")
-    described = {f.name: f"{f.metadata['help']} (default: {_default(f)})" for f in dataclasses.fields(Recipe)}
-    for name, hint in hints.items():
-        if hint is not dict:
-            bare: dict[str, Any] = {"nargs": "?", "const": "true"} if hint is bool else {}
-            help = described.get(name, argparse.SUPPRESS).replace("%", "%%")
-            parser.add_argument(f"--{name}", metavar="VALUE", help=help, **bare)
-    parser.add_argument("--data", nargs="+", metavar="DIR=WEIGHT", help=described["data"])
-    return parser
-
-
-def _default(f: dataclasses.Field) -> Any:
-    return f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
-
-
-def _read_yaml(path: Path) -> dict:
-    try:
-        content = yaml.safe_load(path.read_text()) or {}
-    except OSError as error:
-        raise UserError(
-            f"--config {path} cannot be read ({error.strerror}); recipes/ holds the known recipes"
-        ) from error
-    except yaml.YAMLError as error:
-        raise UserError(f"--config {path} is not YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(content, dict):
-        raise UserError(f"--config {path} must be a table of `field: value` lines")
-    return content
-
-
-def _unknown(name: str, known: list[str]) -> str:
-    nearest = difflib.get_close_matches(name, known, n=1)
-    return f"unknown recipe field {name}; " + (f"did you mean {nearest[0]}?" if nearest else "see --help")
-
-
-def _coerce(value: Any, hint: Any) -> Any:
-    """The value as the field's type; flags are always text, and YAML 1.1 reads even 6e-4 as text.
-
-    Raises:
-        AttributeError, KeyError, TypeError, ValueError or OverflowError: the value is not of that type.
-    """
-    if isinstance(hint, UnionType):
-        if str(value).lower() in ("none", "null") and NoneType in typing.get_args(hint):
-            return None
-        return _coerce(value, typing.get_args(hint)[0])
-    if typing.get_origin(hint) is list:
-        return [_coerce(item, typing.get_args(hint)[0]) for item in (value if isinstance(value, list) else [value])]
-    if typing.get_origin(hint) is Literal:
-        if value not in typing.get_args(hint):
-            raise ValueError(value)
-        return value
-    if hint is dict:
-        if isinstance(value, list):  # words of a flag, name=number
-            words = [word.rsplit("=", 1) for word in value]
-            value = dict(words)
-            if len(value) < len(words):
-                raise ValueError(words)
-        return {str(name): float(number) for name, number in value.items()}
-    if hint is bool:
-        return {"true": True, "false": False}[str(value).lower()]
-    if value is None or isinstance(value, bool | dict | list):
-        raise TypeError(value)
-    if hint is str:
-        return str(value)
-    number = float(value)
-    if not math.isfinite(number) or (hint is int and not number.is_integer()):
-        raise ValueError(value)
-    return hint(number)
-
-
-def _describe(hint: Any) -> str:
-    if isinstance(hint, UnionType):
-        return " or ".join(_describe(part) for part in typing.get_args(hint))
-    if typing.get_origin(hint) is Literal:
-        return "one of " + ", ".join(typing.get_args(hint))
-    if typing.get_origin(hint) is list:
-        return f"a list of {_describe(typing.get_args(hint)[0])}"
-    names = {int: "a whole number", float: "a finite number", bool: "true or false", str: "text", NoneType: "none"}
-    return names.get(hint, "a table of name: number")
+def divisors(number: int) -> list[int]:
+    return [size for size in range(1, number + 1) if number % size == 0]

@@ -1,7 +1,7 @@
-"""Every accelerate config, up to the plugin that Accelerate builds from it in a process it has launched.
+"""Every accelerate config, up to the plugin that Accelerate builds from it in a launched process.
 
-Accelerate looks at no key that it does not know inside fsdp_config, fp8_config and the like, and the launcher ignores
-some top-level ones: so each key must be an option of `accelerate launch`, and must change what is launched.
+Accelerate silently ignores unknown keys inside fsdp_config, fp8_config and the like, and its launcher ignores some
+top-level ones. So each key must be an option of `accelerate launch`, and must change what is launched.
 """
 
 import os
@@ -31,11 +31,11 @@ from modeling_gpt2repro import GPT2ReproConfig, GPT2ReproForCausalLM
 
 CONFIGS = sorted((Path(__file__).resolve().parents[1] / "accelerate_configs").glob("*.yaml"))
 NAMES = [path.stem for path in CONFIGS]
-NOT_OPTIONS = {"compute_environment", "distributed_type"}  # read from the file only
+NOT_OPTIONS = {"compute_environment", "distributed_type"}  # only read from the file
 
 
 def settings(path: Path) -> dict:
-    """The keys of a config, those of its sections with them; a section's prefix may be left out in the file."""
+    """The keys of a config, with its sections flattened; the file may omit a section's prefix."""
     flat = {}
     for key, value in yaml.safe_load(path.read_text()).items():
         if isinstance(value, dict):
@@ -47,13 +47,13 @@ def settings(path: Path) -> dict:
 
 
 def launch_arguments(path: Path, *flags: str):
-    """What `accelerate launch --config_file path ...` makes of its command line and the file."""
+    """The arguments of `accelerate launch --config_file path ...`, merged with the file."""
     command = ["--config_file", str(path), "--main_process_ip", "127.0.0.1", *flags, "train_accelerate.py"]
     return _validate_launch_command(launch_command_parser().parse_args(command))[0]
 
 
 def launch_environment(path: Path, *flags: str) -> dict[str, str]:
-    """The environment in which Accelerate starts the processes of a config, as launch_command chooses it."""
+    """The environment in which launch_command starts the processes of a config."""
     arguments = launch_arguments(path, "--main_process_port", "0", *flags)
     if arguments.use_deepspeed:
         arguments.deepspeed_fields_from_accelerate_config = ",".join(settings(path))
@@ -64,7 +64,7 @@ def launch_environment(path: Path, *flags: str) -> dict[str, str]:
 
 
 def problems(path: Path) -> list[str]:
-    """The keys of a config that do nothing: names that are no option, and values that the launcher does not take."""
+    """The keys of a config that have no effect: unknown options, and values that the launcher drops."""
     options = vars(launch_command_parser().parse_args(["train_accelerate.py"])).keys() | {"use_cpu"}
     taken = vars(launch_arguments(path))
     given = {name: value for name, value in settings(path).items() if name not in NOT_OPTIONS}
@@ -73,14 +73,14 @@ def problems(path: Path) -> list[str]:
 
 @pytest.fixture
 def launched(request):
-    """The environment of a launched process, while the test runs."""
+    """Run the test in the environment of a launched process."""
     path = next(path for path in CONFIGS if path.stem == request.param)
     with patch_environment(**launch_environment(path)):
         yield settings(path)
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=NAMES)
-def test_every_key_of_a_config_does_something(path):
+def test_every_key_has_an_effect(path):
     assert problems(path) == []
 
 
@@ -90,10 +90,10 @@ def test_every_key_of_a_config_does_something(path):
         ("fsdp_version: 2", "fsdp_versoin: 2"),
         ("fsdp_auto_wrap_policy", "auto_wrap_polcy"),
         ("parallelism_config_dp_shard_size", "dp_shard_size"),  # the launcher adds no prefix here
-        ("machine_rank: 0", "machine_rank: 0\nsame_network: true"),  # ignored: the flag is never undecided
+        ("machine_rank: 0", "machine_rank: 0\nsame_network: true"),  # ignored: the flag always has a value
     ],
 )
-def test_a_key_that_does_nothing_is_found(right, wrong, tmp_path):
+def test_a_key_without_effect_is_found(right, wrong, tmp_path):
     config = next(path for path in CONFIGS if path.stem == "hsdp_2node").read_text()
     broken = tmp_path / "broken.yaml"
     broken.write_text(config.replace(right, wrong))
@@ -108,7 +108,7 @@ def test_an_unknown_top_level_key_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=NAMES)
-def test_the_processes_are_as_many_as_the_name_says(path):
+def test_the_number_of_processes_matches_the_name(path):
     arguments = launch_arguments(path, "--main_process_port", "0")
     machines = 2 if "2node" in path.stem else 1
     local = {"8gpu": 8, "2node": 8, "multi_cpu": 2}
@@ -146,12 +146,12 @@ def test_fsdp2_shards_each_block(launched):
     assert wrapped == {type(model.transformer.h[0])}
     assert plugin.transformer_cls_names_to_wrap == list(model._no_split_modules) == ["GPT2ReproBlock"]
 
-    # Whole-model compilation would go round the hooks with which FSDP2 gathers the blocks.
+    # Compiling the whole model would bypass the hooks through which FSDP2 gathers the blocks.
     assert TorchDynamoPlugin(backend="inductor").use_regional_compilation
 
 
 @pytest.mark.parametrize("launched", ["hsdp_2node"], indirect=True)
-def test_hsdp_shards_inside_a_machine_and_replicates_between_them(launched):
+def test_hsdp_shards_within_a_machine_and_replicates_across_machines(launched):
     assert os.environ["ACCELERATE_USE_PARALLELISM_CONFIG"] == "true"
     parallelism = ParallelismConfig()
     assert parallelism.total_size == launched["num_processes"]
@@ -160,7 +160,7 @@ def test_hsdp_shards_inside_a_machine_and_replicates_between_them(launched):
 
 
 @pytest.mark.parametrize("launched", ["deepspeed_zero2_8gpu"], indirect=True)
-def test_deepspeed_plugin_is_zero_stage_2_and_leaves_the_rest_to_the_recipe(launched):
+def test_deepspeed_uses_zero_stage_2_and_takes_the_rest_from_the_recipe(launched):
     pytest.importorskip("deepspeed", reason="the plugin needs DeepSpeed; pip install deepspeed")
     assert os.environ["ACCELERATE_USE_DEEPSPEED"] == "true"
     plugin = DeepSpeedPlugin()
@@ -174,7 +174,7 @@ def test_deepspeed_plugin_is_zero_stage_2_and_leaves_the_rest_to_the_recipe(laun
 # ---- fp8 ----
 
 
-def test_fp8_converts_the_matrices_of_the_blocks_but_the_first_and_no_other():
+def test_fp8_converts_all_block_matrices_except_the_first():
     pytest.importorskip("torchao", reason="fp8 needs torchao; pip install torchao")
     from accelerate.utils.ao import convert_model_to_fp8_ao
     from torchao.float8.float8_linear import Float8Linear
@@ -190,5 +190,5 @@ def test_fp8_converts_the_matrices_of_the_blocks_but_the_first_and_no_other():
     convert_model_to_fp8_ao(model, config=recipe.config, module_filter_func=recipe.module_filter_func)
     converted = {name for name, module in model.named_modules() if isinstance(module, Float8Linear)}
     assert linears - converted == {"transformer.h.0.attn.c_attn", "lm_head"}
-    assert list(model.state_dict()) == names and model.num_parameters() == total  # a checkpoint opens without torchao
+    assert list(model.state_dict()) == names and model.num_parameters() == total  # checkpoints load without torchao
     assert model.lm_head.weight is model.transformer.wte.weight

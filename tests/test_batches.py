@@ -9,7 +9,7 @@ import torch
 from gpt2repro.data.batches import MicroBatches
 from gpt2repro.data.mixture import Mixture
 from gpt2repro.data.order import count_windows, window_starts
-from gpt2repro.data.shards import TokenStream
+from gpt2repro.data.token_stream import TokenStream
 from gpt2repro.errors import UserError
 from gpt2repro.recipe import Recipe
 

@@ -51,11 +51,11 @@ def checkpoints(tmp_path):
 def save(checkpoints, step, val_loss=None):
     checkpoints.save({"step": step, "val_loss": val_loss})
     checkpoints.wait()
-    return checkpoints.root / f"step_{step:08d}"
+    return checkpoints.folder.checkpoints / f"step_{step:08d}"
 
 
 def names(checkpoints):
-    return sorted(path.name for path in checkpoints.root.iterdir())
+    return sorted(path.name for path in checkpoints.folder.checkpoints.iterdir())
 
 
 def test_whatever_fails_while_saving_is_said_and_tried_again(checkpoints):
@@ -94,7 +94,7 @@ def test_a_damaged_best_one_is_not_what_a_run_ends_with(checkpoints):
         save(checkpoints, step, val_loss)
         torch.nn.init.normal_(checkpoints.model.transformer.wpe.weight)
     assert names(checkpoints) == ["step_00000002", "step_00000003"]
-    (checkpoints.root / "step_00000002" / "model.safetensors").write_bytes(b"")
+    (checkpoints.folder.checkpoints / "step_00000002" / "model.safetensors").write_bytes(b"")
     assert checkpoints.restore(best=True)["step"] == 3
     assert torch.equal(checkpoints.model.transformer.wpe.weight, weights[2]["transformer.wpe.weight"])
     assert names(checkpoints) == ["damaged_step_00000002", "step_00000003"]

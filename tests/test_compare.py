@@ -1,4 +1,4 @@
-"""The comparison of two models against the formulas written out; scorecard.py as a user runs it."""
+"""The comparison of two models against plain formulas; scorecard.py as a user runs it."""
 
 import json
 
@@ -61,7 +61,7 @@ def test_every_figure_equals_its_formula(model, windows):
     assert result.kl_max == pytest.approx(kl.max().item(), rel=1e-3)
 
 
-def test_models_of_other_depth_have_no_hidden_differences(model, windows):
+def test_models_of_different_depth_have_no_hidden_differences(model, windows):
     other = GPT2LMHeadModel(GPT2Config(vocab_size=V, **SIZES | {"n_layer": 1}))
     result = compare_models(model, other, windows, V)
     assert result.hidden_max == [] and result.logits_max > 0
@@ -89,7 +89,7 @@ def test_scorecard_prints_the_comparison_and_writes_it(folders, run_script):
     )
 
 
-def test_scorecard_refuses_what_cannot_be_compared(folders, run_script, tmp_path):
+def test_scorecard_refuses_short_texts_and_different_tokenizers(folders, run_script, tmp_path):
     (tmp_path / "short.txt").write_text("a b")
     done = run_script("scorecard.py", "--weights-only", *[folders / "ours"] * 2, "--text", tmp_path / "short.txt")
     assert done.returncode == 2 and "fewer than one window" in done.stderr

@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 
 import prepare_data
-from gpt2repro.data import shards
+from gpt2repro.data.manifest import Manifest
+from gpt2repro.data.shards import SPLITS
+from gpt2repro.data.token_stream import TokenStream
 from gpt2repro.errors import UserError
 from gpt2repro.prepare import describe
 
@@ -75,31 +77,30 @@ def test_random_damage_is_found_and_named(prepared, tmp_path, number):
             damage = flip_a_byte
     damage(path, chance)
     with pytest.raises(UserError) as caught:
-        shards.verify(tmp_path / "data", num_workers=2)
+        Manifest.read(tmp_path / "data").verify(tmp_path / "data", num_workers=2)
     assert path.name in str(caught.value)
 
 
 def test_a_manifest_that_lies_about_its_shards_is_found_out(prepared, tmp_path):
     """Even one that was sealed anew."""
     shutil.copytree(prepared, tmp_path / "data")
-    path = tmp_path / "data" / "manifest.json"
     for key in ("tokens", "documents"):
         manifest = json.loads((prepared / "manifest.json").read_text())
         split = manifest["splits"]["train"]
         split[key] += 1
         split["shards"][0][key] += 1
-        path.write_text(json.dumps(shards.seal(manifest)))
+        Manifest.from_dict(manifest).write(tmp_path / "data")
         with pytest.raises(UserError, match="train_00000.npy"):
-            shards.verify(tmp_path / "data")
+            Manifest.read(tmp_path / "data").verify(tmp_path / "data")
 
 
 def test_description_counts_what_is_there(prepared):
     text = describe.describe(prepared)
     manifest = json.loads((prepared / "manifest.json").read_text())
-    for split in shards.SPLITS:
+    for split in SPLITS:
         tokens = np.concatenate([np.load(prepared / shard["file"]) for shard in manifest["splits"][split]["shards"]])
         lengths = np.diff(np.flatnonzero(tokens == 499), append=len(tokens))
-        starts, _ = describe.document_lengths(shards.TokenStream.open(prepared, split), 499)
+        starts, _ = describe.document_lengths(TokenStream.open(prepared, split), 499)
         assert starts == np.flatnonzero(tokens == 499)[:3].tolist()
         assert f"{split}: {len(tokens):,} tokens in {len(lengths):,} documents" in text
         for power in range(4, 16):

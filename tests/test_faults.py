@@ -19,8 +19,8 @@ from fork_server import ENVIRONMENT, ForkServer
 from safetensors.torch import load_file
 
 import prepare_data
+from gpt2repro.train.metrics import CLOCK_KEYS, read_metrics
 from gpt2repro.train.stopping import EXIT_CODE
-from gpt2repro.train.telemetry import OF_THE_CLOCK, read_metrics
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -44,12 +44,11 @@ SCRIPT = """
 import os, signal, sys, time
 import torch
 import train_accelerate
+from gpt2repro import files
 from gpt2repro.data import batches
-from gpt2repro.train import checkpoint
-from gpt2repro.train import guard
-from gpt2repro.train import telemetry
-from gpt2repro.evaluation import validation
 from gpt2repro.errors import run_script
+from gpt2repro.evaluation import validation
+from gpt2repro.train import checkpoint, guard, telemetry
 {hook}
 if __name__ == "__main__":
     run_script(train_accelerate.main)
@@ -134,7 +133,7 @@ class Training:
     def result(self) -> tuple[dict, list[dict]]:
         """Final weights, and the metrics but for the clock."""
         lines = (self.output_dir / "metrics.jsonl").read_text().splitlines()
-        rows = [{k: v for k, v in json.loads(line).items() if k not in OF_THE_CLOCK} for line in lines]
+        rows = [{k: v for k, v in json.loads(line).items() if k not in CLOCK_KEYS} for line in lines]
         return load_file(self.output_dir / "model" / "model.safetensors"), rows
 
     def checkpoints(self) -> list[str]:
@@ -218,13 +217,13 @@ validation.validation_loss = validation_loss
 
 def test_a_second_signal_ends_it_at_once(data_dir, tmp_path):
     hook = """
-train_step = train_accelerate.train_step
+forward_backward = train_accelerate.forward_backward
 def slow(*args):
     print("in the step", flush=True)
     for _ in range(600):
         time.sleep(0.1)
-    return train_step(*args)
-train_accelerate.train_step = slow
+    return forward_backward(*args)
+train_accelerate.forward_backward = slow
 """
     run = Training(tmp_path, data_dir, hook=hook)
     run.until("in the step")
@@ -273,8 +272,8 @@ def test_a_run_whose_launcher_is_killed_saves_and_ends(data_dir, tmp_path):
 def test_a_second_run_in_the_same_directory_is_refused(data_dir, stopped, tmp_path):
     """Here by a process that holds the directory for longer than a run that ends may take."""
     hook = """
-take = train_accelerate.FileLock.acquire
-train_accelerate.FileLock.acquire = lambda self, timeout: take(self, timeout=0.1)
+take = files.FileLock.acquire
+files.FileLock.acquire = lambda self, timeout: take(self, timeout=0.1)
 """
     with FileLock(tmp_path / "run" / ".lock"):
         again = Training(tmp_path, data_dir, hook=hook)
@@ -423,7 +422,7 @@ checkpoint.save_file = save_file
     run = Training(tmp_path, data_dir, "--max_steps", 4, hook=hook)
     assert run.wait() == 2
     assert "error: the checkpoint at step 4 could not be written ([Errno 28]" in run.printed
-    assert "make space and repeat the command" in run.printed and run.checkpoints() == []
+    assert "free some space and repeat the command" in run.printed and run.checkpoints() == []
 
 
 def test_a_dead_loader_worker_is_replaced(data_dir, undisturbed, tmp_path):
@@ -444,20 +443,42 @@ os.environ["FLAG"] = {flag!r}
     assert_same(run.result(), undisturbed)
 
 
+# ---- the order of a step ----
+
+
+def test_the_learning_rate_of_a_step_is_set_before_its_backward_passes(data_dir, tmp_path):
+    """DeepSpeed updates in the last backward pass; the later calls do nothing there."""
+    hook = """
+from accelerate import Accelerator
+set_lr, backward = train_accelerate.set_lr, Accelerator.backward
+def record_lr(optimizers, lr):
+    print("lr", flush=True)
+    return set_lr(optimizers, lr)
+def record_backward(self, loss):
+    print("backward", flush=True)
+    backward(self, loss)
+train_accelerate.set_lr, Accelerator.backward = record_lr, record_backward
+"""
+    run = Training(tmp_path, data_dir, "--max_steps", 3, hook=hook)
+    assert run.wait() == 0, run.printed
+    recorded = [line for line in run.printed.splitlines() if line in ("lr", "backward")]
+    assert recorded == ["lr", *["backward"] * 4] * 3
+
+
 # ---- bad steps ----
 
 NAN_AT = """
-train_step = train_accelerate.train_step
+forward_backward = train_accelerate.forward_backward
 def poisoned(accelerator, model, *args):
     count[0] += 1
     if count[0] not in {counts} or os.environ.get("RANK", "0") != "{rank}":
-        return train_step(accelerator, model, *args)
+        return forward_backward(accelerator, model, *args)
     handle = next(model.parameters()).register_hook(lambda gradient: gradient * float("nan"))
-    result = train_step(accelerator, model, *args)
+    result = forward_backward(accelerator, model, *args)
     handle.remove()
     return result
 count = [0]
-train_accelerate.train_step = poisoned
+train_accelerate.forward_backward = poisoned
 """
 
 
@@ -465,7 +486,7 @@ train_accelerate.train_step = poisoned
 def test_a_gradient_of_one_process_that_is_not_finite_costs_one_update(data_dir, tmp_path):
     run = Training(tmp_path, data_dir, "--max_steps", 8, hook=NAN_AT.format(counts=[5], rank=1), processes=2)
     assert run.wait() == 0, run.printed
-    assert "step 5: loss" in run.printed and "gradient norm nan: no update" in run.printed
+    assert "step 5: loss" in run.printed and "gradient norm nan: update skipped" in run.printed
     weights, rows = run.result()
     steps = [row for row in rows if "loss" in row]
     assert [row["bad_steps"] for row in steps] == [0, 0, 0, 0, 1, 1, 1, 1]
@@ -486,7 +507,7 @@ batches.MicroBatches.__getitem__ = __getitem__
     hook = NAN_AT.format(counts=[10, 11, 12], rank=0) + record
     run = Training(tmp_path, data_dir, "--max_bad_steps", 3, "--num_workers", 0, hook=hook)
     assert run.wait() == 0, run.printed
-    assert "from batches [9, 10, 11]: back to step 8, without them" in run.printed
+    assert "at batches [9, 10, 11]: rolled back to step 8, skipping them" in run.printed
     read = [int(line) for line in log.read_text().split()]
     assert read == [*range(12), 8, *range(12, 27)]
     state = json.loads((run.output_dir / "checkpoints" / "step_00000024" / "trainer_state.json").read_text())
@@ -498,11 +519,11 @@ batches.MicroBatches.__getitem__ = __getitem__
 
 def test_a_last_step_that_is_not_finite_still_ends_in_a_model(data_dir, tmp_path):
     hook = """
-train_step = train_accelerate.train_step
+agree = train_accelerate.agree
 def poisoned(*args):
-    loss, norm, stopping = train_step(*args)
-    return float("nan"), norm, stopping
-train_accelerate.train_step = poisoned
+    loss, stopping = agree(*args)
+    return float("nan"), stopping
+train_accelerate.agree = poisoned
 """
     run = Training(tmp_path, data_dir, "--max_steps", 4, hook=hook)
     assert run.wait() == 0, run.printed

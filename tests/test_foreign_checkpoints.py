@@ -1,5 +1,5 @@
-"""Files in the upstream formats, written here from an independent model, against that model: tensors bit for bit, and
-its logits. Then every damage and every file that is something else."""
+"""Checkpoints in the upstream formats, written from an independent model and compared with it: tensors bit for bit, and
+logits. Then damaged files, and files of other kinds."""
 
 import argparse
 import inspect
@@ -20,6 +20,7 @@ from torch import nn
 
 from gpt2repro.errors import UserError
 from gpt2repro.models.foreign_checkpoints import check_tensors, expected_shapes, read_checkpoint_file
+from gpt2repro.models.openai_weights import open_gpt2
 from modeling_gpt2repro import GPT2ReproConfig, GPT2ReproForCausalLM
 
 
@@ -86,7 +87,7 @@ def tokens(vocab_size):
 
 
 def save_nanogpt(path, model, args, prefix="", legacy=False, changes=()):
-    """As nanoGPT's train.py does, after a step of its optimizer."""
+    """As nanoGPT's train.py does, after one optimizer step."""
     decayed = [p for p in model.parameters() if p.dim() >= 2]
     rest = [p for p in model.parameters() if p.dim() < 2]
     optimizer = torch.optim.AdamW([{"params": decayed, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}])
@@ -150,7 +151,7 @@ def llm_c(path, sizes=SMALL, rows=128, version=3):
 
 
 def assert_same(path, model, vocab_size):
-    """The tensors of the file are the model's, and our model with them computes the same; returns the fields."""
+    """The file holds the model's tensors, and our model computes the same logits with them; returns the fields."""
     fields, tensors = read_checkpoint_file(path)
     parameters = dict(model.named_parameters())  # each tied tensor once
     assert set(tensors) == set(parameters)
@@ -212,7 +213,7 @@ def test_nanogpt_saved_from_a_gpu(tmp_path):
     assert_same(path, model, 65)
 
 
-def test_a_head_of_its_own_is_kept(tmp_path):
+def test_an_untied_head_is_kept(tmp_path):
     model = TheirGPT(**SMALL)
     model.lm_head.weight = nn.Parameter(torch.randn(65, 8))
     fields, tensors = read_checkpoint_file(
@@ -224,7 +225,7 @@ def test_a_head_of_its_own_is_kept(tmp_path):
         torch.testing.assert_close(ours(tokens(65)[None]).logits[0], model(tokens(65)), atol=1e-5, rtol=0)
 
 
-def test_an_equal_head_in_memory_of_its_own_is_dropped(tmp_path):
+def test_an_untied_but_equal_head_is_dropped(tmp_path):
     path, model = nanogpt(tmp_path / "ckpt.pt")
     checkpoint = torch.load(path)
     checkpoint["model"]["lm_head.weight"] = checkpoint["model"]["lm_head.weight"].clone()
@@ -310,10 +311,22 @@ def test_llm_c_with_another_vocabulary(tmp_path):
     assert (fields["vocab_size"], fields["unpadded_vocab_size"], fields["eos_token_id"]) == (128, 65, None)
 
 
-# ---- nothing is read before it is used, nothing is written, nothing stays allowed ----
+# ---- loaded once and lazily, nothing written, no class left allowed ----
 
 
-@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="only Linux tells what is mapped")
+def test_a_file_is_loaded_once_for_its_configuration_and_its_weights(tmp_path, monkeypatch):
+    path, model = nanogpt(tmp_path / "ckpt.pt")
+    load, loaded = torch.load, []
+    monkeypatch.setattr(torch, "load", lambda file, **kwargs: loaded.append(file) or load(file, **kwargs))
+    stored = open_gpt2(path)
+    assert loaded == [path] and stored.config.unpadded_vocab_size == 65
+    ours = stored.build(dtype=torch.float32)
+    assert loaded == [path]
+    with torch.no_grad():
+        torch.testing.assert_close(ours(tokens(65)[None]).logits[0, :, :65], model(tokens(65)), atol=1e-5, rtol=0)
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="memory maps are listed in /proc, on Linux only")
 @pytest.mark.parametrize("make", [nanogpt, llm_c])
 def test_files_are_mapped_and_never_written(tmp_path, make):
     path, _ = make(tmp_path / "file")
@@ -326,7 +339,7 @@ def test_files_are_mapped_and_never_written(tmp_path, make):
     assert path.read_bytes() == before
 
 
-def test_the_stand_in_for_their_class_is_allowed_in_this_read_only(tmp_path):
+def test_the_stand_in_for_gptconfig_is_allowed_during_the_read_only(tmp_path):
     nanogpt(tmp_path / "ckpt.pt")
     before = set(map(str, torch.serialization.get_safe_globals()))
     read_checkpoint_file(tmp_path / "ckpt.pt")
@@ -337,11 +350,11 @@ def test_the_stand_in_for_their_class_is_allowed_in_this_read_only(tmp_path):
 
 
 def refused(path, *parts):
-    """read_checkpoint_file refuses it in one line that names the file and each of the parts."""
+    """read_checkpoint_file refuses the file in one line that contains its path and each of the parts."""
     with pytest.raises(UserError) as caught:
         read_checkpoint_file(path)
     message = str(caught.value)
-    assert "\n" not in message and "; " in message  # ...; the remedy
+    assert "\n" not in message and "; " in message  # problem; remedy
     for part in (str(path), *parts):
         assert part in message, message
 
@@ -361,7 +374,7 @@ def test_no_checkpoint_at_all(tmp_path, content):
     refused(tmp_path / "file", "not a checkpoint", "nanoGPT", "llm.c")
 
 
-def test_a_zip_of_something_else(tmp_path):
+def test_another_kind_of_zip(tmp_path):
     with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
         archive.writestr("readme.txt", "hello")
     refused(tmp_path / "a.zip", "not a checkpoint")
@@ -369,7 +382,7 @@ def test_a_zip_of_something_else(tmp_path):
 
 @pytest.mark.parametrize("legacy", [False, True])
 @pytest.mark.parametrize("share", [0.01, 0.3, 0.6, 0.999])
-def test_a_cut_torch_file(tmp_path, legacy, share):
+def test_a_truncated_torch_file(tmp_path, legacy, share):
     path, _ = nanogpt(tmp_path / "ckpt.pt", legacy=legacy)
     content = path.read_bytes()
     path.write_bytes(content[: int(share * len(content))])
@@ -378,7 +391,7 @@ def test_a_cut_torch_file(tmp_path, legacy, share):
 
 @pytest.mark.parametrize("version", [3, 5])
 @pytest.mark.parametrize("change", [-5000, -1, 1, 2, 4, 5000])
-def test_a_model_of_llm_c_that_is_cut_or_too_long(tmp_path, version, change):
+def test_an_llm_c_model_that_is_truncated_or_too_long(tmp_path, version, change):
     path, _ = llm_c(tmp_path / "model.bin", version=version)
     content = path.read_bytes()
     path.write_bytes(content[:change] if change < 0 else content + bytes(change))
@@ -386,7 +399,7 @@ def test_a_model_of_llm_c_that_is_cut_or_too_long(tmp_path, version, change):
 
 
 @pytest.mark.parametrize("length", [4, 8, 32, 1023])
-def test_a_model_of_llm_c_that_is_cut_in_its_header(tmp_path, length):
+def test_an_llm_c_model_truncated_in_its_header(tmp_path, length):
     path, _ = llm_c(tmp_path / "model.bin")
     path.write_bytes(path.read_bytes()[:length])
     refused(path, "truncated", f"{length:,} bytes")
@@ -436,7 +449,7 @@ def test_other_objects_are_refused(tmp_path):
     ],
     ids=range(8),
 )
-def test_a_torch_file_of_something_else(tmp_path, checkpoint, parts):
+def test_another_kind_of_torch_file(tmp_path, checkpoint, parts):
     torch.save(checkpoint, tmp_path / "file.pt")
     refused(tmp_path / "file.pt", *parts, "model_args (nanoGPT)", "config, a GPTConfig (build-nanogpt)")
 
@@ -459,11 +472,11 @@ ARGS = SMALL | {"bias": True, "dropout": 0.0}
     ],
     ids=str,
 )
-def test_sizes_that_no_nanogpt_has(tmp_path, args, parts):
+def test_invalid_nanogpt_sizes(tmp_path, args, parts):
     refused(save_nanogpt(tmp_path / "ckpt.pt", TheirGPT(**SMALL), args), *parts)
 
 
-def test_a_config_of_a_changed_build_nanogpt(tmp_path):
+def test_a_config_of_a_modified_build_nanogpt(tmp_path):
     run_build_nanogpt(tmp_path, SMALL)
     path = tmp_path / "model_19072.pt"
     replace_in_pickle(path, b"n_embd", b"d_embd")
@@ -535,10 +548,10 @@ def test_other_versions_of_llm_c(tmp_path, version):
     [
         (2, -12, "block_size=-12"),
         (3, 129, "vocab_size=129, rows of the embedding=128"),
-        (4, 2**31 - 1, "bytes where its header asks for"),
+        (4, 2**31 - 1, "bytes, but its header asks for"),
         (4, 0, "n_layer=0"),
         (5, 3, "n_embd=8, n_head=3"),
-        (6, 16, "bytes where its header asks for"),
+        (6, 16, "bytes, but its header asks for"),
         (7, 0, "rows of the embedding=0"),
     ],
 )

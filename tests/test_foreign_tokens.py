@@ -7,9 +7,10 @@ import struct
 import numpy as np
 import pytest
 
-from gpt2repro.data.foreign_tokens import HELD_OUT_TOKENS, foreign_manifest
+from gpt2repro.data.foreign_tokens import HELD_OUT_TOKENS, read_foreign_tokens
+from gpt2repro.data.manifest import Manifest, TokenizerRecord
 from gpt2repro.data.order import count_windows
-from gpt2repro.data.shards import TokenStream, find_manifest
+from gpt2repro.data.token_stream import TokenStream
 from gpt2repro.errors import UserError
 
 
@@ -89,7 +90,7 @@ def written(request, tmp_path):
 
 def refused(folder):
     with pytest.raises(UserError) as caught:
-        find_manifest(folder)
+        Manifest.open(folder)
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
@@ -113,13 +114,13 @@ def test_every_window_holds_the_tokens_that_were_written(written):
 
 def test_the_record_is_like_a_manifest(written):
     name, folder = written
-    manifest = find_manifest(folder)
-    assert manifest["corpus"]["name"] == f"{folder.name} ({name}'s tokens)"
-    assert manifest["tokenizer"] == {"name": "gpt2", "vocab_size": 50257, "eot_id": 50256, "sha256": None}
-    assert sum(split["tokens"] for split in manifest["splits"].values()) == len(TOKENS)
-    for split in manifest["splits"].values():
-        assert split["tokens"] == sum(shard["tokens"] for shard in split["shards"])
-        assert split["bytes"] is split["documents"] is None
+    manifest = Manifest.open(folder)
+    assert manifest.corpus["name"] == f"{folder.name} ({name}'s tokens)"
+    assert manifest.tokenizer == TokenizerRecord(name="gpt2", vocab_size=50257, eot_id=50256, sha256=None)
+    assert sum(split.tokens for split in manifest.splits.values()) == len(TOKENS)
+    for split in manifest.splits.values():
+        assert split.tokens == sum(shard.tokens for shard in split.shards)
+        assert split.bytes is split.documents is None
 
 
 def test_datatrove_holds_out_at_most_ten_million_tokens(tmp_path):
@@ -129,15 +130,15 @@ def test_datatrove_holds_out_at_most_ten_million_tokens(tmp_path):
         path.touch()
         os.truncate(path, 2 * 600_000_000)
         path.with_name(path.name + ".metadata").write_text("openai-community/gpt2|2\n600000000\n600 MT")
-    splits = foreign_manifest(tmp_path)["splits"]
-    assert (splits["train"]["tokens"], splits["val"]["tokens"]) == (1_190_000_000, HELD_OUT_TOKENS)
-    (shard,) = splits["val"]["shards"]
-    assert shard["file"] == "001_merged.ds" and shard["offset"] == 2 * 590_000_000
+    splits = Manifest.open(tmp_path).splits
+    assert (splits["train"].tokens, splits["val"].tokens) == (1_190_000_000, HELD_OUT_TOKENS)
+    (shard,) = splits["val"].shards
+    assert shard.file == "001_merged.ds" and shard.offset == 2 * 590_000_000
 
 
 def test_datatrove_of_before_token_sizes(tmp_path):
     write_datatrove(tmp_path, tokenizer="gpt2")
-    assert find_manifest(tmp_path)["splits"]["train"]["tokens"] == 29_700
+    assert Manifest.open(tmp_path).splits["train"].tokens == 29_700
 
 
 def test_a_prepared_directory_comes_first(tmp_path):
@@ -153,7 +154,7 @@ def test_the_hash_stays_when_the_folder_moves(written, tmp_path_factory):
     _, folder = written
     moved = tmp_path_factory.mktemp("moved") / "elsewhere"
     shutil.copytree(folder, moved)
-    assert find_manifest(moved)["manifest_sha256"] == find_manifest(folder)["manifest_sha256"]
+    assert Manifest.open(moved).fingerprint == Manifest.open(folder).fingerprint
 
 
 def flip_bit(path, offset):
@@ -176,9 +177,9 @@ def flip_bit(path, offset):
 @pytest.mark.parametrize("split", ["train", "val"])
 def test_the_hash_sees_sizes_and_ends(tmp_path, change, split):
     write_nanogpt(tmp_path)
-    before = find_manifest(tmp_path)["manifest_sha256"]
+    before = Manifest.open(tmp_path).fingerprint
     change(tmp_path / f"{split}.bin")
-    assert find_manifest(tmp_path)["manifest_sha256"] != before
+    assert Manifest.open(tmp_path).fingerprint != before
 
 
 # ---- damage ----
@@ -312,5 +313,5 @@ def test_a_file_that_may_not_be_read_is_one_line(tmp_path):
 
 def test_a_folder_of_something_else_is_none(tmp_path):
     np.save(tmp_path / "train_00000.npy", TRAIN.astype(np.uint16))  # ours, unfinished
-    assert foreign_manifest(tmp_path) is None
+    assert read_foreign_tokens(tmp_path) is None
     assert "unfinished" in refused(tmp_path)

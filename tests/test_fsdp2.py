@@ -15,10 +15,10 @@ from torch.distributed.fsdp import fully_shard
 
 import modeling_gpt2repro
 import prepare_data
-from gpt2repro.data.shards import TokenStream
+from gpt2repro.data.token_stream import TokenStream
 from gpt2repro.evaluation import validation
 from gpt2repro.recipe import Recipe
-from gpt2repro.train.telemetry import read_metrics
+from gpt2repro.train.metrics import read_metrics
 from modeling_gpt2repro import GPT2ReproConfig, GPT2ReproForCausalLM
 
 

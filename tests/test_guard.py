@@ -8,7 +8,7 @@ import torch
 from gpt2repro.errors import SharedError
 from gpt2repro.recipe import Recipe
 from gpt2repro.train.guard import Guard
-from train_accelerate import roll_back
+from gpt2repro.train.run_state import RunState
 
 
 def test_a_rollback_into_a_row_of_bad_steps_leaves_out_no_batch_that_is_still_good():
@@ -26,11 +26,10 @@ def test_a_rollback_into_a_row_of_bad_steps_leaves_out_no_batch_that_is_still_go
 
 
 def test_a_run_that_went_back_too_often_ends_though_the_limit_was_lowered_since():
-    recipe = Recipe(max_rollbacks=1)
-    guard = Guard(recipe)
-    guard.rollbacks = 2
+    run = RunState(Recipe(max_rollbacks=1), telemetry=None)
+    run.guard.rollbacks = 2
     with pytest.raises(SharedError, match="after 2 rollbacks"):
-        roll_back(recipe, None, guard, None, None)
+        run.roll_back(checkpoints=None)
 
 
 def test_a_gradient_that_no_scale_makes_finite_is_a_bad_step():

@@ -1,4 +1,4 @@
-"""HellaSwag: the scores against a written-out loop, the metric against arithmetic, the script from flags to file."""
+"""HellaSwag: scores against a plain loop, the metric against arithmetic, the script from flags to output file."""
 
 import gzip
 import json
@@ -104,7 +104,7 @@ def ours():
         n_embd=32,
         n_layer=2,
         n_head=2,
-        initializer_range=0.3,  # far from uniform, so that wrong positions show
+        initializer_range=0.3,  # far from uniform, so that a wrong position changes the score
         bos_token_id=0,
         eos_token_id=0,
     )
@@ -140,7 +140,7 @@ def accelerator():
 
 @torch.no_grad()
 def score_one_by_one(model, tokenizer, item):
-    """The reference: each ending by itself, no batch, no padding, no mask."""
+    """The reference: each ending on its own, without batching, padding or mask."""
     scores = []
     for ending in item["endings"]:
         context = tokenizer.encode(item["ctx"], add_special_tokens=False)
@@ -153,7 +153,7 @@ def score_one_by_one(model, tokenizer, item):
 
 
 def assert_same_scores(scores, expected, tolerance=1e-4):
-    """`expected`: a list of the four sums of each item."""
+    """`expected`: the four sums of each item."""
     got = torch.tensor([score["summed_nll"] for score in scores])
     torch.testing.assert_close(got, torch.tensor(expected), rtol=1e-5, atol=tolerance)
 
@@ -162,7 +162,7 @@ def assert_same_scores(scores, expected, tolerance=1e-4):
 
 
 @pytest.mark.parametrize("name", ["ours", "theirs"])
-def test_scores_equal_a_written_out_loop(name, request, tokenizer, encoded):
+def test_scores_equal_a_plain_loop(name, request, tokenizer, encoded):
     model = request.getfixturevalue(name)
     expected = [score_one_by_one(model, tokenizer, item) for item in make_items()]
     scores = score_items(model, encoded, batch_size=4, device="cpu")
@@ -192,7 +192,7 @@ def test_batch_size_and_order_do_not_matter(ours, encoded):
     assert_same_scores(score_items(ours, encoded[::-1], 3, "cpu"), expected[::-1])
 
 
-def test_batches_hold_items_of_like_length_the_longest_first(encoded, monkeypatch):
+def test_batches_hold_items_of_similar_length_longest_first(encoded, monkeypatch):
     lengths = []
 
     def record_lengths(model, items, device):
@@ -205,7 +205,7 @@ def test_batches_hold_items_of_like_length_the_longest_first(encoded, monkeypatc
     assert sum(lengths, []) == sorted((item.length for item in encoded), reverse=True)
 
 
-def test_pads_do_not_matter(ours, encoded, monkeypatch):
+def test_padding_does_not_matter(ours, encoded, monkeypatch):
     expected = [score["summed_nll"] for score in score_items(ours, encoded, 4, "cpu")]
     collate = hellaswag.collate
 
@@ -220,7 +220,7 @@ def test_pads_do_not_matter(ours, encoded, monkeypatch):
     assert_same_scores(score_items(ours, encoded, 4, "cpu"), expected)
 
 
-def test_a_model_that_cannot_leave_out_logits_scores_the_same(ours, encoded):
+def test_a_model_without_logits_to_keep_scores_the_same(ours, encoded):
     class Wrapper(torch.nn.Module):
         def __init__(self):
             super().__init__()
@@ -264,7 +264,7 @@ def test_a_compiled_model_is_not_recompiled(ours, encoded):
     assert_same_scores(score_items(model, encoded, 1, "cpu"), expected)
     assert not compiled
     model(torch.zeros(1, 8, dtype=torch.int64))
-    assert compiled  # so the backend is asked where the model is called otherwise
+    assert compiled  # a call outside of score_items does reach the backend
 
 
 def test_autocast_of_the_caller_is_used(ours, encoded):
@@ -277,7 +277,7 @@ def test_autocast_of_the_caller_is_used(ours, encoded):
 
 def test_score_endings_by_hand():
     probabilities = torch.tensor([[0.5, 0.25, 0.25], [0.1, 0.7, 0.2], [0.3, 0.3, 0.4], [0.9, 0.05, 0.05]])
-    logits = probabilities.log().expand(2, -1, -1) + 5.0  # a constant is nothing to a softmax
+    logits = probabilities.log().expand(2, -1, -1) + 5.0  # softmax ignores a constant
     tokens = torch.tensor([[2, 1, 0, 2], [2, 1, 2, 0]])
     ending_mask = torch.tensor([[False, False, True, True], [False, True, False, False]])
     summed_nll, counts = score_endings(logits, tokens, ending_mask)
@@ -294,7 +294,7 @@ def test_score_endings_by_hand():
 # Encoding
 
 
-def test_an_item_is_context_and_ending_encoded_apart(tokenizer):
+def test_context_and_ending_are_encoded_separately(tokenizer):
     item = make_items()[4]
     encoded = encode_item(item, tokenizer)
     for row, count, ending in zip(encoded.rows, encoded.ending_tokens, item["endings"]):
@@ -303,26 +303,26 @@ def test_an_item_is_context_and_ending_encoded_apart(tokenizer):
     assert encoded.label == item["label"] and not encoded.cut
 
 
-def test_a_long_row_loses_the_beginning_of_its_context(tokenizer):
+def test_a_long_row_is_truncated_at_the_start_of_its_context(tokenizer):
     item = make_items()[6]
-    whole = encode_item(item, tokenizer)
-    longest_ending = max(whole.ending_tokens)
+    full = encode_item(item, tokenizer)
+    longest_ending = max(full.ending_tokens)
     max_length = longest_ending + 5
     cut = encode_item(item, tokenizer, max_length)
-    assert cut.cut and cut.length == max_length and cut.ending_tokens == whole.ending_tokens
-    for short, row in zip(cut.rows, whole.rows):
+    assert cut.cut and cut.length == max_length and cut.ending_tokens == full.ending_tokens
+    for short, row in zip(cut.rows, full.rows):
         assert short == row[-max_length:]
 
-    assert encode_item(item, tokenizer, whole.length) == whole
-    context_tokens = len(whole.rows[0]) - whole.ending_tokens[0]
+    assert encode_item(item, tokenizer, full.length) == full
+    context_tokens = len(full.rows[0]) - full.ending_tokens[0]
     tiny = encode_item(item, tokenizer, max_length=4)  # one token of context, the first three of the ending
-    assert tiny.ending_tokens == [min(3, count) for count in whole.ending_tokens]
-    for short, row in zip(tiny.rows, whole.rows):
+    assert tiny.ending_tokens == [min(3, count) for count in full.ending_tokens]
+    for short, row in zip(tiny.rows, full.rows):
         assert short == row[context_tokens - 1 : context_tokens + 3]
 
 
 def test_a_text_without_tokens_is_an_error(tokenizer):
-    with pytest.raises(UserError, match="makes no token of ''"):
+    with pytest.raises(UserError, match="has no token for ''"):
         encode_item({"ctx": "", "endings": ["a", "b", "c", "d"], "label": 0}, tokenizer)
 
 
@@ -350,13 +350,13 @@ def test_items_from_jsonl_and_gzip(tmp_path):
         ({"label": 4}, "label is 4 and must be 0 to 3"),
         ({"label": ""}, "label is '' and must be 0 to 3"),
         ({"label": True}, "label is True"),
-        ({"endings": ["one", "two", "three"]}, "must be a list of 4 texts"),
-        ({"endings": ["one", "two", "three", " "]}, "must be a list of 4 texts"),
-        ({"ctx": ""}, "ctx is '' and must be a text"),
-        ({"ctx": None}, "ctx is None and must be a text"),
+        ({"endings": ["one", "two", "three"]}, "must be a list of 4 non-empty texts"),
+        ({"endings": ["one", "two", "three", " "]}, "must be a list of 4 non-empty texts"),
+        ({"ctx": ""}, "ctx is '' and must be a non-empty text"),
+        ({"ctx": None}, "ctx is None and must be a non-empty text"),
     ],
 )
-def test_a_broken_item_names_its_line(tmp_path, change, complaint):
+def test_the_error_for_an_invalid_item_names_its_line(tmp_path, change, complaint):
     items = make_items()
     items[2] |= change
     path = write_lines(tmp_path / "items.jsonl", items)
@@ -369,20 +369,20 @@ def test_a_broken_item_names_its_line(tmp_path, change, complaint):
 @pytest.mark.parametrize(
     "content, complaint",
     [
-        (b'{"ctx": \n', r"line 1: not JSON .*; mend or remove the line"),
+        (b'{"ctx": \n', r"line 1: not JSON .*; correct or remove the line"),
         (b"\n\xff\n", r"line 2: not JSON"),
         (b"[1]\n", r"line 1: not a JSON object"),
         (b"\n", r"holds no items"),
     ],
 )
-def test_a_broken_file(tmp_path, content, complaint):
+def test_an_invalid_file(tmp_path, content, complaint):
     path = tmp_path / "items.jsonl"
     path.write_bytes(content)
     with pytest.raises(UserError, match=complaint):
         load_items(path)
 
 
-def test_a_gzip_file_that_was_cut_short(tmp_path):
+def test_a_truncated_gzip_file(tmp_path):
     path = tmp_path / "items.jsonl.gz"
     path.write_bytes(gzip.compress(json.dumps(make_items()[0]).encode() * 50)[:100])
     with pytest.raises(UserError, match="cannot be read"):
@@ -414,7 +414,7 @@ def test_without_the_hub_the_error_names_data(monkeypatch):
 
 def test_metric_by_hand(monkeypatch):
     def no_network(*args, **kwargs):
-        raise AssertionError("the metric was to be loaded without a network")
+        raise AssertionError("the metric must load without a network")
 
     monkeypatch.setattr(socket, "getaddrinfo", no_network)
     monkeypatch.setattr(socket.socket, "connect", no_network)
@@ -463,7 +463,7 @@ def test_evaluate_hellaswag(ours, encoded, accelerator):
     }
 
 
-def test_scores_that_are_not_finite_are_an_error(encoded, accelerator):
+def test_non_finite_scores_are_an_error(encoded, accelerator):
     model = GPT2LMHeadModel(GPT2Config(vocab_size=VOCAB_SIZE, n_positions=256, n_embd=32, n_layer=1, n_head=2))
     model.transformer.ln_f.weight.data.fill_(float("nan"))
     with pytest.raises(UserError, match="13 of 13 items are not finite"):
@@ -475,7 +475,7 @@ def test_scores_that_are_not_finite_are_an_error(encoded, accelerator):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, ours, tokenizer):
-    """A saved model with its tokenizer in `model`, and items.jsonl beside it."""
+    """A model folder with tokenizer, `model`, and items.jsonl next to it."""
     folder = tmp_path_factory.mktemp("hellaswag")
     ours.save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
@@ -505,7 +505,7 @@ def test_the_script_alone_and_on_two_processes(folder, ours, encoded):
     for text in (f"{acc:.4f} ±", "0.2859", "0.4893", "only the first 13 of 10,042 items"):
         assert text in done.stdout
 
-    # 13 items are an odd number: one of them is scored by both processes and must count once.
+    # 13 items on two ranks: one item is scored by both and must count once.
     done = run_script(
         folder,
         *("--output", "two.json", "--batch_size", "3"),
@@ -528,7 +528,7 @@ def test_the_script_alone_and_on_two_processes(folder, ours, encoded):
 
 @pytest.fixture
 def run_main(folder, monkeypatch):
-    """`main` in this process, on the CPU, in the folder of the model."""
+    """`main` in this process, on the CPU, in the model's parent folder."""
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     monkeypatch.chdir(folder)
     yield lambda *flags: eval_hellaswag.main([*flags, "--data", "items.jsonl"])
@@ -555,7 +555,7 @@ def test_a_missing_data_file(run_main):
         eval_hellaswag.main(["model", "--data", "none.jsonl"])
 
 
-def test_folders_that_are_no_causal_language_model(run_main, ours, theirs, tokenizer, tmp_path):
+def test_folders_without_a_causal_language_model(run_main, ours, theirs, tokenizer, tmp_path):
     def complaint_about(name):
         with pytest.raises(UserError) as error:
             run_main(str(tmp_path / name))
@@ -566,7 +566,7 @@ def test_folders_that_are_no_causal_language_model(run_main, ours, theirs, token
     assert "holds no model" in complaint_about("empty")
 
     ours.save_pretrained(tmp_path / "ours")
-    theirs.save_pretrained(tmp_path / "theirs")  # transformers makes an empty tokenizer of this one
+    theirs.save_pretrained(tmp_path / "theirs")  # for this one transformers makes a tokenizer with an empty vocabulary
     assert "no tokenizer can be loaded from there" in complaint_about("ours")
     assert "no tokenizer can be loaded from there" in complaint_about("theirs")
 
@@ -580,7 +580,7 @@ def test_folders_that_are_no_causal_language_model(run_main, ours, theirs, token
     assert "the model knows only 100" in complaint_about("small")
 
 
-def test_short_models_say_what_they_cut(run_main, tokenizer, tmp_path, capsys):
+def test_truncated_items_are_reported(run_main, tokenizer, tmp_path, capsys):
     config = GPT2Config(vocab_size=VOCAB_SIZE, n_positions=24, n_embd=32, n_layer=1, n_head=2, bos_token_id=0)
     GPT2LMHeadModel(config).save_pretrained(tmp_path / "short")
     tokenizer.save_pretrained(tmp_path / "short")

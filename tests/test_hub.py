@@ -263,15 +263,16 @@ for name, revision in revisions.items():
 AT_ONCE = """
 import json, multiprocessing, sys
 from transformers import GPT2Config, GPT2LMHeadModel, dynamic_module_utils
-from gpt2repro.models.folder import open_model
+from gpt2repro.models import folder
 
+folder.register_auto_classes = lambda: None  # so that the repository's copy of the code is run, not ours
 GPT2LMHeadModel(GPT2Config(n_layer=1, n_head=1, n_embd=8))  # imports once what each process would import
 processes = multiprocessing.get_context("fork")
 
 def load(number, barrier, versions):
     dynamic_module_utils.HF_MODULES_CACHE = f"{sys.argv[1]}/modules{number}"
     barrier.wait()
-    model, _ = open_model("ada/tiny", trust_remote_code=True)
+    model, _ = folder.open_model("ada/tiny", trust_remote_code=True)
     code = sys.modules[type(model).__module__]
     assert f"/modules{number}/" in code.__file__
     versions.put(code.VERSION)

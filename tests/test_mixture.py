@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from gpt2repro.data.batches import MicroBatches
-from gpt2repro.data.mixture import Mixture, data_manifest, data_record
+from gpt2repro.data.manifest import Manifest
+from gpt2repro.data.mixture import RunData
 from gpt2repro.data.order import (
     MIXTURE_BLOCK,
     _hash,
@@ -22,7 +23,7 @@ from gpt2repro.data.order import (
     stateless_seed,
     window_starts,
 )
-from gpt2repro.data.shards import find_manifest, unigram_entropy
+from gpt2repro.data.token_stream import unigram_entropy
 from gpt2repro.errors import UserError
 from gpt2repro.recipe import Recipe
 
@@ -160,7 +161,7 @@ def test_sources_have_seeds_of_their_own():
 
 @pytest.mark.parametrize("sampling", ["shuffle", "sequential", "random"])
 def test_batches_are_the_sources_own_windows(directories, sampling):
-    data = Mixture.open(directories, "train")
+    data = RunData.open(directories).train
     tokens = [np.load(f"{directory}/train_00000.npy") for directory in directories]
     seen = Counter()
     for step in range(70):  # over the border of a block
@@ -176,7 +177,7 @@ def test_batches_are_the_sources_own_windows(directories, sampling):
 @pytest.mark.parametrize("num_processes, micro_batch_size", [(1, 4), (2, 4), (4, 4), (1, 16), (8, 2)])
 def test_any_layout_reads_the_identical_stream(directories, num_processes, micro_batch_size):
     """One process x 4 micro-batches, 2 x 2, 4 x 1 and others."""
-    data = Mixture.open(directories, "train")
+    data = RunData.open(directories).train
     for step in (0, 1, 61, 62, 63, 199):  # sample 1,000 is in step 62
         expected = global_batch(data, step, 1, 16)
         assert torch.equal(global_batch(data, step, num_processes, micro_batch_size), expected)
@@ -184,7 +185,7 @@ def test_any_layout_reads_the_identical_stream(directories, num_processes, micro
 
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_a_resumed_run_reads_the_tail_of_the_whole_run(directories, num_workers):
-    batches = MicroBatches(Mixture.open(directories, "train"), recipe(max_steps=70, num_workers=num_workers), 1, 2)
+    batches = MicroBatches(RunData.open(directories).train, recipe(max_steps=70, num_workers=num_workers), 1, 2)
     whole = [batches[step, micro] for step in range(70) for micro in range(4)]
     resumed = list(batches.iterate(60, pin_memory=False))
     assert len(resumed) == 10 * 4 and all(torch.equal(a, b) for a, b in zip(resumed, whole[60 * 4 :]))
@@ -192,7 +193,7 @@ def test_a_resumed_run_reads_the_tail_of_the_whole_run(directories, num_workers)
 
 def test_each_source_is_read_once_an_epoch(directories):
     """The first epochs of each: 50, 20 and 10 windows, each of them once."""
-    data = Mixture.open(directories, "train")
+    data = RunData.open(directories).train
     read = torch.cat([global_batch(data, step) for step in range(62)])
     for source, stream in enumerate(data.streams):
         n = count_windows(len(stream), T)
@@ -208,7 +209,7 @@ def test_one_source_is_read_as_without_a_mixture(directories, sampling):
     directory = next(iter(directories))
     tokens = np.load(f"{directory}/train_00000.npy")
     for weight in (1.0, 0.3):
-        data = Mixture.open({directory: weight}, "train")
+        data = RunData.open({directory: weight}).train
         for step in (0, 1, 62, 150):
             samples = np.arange(step * SEQUENCES, (step + 1) * SEQUENCES)
             starts = window_starts(sampling, samples, len(tokens), T, 1337)
@@ -221,24 +222,25 @@ def test_one_source_is_read_as_without_a_mixture(directories, sampling):
 
 def test_the_manifest_of_one_directory_is_its_own(directories):
     directory = next(iter(directories))
-    assert data_manifest({directory: 0.3}) == find_manifest(directory)
+    data, manifest = RunData.open({directory: 0.3}), Manifest.open(directory)
+    assert data.sources[0].manifest == manifest and data.fingerprint == manifest.fingerprint
+    assert data.tokenizer == manifest.tokenizer and data.totals("val") == manifest.splits["val"]
 
 
 def test_the_manifest_of_a_mixture_has_all_of_them(directories):
-    manifest = data_manifest(directories)
+    manifest = RunData.open(directories).record()
     assert manifest["corpus"] == {"name": "70% a + 20% b + 10% c"}
     assert manifest["tokenizer"] == TOKENIZER
     for split in manifest["splits"].values():
         assert split == {"tokens": sum(SIZES.values()), "documents": None, "bytes": None}
     for (directory, weight), source in zip(directories.items(), manifest["sources"]):
-        expected = {"directory": directory, "weight": weight} | data_record(find_manifest(directory))
+        expected = {"directory": directory, "weight": weight} | RunData.open({directory: 1.0}).record()
         assert source == expected and "shards" not in json.dumps(source)
-    assert data_record(manifest) == manifest
 
 
 def test_the_hash_of_a_mixture_is_that_of_contents_and_weights(directories, tmp_path):
     def hash_of(weights):
-        return data_manifest(weights)["manifest_sha256"]
+        return RunData.open(weights).fingerprint
 
     first = hash_of(directories)
     assert hash_of({directory: 10 * weight for directory, weight in directories.items()}) == first
@@ -254,7 +256,7 @@ def test_the_hash_of_a_mixture_is_that_of_contents_and_weights(directories, tmp_
 
 def test_the_baseline_weighs_the_frequencies(directories):
     """The entropy of drawing a source by its weight, then one of its tokens; no token is in two sources."""
-    data = Mixture.open(directories, "train")
+    data = RunData.open(directories).train
     entropies = [unigram_entropy(stream.counts(600)) for stream in data.streams]
     weights = list(directories.values())
     expected = sum(w * (h - math.log(w)) for w, h in zip(weights, entropies))
@@ -266,7 +268,7 @@ def test_the_baseline_weighs_the_frequencies(directories):
 
 def refused(weights):
     with pytest.raises(UserError) as caught:
-        data_manifest(weights)
+        RunData.open(weights)
     return str(caught.value)
 
 
@@ -293,7 +295,7 @@ def test_tokens_without_a_tokenizer_mix_with_those_of_gpt2(tmp_path):
     for split in ("train", "val"):
         np.zeros(99, np.uint16).tofile(tmp_path / "nanogpt" / f"{split}.bin")
     foreign, ours, other = (str(tmp_path / name) for name in ("nanogpt", "ours", "other"))
-    assert data_manifest({foreign: 1.0, ours: 1.0})["tokenizer"] == gpt2
+    assert RunData.open({foreign: 1.0, ours: 1.0}).record()["tokenizer"] == gpt2
     assert "other has tokens of bpe:600" in refused({foreign: 1.0, other: 1.0})
 
 

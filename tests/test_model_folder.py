@@ -1,4 +1,4 @@
-"""Opening what users have: runs, checkpoints, folders that are damaged."""
+"""Opening what users have: runs, checkpoints, damaged folders."""
 
 import pytest
 import torch
@@ -9,20 +9,15 @@ from gpt2repro.errors import UserError
 from gpt2repro.hub.model_card import model_card
 from gpt2repro.models.folder import find_model, load_tokenizer, open_model, save_model_folder
 from gpt2repro.models.openai_weights import to_gpt2
-from modeling_gpt2repro import GPT2ReproConfig, GPT2ReproForCausalLM, register_auto_classes
+from modeling_gpt2repro import GPT2ReproConfig, GPT2ReproForCausalLM
 
 
 TENSOR = "transformer.h.0.mlp.c_fc.weight"
 
 
-@pytest.fixture(autouse=True)
-def registered():
-    register_auto_classes()
-
-
 @pytest.fixture(params=["gpt2repro", "gpt2"])
 def folder(request, tmp_path):
-    """A tiny model folder in each of the two formats; its tokenizer knows no letter but h, e, l, o."""
+    """A tiny model folder in each of the two formats; its tokenizer knows the letters h, e, l and o only."""
     tokenizer = build_tokenizer("char", ["hello"]).fast
     sizes = dict(vocab_size=64, unpadded_vocab_size=4, n_positions=8, n_embd=8, n_layer=1, n_head=1)
     model = GPT2ReproForCausalLM(GPT2ReproConfig(**sizes, bos_token_id=None, eos_token_id=None))
@@ -53,7 +48,7 @@ def test_a_folder_without_a_tokenizer_is_refused(folder):
 
 
 @pytest.mark.parametrize("damage", ["missing", "misshapen", "truncated"])
-def test_damaged_weights_are_refused_and_never_drawn_at_random(folder, damage):
+def test_damaged_weights_are_refused_and_never_initialized_at_random(folder, damage):
     path = folder / "model.safetensors"
     tensors = load_file(path)
     if damage == "missing":

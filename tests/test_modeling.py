@@ -1,4 +1,4 @@
-"""The model against independent references: transformers' own GPT-2, torch's cross-entropy, written-out formulas."""
+"""The model against independent references: transformers' own GPT-2, torch's cross-entropy, plain formulas."""
 
 import ast
 import copy
@@ -30,8 +30,8 @@ V, V_REAL = 192, 150  # embedding rows, real tokens; V differs from every width 
 B, T, D, LAYERS, HEADS = 2, 16, 32, 3, 4
 TINY = dict(vocab_size=V, unpadded_vocab_size=V_REAL, n_positions=32, n_embd=D, n_layer=LAYERS, n_head=HEADS)
 TINY |= dict(bos_token_id=None, eos_token_id=None)
-# Wide enough that a standard deviation is known within a percent; far more rows than tokens, so that a loss over the
-# padded vocabulary would stand out.
+# Wide enough to estimate a standard deviation within a percent; so many padding rows that a loss over the padded
+# vocabulary would stand out.
 INIT = TINY | dict(vocab_size=1024, unpadded_vocab_size=600, n_embd=128, n_layer=4)
 
 
@@ -41,7 +41,7 @@ def seed():
 
 
 def make_model(**fields) -> GPT2ReproForCausalLM:
-    """A tiny model, in training mode, whose every parameter matters: large, and no bias 0 or LayerNorm weight 1."""
+    """A tiny model in training mode whose every parameter matters: large, no bias 0 and no LayerNorm weight 1."""
     model = GPT2ReproForCausalLM(GPT2ReproConfig(**TINY | fields)).train()
     torch.manual_seed(2)
     with torch.no_grad():
@@ -61,7 +61,7 @@ def ids():
 
 
 def as_gpt2_tensors(tensors: dict) -> dict:
-    """Weights or gradients under GPT-2's layout: projections (in, out), no padding rows."""
+    """Weights or gradients in GPT-2's layout: projections (in, out), no padding rows."""
     projections, vocabulary = ("c_attn.weight", "c_proj.weight", "c_fc.weight"), ("wte.weight", "lm_head.weight")
     result = {}
     for name, tensor in tensors.items():
@@ -102,7 +102,7 @@ LABELS = {
 }
 
 
-# ---- The same function as GPT-2 ----
+# ---- Same function as GPT-2 ----
 
 
 @pytest.mark.parametrize(
@@ -136,8 +136,8 @@ def test_loss_gradients_and_adamw_step_equal_gpt2(model, ids, make_labels):
     assert_close(as_gpt2_tensors(gradients(model)), gradients(reference), atol=1e-5, rtol=0)
 
     for network in (model, reference):
-        # The gradient of a key's bias is zero in exact arithmetic. A small epsilon would blow its rounding noise up to
-        # a full step, so epsilon lies well above the noise.
+        # The gradient of a key's bias is zero in exact arithmetic. A small epsilon would amplify its rounding noise to
+        # a full step, so epsilon is well above the noise.
         torch.optim.AdamW(network.parameters(), lr=1e-2, eps=1e-3, weight_decay=0.1).step()
     assert_close(as_gpt2_tensors(model.state_dict()), reference.state_dict(), atol=1e-5, rtol=0)
 
@@ -154,12 +154,12 @@ def test_dropout_equals_gpt2_under_the_same_seed(ids, name, attention):
     loss = loss_of(model)
     assert_close(loss, loss_of(as_gpt2(model)), atol=1e-5, rtol=0)
     without = loss_of(make_model(attn_implementation=attention))
-    assert abs(loss - without) > 1e-3, "dropout did nothing in training"
+    assert abs(loss - without) > 1e-3, "dropout had no effect in training"
     assert_close(loss_of(model.eval()), without)
 
 
 def written_out_logits(model, ids):
-    """GPT-2's equations, without a module, an attention kernel or a library's GELU. (B, T, V_REAL)."""
+    """GPT-2's equations without modules, attention kernels or a library's GELU; (B, T, V_REAL)."""
     weights, H = dict(model.named_parameters()), model.config.n_head
 
     def affine(x, name):
@@ -190,7 +190,7 @@ def written_out_logits(model, ids):
 
 
 @pytest.mark.parametrize("fields", [{}, {"bias": False}, {"n_inner": 40}, {"bias": False, "n_inner": 40}], ids=str)
-def test_variants_match_the_written_out_formula(fields, ids):
+def test_variants_match_the_plain_formula(fields, ids):
     model = make_model(**fields)
     assert any(name.endswith("bias") for name, _ in model.named_parameters()) == model.config.bias
     assert model.transformer.h[0].mlp.c_fc.out_features == fields.get("n_inner", 4 * D)
@@ -253,7 +253,7 @@ def loss_and_gradients(hidden, weight, labels, **kwargs):
 
 @pytest.fixture
 def chunks(monkeypatch):
-    """Seven rows a chunk; the list receives the size of each chunk."""
+    """Seven rows per chunk; the list records the size of each chunk."""
     sizes, log_softmax = [], F.log_softmax
 
     def counted(logits, *args, **kwargs):
@@ -282,7 +282,7 @@ def test_loss_is_a_softmax_over_the_real_vocabulary(model, ids):
     padded = (scores.exp().sum(-1).log() - right).mean()
     loss = model(ids, labels=ids).loss
     assert_close(loss, real, atol=1e-5, rtol=0)
-    assert padded - loss > 0.1, "the padding rows are too weak here to show up"
+    assert padded - loss > 0.1, "the padding rows are too weak to make a difference"
 
 
 def test_padding_rows_get_no_gradient(model, ids):
@@ -316,13 +316,13 @@ def test_chunked_loss_under_bf16_autocast_stays_near_float32(chunks):
         rounded = loss_and_gradients(*inputs)
     assert len(chunks) == 2 * 37
     assert [tensor.dtype for tensor in rounded] == [torch.float32] * 3
-    assert not torch.equal(rounded[1], expected[1]), "autocast did nothing"
+    assert not torch.equal(rounded[1], expected[1]), "autocast had no effect"
     for got, wanted in zip(rounded, expected):  # bf16 keeps 8 bits: each rounding errs by up to 2^-9 = 0.2%
         assert (got - wanted).norm() / wanted.norm() < 0.01
 
 
 def test_loss_and_weight_gradient_of_a_bf16_model_are_float32_sums(chunks):
-    """A bf16 sum over 586 chunks would stall; float32 sums err by the rounding of single terms only."""
+    """A bf16 sum over 586 chunks would stall; float32 sums have the rounding error of single terms only."""
     hidden, weight, labels = loss_inputs(rows=4096, dtype=torch.bfloat16)
     expected = F.cross_entropy(hidden.float() @ weight.float()[:V_REAL].T, labels)
     wanted = torch.autograd.grad(expected, (hidden, weight))
@@ -336,14 +336,14 @@ def test_loss_and_weight_gradient_of_a_bf16_model_are_float32_sums(chunks):
 
 @pytest.mark.parametrize("label", [-1, V_REAL, V - 1, V])
 def test_label_outside_the_real_vocabulary_is_an_error(label):
-    """As in torch's cross-entropy; -1 is what nanoGPT ignores, and training on some token instead would go unseen."""
+    """As in torch's cross-entropy; nanoGPT ignores -1, and training on some token instead would go unnoticed."""
     hidden, weight, labels = loss_inputs()
     labels[1] = label
     with pytest.raises((IndexError, RuntimeError), match="out of (bounds|range)"):
         linear_cross_entropy(hidden, weight, labels, V_REAL)
 
 
-def test_second_derivative_is_refused_rather_than_wrong():
+def test_second_derivative_raises_instead_of_being_wrong():
     hidden, weight, labels = loss_inputs()
     loss = linear_cross_entropy(hidden, weight, labels, V_REAL) ** 2
     with pytest.raises(RuntimeError):
@@ -373,14 +373,14 @@ def test_num_items_in_batch_divides_the_sum(model, ids, as_number):
 
 
 def test_micro_batches_add_up_to_the_large_batch(model, ids):
-    """Micro-batches with unequal numbers of labels: what gradient accumulation relies on."""
+    """Micro-batches with different numbers of labels, as in gradient accumulation."""
     labels = ids.clone()
     labels[0, :12] = -100
-    whole = model(ids, labels=labels).loss
+    full = model(ids, labels=labels).loss
     items = (labels[:, 1:] != -100).sum()
     parts = [model(ids[i : i + 1], labels=labels[i : i + 1], num_items_in_batch=items).loss for i in range(B)]
-    assert_close(sum(parts), whole)
-    wanted, got = (torch.autograd.grad(loss, list(model.parameters())) for loss in (whole, sum(parts)))
+    assert_close(sum(parts), full)
+    wanted, got = (torch.autograd.grad(loss, list(model.parameters())) for loss in (full, sum(parts)))
     assert_close(got, wanted, atol=1e-6, rtol=1e-5)
 
 
@@ -403,7 +403,7 @@ def test_training_returns_and_keeps_no_logits(model, ids, name):
     assert not [shape for shape in kept if shape and shape[-1] in (V, V_REAL)]
 
 
-def test_training_without_labels_returns_logits_that_carry_gradients(model, ids):
+def test_training_without_labels_returns_logits_with_gradients(model, ids):
     logits = model(ids).logits[..., :V_REAL]
     loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
     wanted = torch.autograd.grad(model(ids, labels=ids).loss, list(model.parameters()))
@@ -411,7 +411,7 @@ def test_training_without_labels_returns_logits_that_carry_gradients(model, ids)
 
 
 @pytest.mark.parametrize("keep", [1, 3, torch.tensor([0, 5, 9])], ids=str)
-def test_logits_to_keep_cuts_the_logits_and_not_the_loss(model, ids, keep):
+def test_logits_to_keep_limits_the_logits_but_not_the_loss(model, ids, keep):
     full = model.eval()(ids, labels=ids)
     cut = model(ids, labels=ids, logits_to_keep=keep)
     assert_close(cut.logits, full.logits[:, keep if isinstance(keep, torch.Tensor) else slice(-keep, None)])
@@ -419,7 +419,7 @@ def test_logits_to_keep_cuts_the_logits_and_not_the_loss(model, ids, keep):
     assert_close(full.loss, as_gpt2(model)(ids, labels=ids).loss, atol=1e-5, rtol=0)
 
 
-# ---- Initialisation ----
+# ---- Initialization ----
 
 LOAD_ELSEWHERE = """
 import inspect, json, sys
@@ -449,7 +449,7 @@ with torch.no_grad():
 
 @pytest.fixture(scope="module")
 def elsewhere(tmp_path_factory):
-    """What a process sees that has the saved folder of `make_model()` but neither this checkout nor a network."""
+    """Results from a process that has the saved folder of `make_model()`, but neither this checkout nor a network."""
     folder, home = tmp_path_factory.mktemp("model"), tmp_path_factory.mktemp("elsewhere")
     make_model().save_pretrained(folder)
     torch.save(torch.arange(12).view(2, 6), home / "ids.pt")
@@ -463,7 +463,7 @@ def elsewhere(tmp_path_factory):
 
 @pytest.fixture(params=["imported", "remote code"])
 def fresh_weights(request):
-    """Freshly initialised weights of an INIT-sized model, of this class and of its copy in a saved folder."""
+    """Freshly initialized weights of an INIT-sized model, from this class and from its copy in a saved folder."""
     if request.param == "remote code":
         return request.getfixturevalue("elsewhere")["fresh"]
     return dict(GPT2ReproForCausalLM(GPT2ReproConfig(**INIT)).named_parameters())
@@ -482,7 +482,7 @@ def test_initial_weights_have_gpt2s_spread(fresh_weights):
         assert abs(weight.mean().item()) < 0.03 * std, name
 
 
-def test_initial_biases_are_zero_and_layernorms_the_identity(fresh_weights):
+def test_initial_biases_are_zero_and_layernorms_are_the_identity(fresh_weights):
     vectors = {name: weight for name, weight in fresh_weights.items() if weight.ndim == 1}
     assert len(vectors) == 2 + 8 * INIT["n_layer"]
     for name, vector in vectors.items():
@@ -497,7 +497,7 @@ def test_initializer_range_scales_all_weights():
 
 
 def test_initial_loss_is_that_of_a_uniform_guess():
-    """ln(V_real) and half the variance of the logits, 0.02^2 * n_embd: 6.397 + 0.026; 0.06 is four standard errors."""
+    """ln(V_real) plus half the variance of the logits, 0.02^2 * n_embd: 6.397 + 0.026; 0.06 is four standard errors."""
     model = GPT2ReproForCausalLM(GPT2ReproConfig(**INIT))
     ids = torch.randint(600, (8, 32))
     loss = model(ids, shift_labels=torch.randint(600, (8, 32))).loss.item()
@@ -507,7 +507,7 @@ def test_initial_loss_is_that_of_a_uniform_guess():
 # ---- Saving, loading, the Hub ----
 
 
-def test_tie_survives_saving_and_loading_with_one_copy_on_disk(model, ids, tmp_path):
+def test_tie_survives_save_and_load_with_one_copy_on_disk(model, ids, tmp_path):
     model.save_pretrained(tmp_path)
     with safe_open(tmp_path / "model.safetensors", framework="pt") as file:
         shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
@@ -527,14 +527,14 @@ def test_loading_one_state_dict_into_another_model_keeps_the_tie(model):
     assert torch.equal(other.lm_head.weight, model.lm_head.weight)
 
 
-def test_bf16_survives_saving_and_loading(model, tmp_path):
+def test_bf16_survives_save_and_load(model, tmp_path):
     model.to(torch.bfloat16).save_pretrained(tmp_path)
     loaded = GPT2ReproForCausalLM.from_pretrained(tmp_path)
     assert loaded.dtype == torch.bfloat16
     assert_close(loaded.state_dict(), model.state_dict(), atol=0, rtol=0)
 
 
-def test_saved_folder_carries_the_code_and_names_the_auto_classes(model, tmp_path):
+def test_saved_folder_contains_the_code_and_the_auto_map(model, tmp_path):
     model.save_pretrained(tmp_path)
     assert (tmp_path / "modeling_gpt2repro.py").read_bytes() == Path(modeling_gpt2repro.__file__).read_bytes()
     assert [path.name for path in tmp_path.glob("*.py")] == ["modeling_gpt2repro.py"]
@@ -633,10 +633,10 @@ def test_no_padding_id_is_ever_sampled():
     prompts = torch.randint(V_REAL, (500, 2))
     drawn = model.generate(prompts, max_new_tokens=20, do_sample=True, top_k=0, temperature=5.0)[:, 2:]
     assert drawn.numel() == 10_000
-    assert drawn.unique().numel() == V_REAL, "so flat a distribution draws every real token"
+    assert drawn.unique().numel() == V_REAL, "a distribution this flat draws every real token"
     assert drawn.max() < V_REAL
 
-    # The guard matters: the head itself gives the padding rows a fifth of the probability, and draws show them.
+    # The guard matters: the head itself gives padding rows a fifth of the probability, and sampling would draw them.
     with torch.no_grad():
         raw = model.lm_head(model.transformer(prompts).last_hidden_state[:, -1]) / 5.0
     probabilities = raw.softmax(-1)
@@ -652,7 +652,7 @@ def test_padding_ids_have_zero_probability_in_every_dtype(model, ids, dtype):
     assert (logits.softmax(-1)[..., V_REAL:] == 0).all()
 
 
-def test_sequence_longer_than_n_positions_is_an_error_that_names_both_numbers(model):
+def test_error_for_a_sequence_longer_than_n_positions_names_both_numbers(model):
     model.eval()
     too_long = r"33 tokens .* n_positions=32"
     model(torch.zeros(1, 32, dtype=torch.long))
@@ -699,7 +699,7 @@ def test_compiled_training_forward_is_one_graph_with_the_causal_kernel(model, id
 
 
 def test_eager_and_sdpa_attention_agree(ids):
-    """Also under left padding, whose own positions hold no meaning and are left out."""
+    """Also with left padding; the padding positions themselves are meaningless and left out."""
     mask = torch.ones_like(ids)
     mask[0, :5] = 0
     results = []
@@ -713,7 +713,7 @@ def test_eager_and_sdpa_attention_agree(ids):
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile:UserWarning")
-@torch.no_grad()  # which torch's flex attention requires on CPU; compiling its kernel would take half a minute
+@torch.no_grad()  # torch's flex attention has no backward pass on CPU; compiling its kernel would take half a minute
 @torch.compiler.set_stance("force_eager")
 def test_flex_attention_agrees_with_sdpa(ids):
     mask = torch.ones_like(ids)
@@ -726,7 +726,7 @@ def test_flex_attention_agrees_with_sdpa(ids):
 
 @pytest.mark.filterwarnings("ignore:.*activation_checkpointing_enable:FutureWarning")  # transformers 6 renames it
 @pytest.mark.parametrize("reentrant", [False, True], ids=["non-reentrant", "reentrant"])
-def test_gradient_checkpointing_changes_no_bit(ids, reentrant):
+def test_gradient_checkpointing_is_bit_exact(ids, reentrant):
     model = make_model(resid_pdrop=0.1, attn_pdrop=0.1)
     runs = []
     model.transformer.h[0].ln_1.register_forward_hook(lambda *_: runs.append(1))
@@ -776,7 +776,7 @@ def test_resizing_the_trunk_alone_leaves_a_folder_that_loads(model, tmp_path):
 
 
 def test_new_tokens_start_at_the_mean_embedding_as_in_gpt2(model):
-    """Not as the padding rows that they replace: those are untrained, and such a token can outweigh all others."""
+    """Not as the padding rows they replace: those are untrained, and such a token can outweigh all others."""
     reference = as_gpt2(model)
     reference.resize_token_embeddings(V_REAL + 5)
     model.resize_token_embeddings(V_REAL + 5, pad_to_multiple_of=64)
@@ -791,7 +791,7 @@ def test_new_tokens_start_at_the_mean_embedding_as_in_gpt2(model):
         ({"unpadded_vocab_size": 0}, "unpadded_vocab_size=0 .* vocab_size=192"),
     ],
 )
-def test_contradicting_sizes_are_errors_that_name_them(fields, message):
+def test_errors_for_inconsistent_sizes_name_them(fields, message):
     with pytest.raises(ValueError, match=message):
         GPT2ReproConfig(**TINY | fields)
 

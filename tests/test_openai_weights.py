@@ -1,4 +1,4 @@
-"""OpenAI's checkpoints against transformers' own GPT-2: the same function, the same bits, in every form they have."""
+"""Conversion to and from transformers' GPT-2: same function, same bits, for every form in which a folder was saved."""
 
 import json
 import subprocess
@@ -20,7 +20,7 @@ TINY = dict(vocab_size=V, n_positions=32, n_embd=32, n_layer=3, n_head=4, bos_to
 
 
 def make_gpt2(**fields) -> GPT2LMHeadModel:
-    """A tiny GPT-2 in which no parameter is without effect."""
+    """A tiny GPT-2 whose every parameter affects the output."""
     model = GPT2LMHeadModel(GPT2Config(**TINY | fields)).eval()
     with torch.no_grad():
         for parameter in model.parameters():
@@ -52,7 +52,7 @@ def same_tensors(left: torch.nn.Module, right: torch.nn.Module) -> None:
 
 
 def rewrite(folder, change) -> None:
-    """Replace the tensors of a saved model by what `change(tensors)` makes of them."""
+    """Replace the tensors of a saved model by `change(tensors)`."""
     tensors = load_file(folder / "model.safetensors")
     save_file({name: tensor.contiguous() for name, tensor in change(tensors).items()}, folder / "model.safetensors")
 
@@ -62,7 +62,7 @@ def rewrite_config(folder, **fields) -> None:
     (folder / "config.json").write_text(json.dumps(config | fields))
 
 
-# ---- The same function, the same bits ----
+# ---- Same function, same bits ----
 
 
 @pytest.mark.parametrize("fields", [{}, {"n_inner": 48}, {"activation_function": "gelu"}, {"layer_norm_epsilon": 1e-3}])
@@ -77,8 +77,8 @@ def test_converted_model_gives_gpt2s_logits_and_comes_back_bit_for_bit(fields, t
 
 
 @pytest.mark.parametrize("bias", [True, False])
-def test_our_model_exported_and_read_again_is_the_same_bit_for_bit(bias, tmp_path, ids):
-    """As initialised and after a few training steps: padding rows are zero before and after."""
+def test_export_and_reload_is_bit_exact(bias, tmp_path, ids):
+    """After a few training steps; padding rows are zero before and after."""
     config = GPT2ReproConfig(**TINY | {"vocab_size": 192, "unpadded_vocab_size": V, "bias": bias})
     ours = GPT2ReproForCausalLM(config)
     optimizer = torch.optim.AdamW(ours.parameters(), lr=1e-2, weight_decay=0.1)
@@ -99,7 +99,7 @@ def test_our_model_exported_and_read_again_is_the_same_bit_for_bit(bias, tmp_pat
     assert_close(again(ids).logits, ours(ids).logits, atol=1e-5, rtol=1e-5)
 
 
-def test_exported_folder_loads_in_a_process_that_has_plain_transformers_only(tmp_path, ids):
+def test_exported_folder_loads_in_plain_transformers_without_our_code(tmp_path, ids):
     config = GPT2ReproConfig(**TINY | {"vocab_size": 192, "unpadded_vocab_size": V})
     ours = GPT2ReproForCausalLM(config).eval()
     to_gpt2(ours).save_pretrained(tmp_path / "gpt2")
@@ -127,7 +127,7 @@ def test_the_four_sizes_have_openais_parameter_counts(n_layer, n_head, n_embd, p
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_stays_what_it_is(gpt2, tmp_path, dtype):
+def test_half_precision_is_kept(gpt2, tmp_path, dtype):
     gpt2.to(dtype).save_pretrained(tmp_path)
     ours = from_gpt2(tmp_path)
     assert ours.dtype == ours.config.dtype == dtype
@@ -135,7 +135,7 @@ def test_half_precision_stays_what_it_is(gpt2, tmp_path, dtype):
     assert from_gpt2(tmp_path, dtype=torch.float32).dtype == torch.float32
 
 
-# ---- The forms that users' folders have ----
+# ---- The forms in which folders are saved ----
 
 FORMS = {
     "without the prefix": lambda tensors: {name.removeprefix("transformer."): t for name, t in tensors.items()},
@@ -149,7 +149,7 @@ FORMS = {
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_every_form_of_the_keys_is_read(gpt2, folder, form):
+def test_every_form_of_the_keys_loads(gpt2, folder, form):
     rewrite(folder, FORMS[form])
     ours = from_gpt2(folder)
     assert ours.lm_head.weight is ours.transformer.wte.weight
@@ -158,7 +158,7 @@ def test_every_form_of_the_keys_is_read(gpt2, folder, form):
 
 @pytest.mark.parametrize("config_says_tied", [True, False])
 def test_an_untied_head_stays_untied(gpt2, folder, ids, config_says_tied):
-    """Where config.json contradicts the weights, transformers goes by the weights, and so do we."""
+    """If config.json contradicts the weights, the weights win, as in transformers."""
     rewrite(folder, lambda tensors: tensors | {"lm_head.weight": tensors["transformer.wte.weight"].flip(0)})
     rewrite_config(folder, tie_word_embeddings=config_says_tied)
     ours = from_gpt2(folder)
@@ -171,23 +171,23 @@ def test_an_untied_head_stays_untied(gpt2, folder, ids, config_says_tied):
     assert_close(again(ids).logits, ours(ids).logits)
 
 
-def test_shards_and_torchs_own_format_are_read(gpt2, tmp_path):
+def test_shards_and_torchs_own_format_load(gpt2, tmp_path):
     gpt2.save_pretrained(tmp_path / "sharded", max_shard_size="20KB")
     assert len(list((tmp_path / "sharded").glob("*.safetensors"))) > 2
     same_tensors(to_gpt2(from_gpt2(tmp_path / "sharded")), gpt2)
     gpt2.config.save_pretrained(tmp_path / "bin")
-    for zipped in (True, False):  # as torch has saved since 1.6, and before
+    for zipped in (True, False):  # the format since torch 1.6, and the one before
         torch.save(gpt2.state_dict(), tmp_path / "bin" / "pytorch_model.bin", _use_new_zipfile_serialization=zipped)
         same_tensors(to_gpt2(from_gpt2(tmp_path / "bin")), gpt2)
 
 
-def test_the_way_to_generate_is_kept(gpt2, folder):
+def test_the_generation_config_is_kept(gpt2, folder):
     gpt2.generation_config.update(do_sample=True, top_p=0.7, _from_model_config=None)
     gpt2.generation_config.save_pretrained(folder)
     assert from_gpt2(folder).generation_config.top_p == to_gpt2(from_gpt2(folder)).generation_config.top_p == 0.7
 
 
-def test_our_own_model_folder_is_read_too(tmp_path):
+def test_our_own_model_folder_loads_too(tmp_path):
     ours = GPT2ReproForCausalLM(GPT2ReproConfig(**TINY | {"vocab_size": 192, "unpadded_vocab_size": V, "bias": False}))
     ours.save_pretrained(tmp_path)
     assert gpt2_config(tmp_path).bias is False
@@ -216,8 +216,8 @@ print((peak() - before) / sum(p.numel() * p.element_size() for p in model.parame
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak is read from /proc")
-def test_reading_a_checkpoint_needs_no_second_copy_of_it(tmp_path):
-    """In GPT-2 124M the embedding alone is a third of the weights; in the larger ones less."""
+def test_loading_a_checkpoint_needs_no_second_copy_in_memory(tmp_path):
+    """In GPT-2 124M the embedding alone is a third of the weights; in the larger sizes it is less."""
     with torch.device("meta"):
         gpt2 = GPT2LMHeadModel(GPT2Config())
     save_file(
@@ -228,7 +228,7 @@ def test_reading_a_checkpoint_needs_no_second_copy_of_it(tmp_path):
     assert 0.9 < float(done.stdout) < 1.2
 
 
-# ---- What is refused ----
+# ---- Refusals ----
 
 
 @pytest.mark.parametrize(
@@ -279,11 +279,11 @@ def test_a_configuration_of_another_model_is_refused(folder):
     for name, value in {"n_layer": 2, "bias": False, "n_positions": 64}.items():
         config = gpt2_config(folder)
         setattr(config, name, value)
-        with pytest.raises(ValueError, match="the configuration is not that of"):
+        with pytest.raises(ValueError, match="the configuration does not match"):
             from_gpt2(folder, config)
 
 
-def test_integers_are_no_weights_and_mixed_precision_keeps_the_higher(gpt2, folder, ids):
+def test_integer_weights_are_refused_and_mixed_precision_keeps_the_widest_dtype(gpt2, folder, ids):
     wte = "transformer.wte.weight"
     rewrite(folder, lambda tensors: tensors | {wte: tensors[wte].half()})
     assert from_gpt2(folder).dtype == torch.float32
@@ -300,7 +300,7 @@ def test_an_invalid_configuration_is_one_line(folder, fields):
     assert next(iter(fields)) in str(caught.value) and len(str(caught.value).splitlines()) == 1
 
 
-def test_damaged_and_absent_weights_are_refused(folder):
+def test_damaged_and_missing_weights_are_refused(folder):
     weights = folder / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
     with pytest.raises(UserError, match="model.safetensors"):
@@ -318,7 +318,7 @@ class Malicious:
         return exec, ("open('executed', 'w')",)
 
 
-def test_a_pickle_that_holds_code_is_refused_without_running_it(folder, monkeypatch):
+def test_a_pickle_that_holds_code_is_refused_and_not_executed(folder, monkeypatch):
     monkeypatch.chdir(folder)
     (folder / "model.safetensors").unlink()
     torch.save({"transformer.wte.weight": Malicious()}, folder / "pytorch_model.bin")

@@ -1,8 +1,8 @@
-"""Optimizers against steps that are written out, and the saving of their state."""
+"""Optimizers against reference steps written out here, and saving and restoring their state."""
 
-import contextlib
 import copy
 import math
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -10,13 +10,14 @@ import torch
 from accelerate import DistributedType
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
+from gpt2repro.errors import UserError
 from gpt2repro.recipe import Recipe
-from gpt2repro.train.guard import Guard
-from gpt2repro.train.optimizers import build_optimizers, launch_problems, set_lr
+from gpt2repro.train.optimizers import OPTIMIZERS, build_optimizers, launch_problems, optimizer_problems, set_lr
+from gpt2repro.train.preflight import resolve_and_check
 from modeling_gpt2repro import GPT2ReproConfig, GPT2ReproForCausalLM
-from train_accelerate import train_step
 
 
+ROOT = Path(__file__).resolve().parents[1]
 MATRICES = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 MUON = Recipe(optimizer="muon", learning_rate=1e-3, muon_learning_rate=0.02, muon_momentum=0.9, muon_weight_decay=0.5)
 
@@ -46,8 +47,8 @@ def names_of(optimizer, model):
     return {names[p] for group in optimizer.param_groups for p in group["params"]}
 
 
-def orthogonalised(matrix):
-    """The singular values of a matrix sent five times through Muon's quintic, in float64, by its SVD."""
+def orthogonalized(matrix):
+    """Muon's quintic applied five times to the singular values of a matrix, in float64."""
     u, s, v = torch.linalg.svd(matrix.double(), full_matrices=False)
     s = s / matrix.double().norm()
     for _ in range(5):
@@ -55,7 +56,7 @@ def orthogonalised(matrix):
     return u @ s.diag() @ v
 
 
-def test_muon_has_the_matrices_of_the_blocks_and_adamw_all_else(model):
+def test_muon_updates_the_block_matrices_and_adamw_the_rest(model):
     adamw, muon = build_optimizers(model, MUON)
     assert names_of(muon, model) == {f"transformer.h.{i}.{name}" for i in (0, 1) for name in MATRICES}
     assert names_of(adamw, model) | names_of(muon, model) == dict(model.named_parameters()).keys()
@@ -64,8 +65,8 @@ def test_muon_has_the_matrices_of_the_blocks_and_adamw_all_else(model):
     assert decayed == {2} and adamw.param_groups[1]["weight_decay"] == 0
 
 
-def test_muon_steps_as_it_is_written_out(model):
-    """Nesterov momentum, five rounds of Newton-Schulz, the root of the shape's ratio, decoupled decay; two steps."""
+def test_muon_steps_as_written_out(model):
+    """Nesterov momentum, five Newton-Schulz iterations, the aspect ratio's square root, decoupled decay; two steps."""
     _, muon = build_optimizers(model, MUON)
     weights = {name: p for name, p in model.named_parameters() if name.endswith(MATRICES) and ".h." in name}
     expected = {name: p.detach().double() for name, p in weights.items()}
@@ -74,7 +75,7 @@ def test_muon_steps_as_it_is_written_out(model):
         for name, p in weights.items():
             p.grad = torch.randn_like(p)
             momenta[name] = 0.9 * momenta[name] + 0.1 * p.grad.double()
-            update = orthogonalised(0.1 * p.grad.double() + 0.9 * momenta[name])
+            update = orthogonalized(0.1 * p.grad.double() + 0.9 * momenta[name])
             update *= math.sqrt(max(1, p.shape[0] / p.shape[1]))
             expected[name] = expected[name] * (1 - 0.02 * 0.5) - 0.02 * update
         before = {name: p.detach().double() for name, p in weights.items()}
@@ -113,38 +114,46 @@ def test_adamw_is_one_optimizer_that_steps_as_torch_does(model):
 def test_both_learning_rates_follow_one_schedule(model):
     adamw, muon = build_optimizers(model, MUON)
     for lr, of_muon in ((1e-3, 0.02), (2.5e-4, 0.005), (0.0, 0.0)):
-        for optimizer in (adamw, muon):
-            set_lr(optimizer, lr)
+        assert set_lr([adamw, muon], lr) == lr
         assert {group["lr"] for group in adamw.param_groups} == {lr}
         assert [group["lr"] for group in muon.param_groups] == [pytest.approx(of_muon)]
 
 
-def test_the_learning_rate_of_a_step_is_set_before_its_backward_passes(model):
-    """With the last of which DeepSpeed makes the update; the calls that follow do nothing there."""
-    recipe = Recipe(global_batch_tokens=32, micro_batch_size=2, sequence_length=8)
-    optimizers = build_optimizers(model, recipe)
-    rates = []
-    accelerator = SimpleNamespace(
-        num_processes=1,
-        process_index=0,
-        device=torch.device("cpu"),
-        scaler=None,
-        accumulate=lambda model: contextlib.nullcontext(),
-        autocast=contextlib.nullcontext,
-        backward=lambda loss: rates.append(optimizers[0].param_groups[0]["lr"]),
-        clip_grad_norm_=lambda parameters, limit: 1.0,
-        reduce=lambda tensor, how: tensor,
-    )
-    telemetry = SimpleNamespace(next_of=next, update=lambda step: contextlib.nullcontext())
-    stream = iter([torch.zeros(2, 9, dtype=torch.int64)] * 2)
-    stop = SimpleNamespace(reason=None)
-    train_step(accelerator, model, optimizers, stream, recipe, 0, 0.25, Guard(recipe), stop, telemetry)
-    assert rates == [0.25, 0.25]
+def test_a_registered_optimizer_is_built_by_its_name(model, monkeypatch):
+    def sgd(model, recipe):
+        return [torch.optim.SGD(model.parameters(), lr=recipe.learning_rate)]
+
+    recipe = Recipe(optimizer="sgd", learning_rate=0.5)
+    assert optimizer_problems(recipe) == ["optimizer=sgd is not one of adamw, muon"]
+    monkeypatch.setitem(OPTIMIZERS, "sgd", sgd)
+    assert optimizer_problems(recipe) == []
+    (built,) = build_optimizers(model, recipe)
+    assert isinstance(built, torch.optim.SGD) and built.param_groups[0]["lr"] == 0.5
+
+
+def test_a_misspelled_optimizer_is_named_with_the_nearest():
+    (problem,) = optimizer_problems(Recipe(optimizer="adamW"))
+    assert problem == "optimizer=adamW is not one of adamw, muon; did you mean adamw?"
+
+
+def test_an_unknown_optimizer_is_reported_with_the_other_mistakes(tmp_path):
+    argv = [
+        "--config",
+        str(ROOT / "recipes" / "demo.yaml"),
+        "--data_dir",
+        str(tmp_path),
+        "--output_dir",
+        str(tmp_path / "run"),
+    ]
+    with pytest.raises(UserError) as error:
+        resolve_and_check([*argv, "--optimizer", "muno", "--max_step", "3", "--log_every", "0"])
+    for part in ("did you mean --max_steps?", "log_every=0 must be", "did you mean muon?", "prepare_data.py"):
+        assert part in str(error.value)
 
 
 @pytest.mark.parametrize("distributed", [False, True])
-def test_a_saved_run_goes_on_as_if_it_had_not_stopped(model, distributed):
-    """By state_dict, and by torch.distributed.checkpoint's names of the weights."""
+def test_a_resumed_run_matches_an_uninterrupted_one(model, distributed):
+    """Through state_dict, and through torch.distributed.checkpoint, which goes by the names of the weights."""
     optimizers = build_optimizers(model, MUON)
     train(model, optimizers, 3)
     other = copy.deepcopy(model)
@@ -157,8 +166,7 @@ def test_a_saved_run_goes_on_as_if_it_had_not_stopped(model, distributed):
         for optimizer, new in zip(optimizers, restored):
             new.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     for which, its in ((model, optimizers), (other, restored)):
-        for optimizer in its:
-            set_lr(optimizer, 5e-4)
+        set_lr(its, 5e-4)
         train(which, its, 2, first=3)
     assert [g["lr"] for o in restored for g in o.param_groups] == [5e-4, 5e-4, pytest.approx(0.01)]
     for name, value in parameters(model).items():
@@ -178,13 +186,13 @@ def test_a_saved_run_goes_on_as_if_it_had_not_stopped(model, distributed):
         (Recipe(batch_ramp_start=32_768, batch_ramp_tokens=10**9), "bf16", "cuda", DistributedType.DEEPSPEED, 1),
     ],
 )
-def test_what_a_launch_cannot_do_is_refused(recipe, precision, device, distribution, problems):
+def test_incompatible_launches_are_refused(recipe, precision, device, distribution, problems):
     launch = SimpleNamespace(mixed_precision=precision, device=torch.device(device), distributed_type=distribution)
     assert len(launch_problems(recipe, launch)) == problems
 
 
-def test_a_gradient_scaler_does_not_serve_two_optimizers():
-    """Why fp16 is refused: accelerate unscales the gradients of all, then steps and updates for each in turn."""
+def test_one_gradient_scaler_cannot_serve_two_optimizers():
+    """Why fp16 is refused: accelerate unscales all gradients, then steps and updates the scaler per optimizer."""
     weights = [torch.nn.Parameter(torch.ones(1)) for _ in range(2)]
     optimizers = [torch.optim.SGD([weight], lr=1.0) for weight in weights]
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)

@@ -22,7 +22,7 @@ import tokenizers
 from preparer import Preparer, alive, contents, documents_of, manifest_of, tokens_of, until
 
 import prepare_data
-from gpt2repro.data import shards
+from gpt2repro.data.shards import Split
 from gpt2repro.errors import UserError
 from gpt2repro.prepare import readers, retries
 from gpt2repro.prepare.corpora import open_corpus
@@ -115,7 +115,7 @@ class FakeRecord(PartRecord):
 def fake_record(documents, quota):
     taken, complete = take(documents, quota)
     splits = {
-        split: {"tokens": sum(n for s, n in taken if s == split), "documents": sum(s == split for s, _ in taken)}
+        split: Split(sum(n for s, n in taken if s == split), sum(s == split for s, _ in taken), 0)
         for split in ("train", "val")
     }
     return FakeRecord(quota, complete, {}, splits, [], taken)
@@ -269,7 +269,8 @@ def test_limits_take_a_beginning_of_the_corpus(source, tokenizer, texts, lengths
         assert sorted(val + train) == sorted(texts[:count]) and not set(val) & set(train)
         assert train == [text for text in texts if text in set(train)]  # in their order
         assert val == [text for text in texts if text in set(val)]
-    manifest = prepare_data.shards.verify(tmp_path / "out")
+    prepare("--verify", tmp_path / "out")
+    manifest = manifest_of(tmp_path / "out")
     assert sum(split["documents"] for split in manifest["splits"].values()) == count
     assert sum(split["bytes"] for split in manifest["splits"].values()) == len("".join(texts[:count]).encode())
 
@@ -325,7 +326,8 @@ def test_characters_over_several_parts(source, texts, tmp_path, small_parts):
         *("files", "--source", source, "--output_dir", tmp_path / "out", "--tokenizer", "char"),
         *("--val_fraction", 0.3, "--shard_tokens", 500),
     )
-    manifest = prepare_data.shards.verify(tmp_path / "out")
+    prepare("--verify", tmp_path / "out")
+    manifest = manifest_of(tmp_path / "out")
     assert sum(split["documents"] for split in manifest["splits"].values()) == len(texts)
     assert sum(split["tokens"] for split in manifest["splits"].values()) == sum(map(len, texts))
     val = manifest["splits"]["val"]["shards"]
@@ -338,7 +340,8 @@ def test_a_part_of_empty_documents_only(tmp_path, monkeypatch):
     monkeypatch.setattr(readers, "PART_BYTES", 1000)
     out = tmp_path / "out"
     prepare("files", "--source", tmp_path / "a.jsonl", "--output_dir", out, "--tokenizer", "char", "--val_tokens", 9)
-    assert shards.verify(out)["splits"]["train"]["tokens"] == 90
+    prepare("--verify", out)
+    assert manifest_of(out)["splits"]["train"]["tokens"] == 90
 
 
 def test_merged_validation_is_what_one_part_writes(source, command, tmp_path, monkeypatch):

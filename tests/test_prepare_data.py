@@ -12,7 +12,6 @@ import pyarrow.parquet
 import pytest
 
 import prepare_data
-from gpt2repro.data import shards
 from gpt2repro.errors import UserError
 from gpt2repro.prepare import built_in, corpora, parts, readers, retries, workers
 from gpt2repro.prepare.prepared import OutputDirectory, check_space
@@ -240,7 +239,7 @@ def test_a_mistake_that_made_nothing_is_mended_in_the_same_directory(source, tmp
     command = ["files", "--source", source, "--tokenizer", "bpe:400", "--output_dir", tmp_path / "out"]
     assert words in mistake(*command, *wrong)
     prepare(*command, "--shard_tokens", 500)
-    shards.verify(tmp_path / "out")
+    prepare("--verify", tmp_path / "out")
 
 
 @pytest.mark.parametrize("name", ["notes.txt", "train_00000.npy", "manifest.json", "tokenizer/tokenizer.json"])
@@ -452,7 +451,7 @@ def test_the_tokenizer_is_kept_for_a_resume(command, tmp_path, monkeypatch):
         assert len(built) == 4
     prepare(*command, "--output_dir", out)
     assert len(built) == 4
-    shards.verify(out)
+    prepare("--verify", out)
 
 
 def test_a_source_that_fails_while_the_tokenizer_is_trained(command, tmp_path, monkeypatch):

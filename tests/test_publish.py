@@ -19,6 +19,7 @@ from gpt2repro.evaluation.hellaswag import OPENAI_GPT2
 from gpt2repro.hub.model_card import model_card
 from gpt2repro.models.folder import save_model_folder
 from gpt2repro.models.unwrap import unwrapped
+from gpt2repro.run_folder import RunFolder
 from modeling_gpt2repro import GPT2ReproConfig, GPT2ReproForCausalLM
 
 
@@ -74,7 +75,7 @@ def run_dir(tmp_path, tokenizer):
     (run_dir / "recipe.yaml").write_text(yaml.safe_dump(RECIPE))
     (run_dir / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in METRICS))
     model = make_model(2)
-    save_model_folder(run_dir / "model", model, tokenizer, model_card(model, "run", None, run_dir))
+    save_model_folder(run_dir / "model", model, tokenizer, model_card(model, "run", None, RunFolder(run_dir)))
     make_model(1).save_pretrained(checkpoint)
     tokenizer.save_pretrained(checkpoint)
     (checkpoint / "trainer_state.json").write_text('{"step": 10}')
@@ -170,7 +171,7 @@ def test_what_lies_between_validation_and_checkpoint_is_not_claimed(run_dir, tmp
 def test_hellaswag_on_a_sample_is_no_benchmark_result(run_dir, items, error):
     row = METRICS[-1] | {"hellaswag_items": items, "hellaswag_acc_stderr": error, "hellaswag_acc_norm_stderr": error}
     (run_dir / "metrics.jsonl").write_text(json.dumps(row) + "\n")
-    card = model_card(make_model(2), "run", None, run_dir)
+    card = model_card(make_model(2), "run", None, RunFolder(run_dir))
     assert card.data.eval_results is None and f"HellaSwag: {items} items" in card.text
     assert str(OPENAI_GPT2["hellaswag_acc_norm"]) not in card.text
 
@@ -181,7 +182,7 @@ def test_local_paths_stay_private(run_dir):
     record["data"]["corpus"] = {"name": "/home/ada/corpus", "hub_id": "/home/ada/corpus", "revision": None}
     record["data"]["tokenizer"]["name"] = "/home/ada/tokenizer"
     (run_dir / "recipe.yaml").write_text(yaml.safe_dump(record))
-    card = model_card(make_model(2), "run", None, run_dir)
+    card = model_card(make_model(2), "run", None, RunFolder(run_dir))
     assert "/home/ada" not in str(card) and "starting from start" in card.text
     assert card.data.base_model is None and card.data.datasets is None
 
@@ -223,6 +224,7 @@ from transformers import AutoTokenizer
 from gpt2repro.hub.model_card import model_card
 from gpt2repro.models.folder import save_model_folder
 from gpt2repro.models.unwrap import unwrapped
+from gpt2repro.run_folder import RunFolder
 from modeling_gpt2repro import GPT2ReproForCausalLM
 
 folder, kind, rank = sys.argv[1], sys.argv[2], int(sys.argv[3])

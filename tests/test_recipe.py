@@ -1,18 +1,49 @@
-"""Recipes: what is read, what is refused, and the arithmetic of a step."""
+"""Recipes: what is accepted, what is refused, and the arithmetic of a step."""
 
 import dataclasses
+import re
+import typing
 from pathlib import Path
 
 import pytest
 import torch
 
 from gpt2repro.errors import UserError
-from gpt2repro.recipe import Recipe, differences, parse_recipe
+from gpt2repro.recipe import Recipe
+from gpt2repro.recipe_file import build_parser, default_of, differences, field_types, parse_recipe
 from modeling_gpt2repro import GPT2ReproConfig, GPT2ReproForCausalLM
 
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
+NUMBERS = (int, float, int | None, float | None)
+BOUNDARIES = [  # fields, their last accepted values, their first refused ones, the rule
+    (
+        "max_steps global_batch_tokens micro_batch_size sequence_length log_every checkpoint_every keep_last "
+        "sample_tokens max_bad_steps",
+        [1],
+        [0],
+        "at least 1",
+    ),
+    (
+        "batch_ramp_start batch_ramp_tokens warmup_steps validate_every validation_tokens hellaswag_every sample_every "
+        "num_workers keep_every patience max_rollbacks",
+        [0],
+        [-1],
+        "at least 0",
+    ),
+    (
+        "learning_rate min_learning_rate weight_decay muon_learning_rate muon_weight_decay max_hours",
+        [0.0],
+        [-1e-9],
+        "at least 0",
+    ),
+    ("adam_epsilon max_grad_norm sample_temperature spike_zscore", [1e-9], [0.0, -1e-9], "above 0"),
+    ("peak_tflops dollars_per_hour", [None, 1e-9], [0.0, -1e-9], "above 0"),
+    ("seed", [0, 2**32 - 1], [-1, 2**32], "at least 0 and below 4294967296"),
+    ("decay_fraction", [1e-9, 1.0], [0.0, 1 + 1e-9], "above 0 and at most 1"),
+    ("adam_beta1 adam_beta2 muon_momentum", [0.0, 1 - 1e-9], [-1e-9, 1.0], "at least 0 and below 1"),
+]
 
 
 def parse(tmp_path, text, *argv):
@@ -23,7 +54,7 @@ def parse(tmp_path, text, *argv):
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 @pytest.mark.parametrize("num_processes", [1, 8])
-def test_shipped_recipes_are_right(path, num_processes):
+def test_shipped_recipes_are_valid(path, num_processes):
     recipe, problems = parse_recipe(["--config", str(path)], path, GPT2ReproConfig)
     assert problems == []
     if num_processes == 1 or "124m" in path.stem:
@@ -31,7 +62,7 @@ def test_shipped_recipes_are_right(path, num_processes):
     GPT2ReproConfig(**{"vocab_size": 50304} | recipe.model)
 
 
-def test_shipped_recipes_keep_their_sources_numbers():
+def test_shipped_recipes_keep_the_numbers_of_their_sources():
     def read(name):
         return parse_recipe(["--config", str(ROOT / "recipes" / f"{name}.yaml")], ROOT, GPT2ReproConfig)[0]
 
@@ -53,12 +84,12 @@ def test_shipped_recipes_keep_their_sources_numbers():
         ("gpt2-xl-fineweb-edu", 32_000, 2**20, 6e-4, 6e-5, 1_557_686_400),
     ],
 )
-def test_larger_recipes_are_those_of_llmc(name, steps, batch_tokens, peak, end, parameters):
+def test_larger_recipes_match_llmc(name, steps, batch_tokens, peak, end, parameters):
     recipe, problems = parse_recipe(["--config", str(ROOT / "recipes" / f"{name}.yaml")], ROOT, GPT2ReproConfig)
     assert not problems and not recipe.problems(8)
     assert (recipe.max_steps, recipe.global_batch_tokens) == (steps, batch_tokens)
     assert (recipe.learning_rate, recipe.min_learning_rate, recipe.warmup_steps) == (peak, end, 700)
-    with torch.device("meta"):  # OpenAI's sizes, and 47 padding rows of the embedding
+    with torch.device("meta"):  # OpenAI's sizes plus 47 padding rows of the embedding
         assert GPT2ReproForCausalLM(GPT2ReproConfig(**recipe.model)).num_parameters() == parameters
 
 
@@ -87,11 +118,11 @@ def test_flags_override_yaml_and_yaml_overrides_defaults(tmp_path):
         ("reference_losses: [1]", "reference_losses=[1] is not a table of name: number"),
     ],
 )
-def test_a_wrong_field_is_one_line(tmp_path, text, message):
+def test_an_invalid_field_is_reported_in_one_line(tmp_path, text, message):
     assert parse(tmp_path, text)[1] == [message]
 
 
-def test_unknown_flags_are_named_with_the_nearest(tmp_path):
+def test_an_unknown_flag_is_reported_with_the_nearest_name(tmp_path):
     assert parse(tmp_path, "", "--max_step", "3")[1] == ["unknown recipe field --max_step; did you mean --max_steps?"]
     assert parse(tmp_path, "", "--max_steps", "3", "4")[1] == ["unexpected argument '4'; flags are --field value"]
 
@@ -107,31 +138,31 @@ def test_unknown_flags_are_named_with_the_nearest(tmp_path):
         ("data: {x: 0.7, y: 0.3}", "--data z=1", {"z": 1.0}),
     ],
 )
-def test_sources_are_data_or_data_dir_and_flags_choose_anew(tmp_path, text, flags, sources):
+def test_sources_are_data_or_data_dir_and_flags_replace_the_files(tmp_path, text, flags, sources):
     recipe, problems = parse(tmp_path, text, *flags.split())
     assert problems == [] and recipe.sources == sources
-    assert list(recipe.sources) == list(sources)  # their places count
+    assert list(recipe.sources) == list(sources)  # the order matters
     assert bool(recipe.data) != bool(recipe.data_dir)
 
 
 @pytest.mark.parametrize(
     ("text", "flags", "problem"),
     [
-        ("data_dir: x\ndata: {y: 1}", "", "data and data_dir are both given; data has all directories"),
-        ("", "--data_dir x --data y=1", "data and data_dir are both given; data has all directories"),
+        ("data_dir: x\ndata: {y: 1}", "", "data and data_dir are both given; list every directory in data"),
+        ("", "--data_dir x --data y=1", "data and data_dir are both given; list every directory in data"),
         ("", "--data x y", "data=['x', 'y'] is not a table of name: number"),
         ("", "--data x=much", "data=['x=much'] is not a table of name: number"),
         ("", "--data x=0.5 x=0.5", "data=['x=0.5', 'x=0.5'] is not a table of name: number"),
         ("data: x", "", "data='x' is not a table of name: number"),
     ],
 )
-def test_mistakes_in_data_are_one_line(tmp_path, text, flags, problem):
+def test_mistakes_in_data_are_reported_in_one_line(tmp_path, text, flags, problem):
     (found,) = parse(tmp_path, text, *flags.split())[1]
     assert found.startswith(problem)
 
 
 @pytest.mark.parametrize("text", ["- a\n- b", "a: [", "just text"])
-def test_a_file_that_is_no_table_is_refused(tmp_path, text):
+def test_a_file_that_is_not_a_table_is_refused(tmp_path, text):
     with pytest.raises(UserError, match="--config"):
         parse(tmp_path, text)
 
@@ -141,11 +172,49 @@ def test_a_missing_file_is_refused(tmp_path):
         parse_recipe(["--config", str(tmp_path / "no.yaml")], tmp_path, GPT2ReproConfig)
 
 
-def test_all_problems_of_values_are_found_at_once():
+def test_all_problems_are_reported_at_once():
     recipe = Recipe(max_steps=0, adam_beta2=1.0, max_grad_norm=0, min_learning_rate=1.0, push_to_hub=True)
     found = "\n".join(recipe.problems(1))
     for name in ("max_steps=0", "adam_beta2=1.0", "max_grad_norm=0", "min_learning_rate=1.0", "hub_model_id"):
         assert name in found
+
+
+@pytest.mark.parametrize(("names", "accepted", "refused", "rule"), BOUNDARIES)
+def test_bounds_accept_their_limit_and_refuse_what_is_beyond(names, accepted, refused, rule):
+    for name in names.split():
+        complaint = f"{name}={{}} must be {rule}"
+        for value in accepted:
+            assert complaint.format(value) not in Recipe(**{name: value}).problems(1)
+        for value in refused:
+            assert complaint.format(value) in Recipe(**{name: value}).problems(1)
+
+
+def test_every_number_has_bounds_that_a_test_crosses():
+    tested = " ".join(names for names, *_ in BOUNDARIES).split()
+    numbers = [name for name, hint in typing.get_type_hints(Recipe).items() if hint in NUMBERS]
+    assert sorted(tested) == sorted(numbers)
+    assert sorted(tested) == sorted(f.name for f in dataclasses.fields(Recipe) if f.metadata["bounds"])
+
+
+def test_hellaswag_data_must_exist(tmp_path):
+    missing, items = tmp_path / "missing.jsonl", tmp_path / "items.jsonl"
+    items.write_text("")
+    assert Recipe(hellaswag_data=str(items)).problems(1) == []
+    (problem,) = Recipe(hellaswag_data=str(missing)).problems(1)
+    assert problem == f"hellaswag_data={missing} must be a HellaSwag file, .jsonl or .jsonl.gz"
+
+
+def test_help_lists_every_field_in_its_group_with_its_default(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "1000")  # no line is wrapped
+    text = build_parser(field_types(GPT2ReproConfig)).format_help()
+    _, *parts = re.split(r"^(\S.*):\n", text, flags=re.MULTILINE)
+    sections = dict(zip(parts[::2], parts[1::2]))
+    groups = list(dict.fromkeys(f.metadata["group"] for f in dataclasses.fields(Recipe)))
+    assert list(sections) == ["options", *groups]
+    for f in dataclasses.fields(Recipe):
+        section = sections[f.metadata["group"]]
+        assert f"  --{f.name} " in section or f"  {f.name} (in the recipe file): " in section, f.name
+        assert f"{f.metadata['help']} (default: {default_of(f)})\n" in section, f.name
 
 
 @pytest.mark.parametrize(
@@ -156,7 +225,7 @@ def test_all_problems_of_values_are_found_at_once():
         (524_288, 48, 1024, 8, ["393216", "786432", "micro_batch_size=32"]),
     ],
 )
-def test_batch_that_does_not_divide_names_what_does(tokens, micro, length, processes, remedies):
+def test_an_indivisible_batch_is_reported_with_sizes_that_divide(tokens, micro, length, processes, remedies):
     recipe = Recipe(global_batch_tokens=tokens, micro_batch_size=micro, sequence_length=length)
     (problem,) = recipe.problems(processes)
     for remedy in remedies:
@@ -175,32 +244,35 @@ def test_batch_that_does_not_divide_names_what_does(tokens, micro, length, proce
             "lower warmup_steps or decay_fraction",
         ),
         ({"lr_schedule": "wsd", "decay_fraction": 0}, "decay_fraction=0 must be above 0 and at most 1"),
-        ({"lr_schedule": "linear", "min_learning_rate": 1}, "min_learning_rate=1 is above learning_rate=0.0006"),
+        (
+            {"lr_schedule": "linear", "min_learning_rate": 1},
+            "min_learning_rate=1 must be at most learning_rate=0.0006; change one of them",
+        ),
         ({"muon_momentum": 1.0}, "muon_momentum=1.0 must be at least 0 and below 1"),
         (
             {"optimizer": "muon", "learning_rate": 0, "min_learning_rate": 0},
-            "learning_rate=0 must be above 0 with muon, whose learning rate is in proportion to it",
+            "learning_rate=0 must be above 0 with muon, whose learning rate is a multiple of it",
         ),
         (
             {"batch_ramp_start": 65536},
-            "batch_ramp_start=65536 and batch_ramp_tokens=0: a ramp has both; give both, or neither",
+            "batch_ramp_start=65536 and batch_ramp_tokens=0: a ramp needs both; set both, or neither",
         ),
         (
             {"batch_ramp_tokens": 10},
-            "batch_ramp_start=0 and batch_ramp_tokens=10: a ramp has both; give both, or neither",
+            "batch_ramp_start=0 and batch_ramp_tokens=10: a ramp needs both; set both, or neither",
         ),
         ({"batch_ramp_start": -1}, "batch_ramp_start=-1 must be at least 0"),
         (
             {"eval_only": True},
-            "init_from=scratch has learnt nothing; with eval_only add --init_from with a run or a model",
+            "init_from=scratch is untrained; with eval_only, set --init_from to a run or a model",
         ),
         (
             {"patience": 2, "validate_every": 0},
-            "patience=2 counts validations, and validate_every=0 has none; change one of them",
+            "patience=2 counts validations, but validate_every=0 runs none; change one of them",
         ),
     ],
 )
-def test_contradictions_of_schedule_and_optimizer_are_one_line(fields, problem):
+def test_contradictions_are_reported_in_one_line(fields, problem):
     assert Recipe(**fields).problems(1) == [problem]
 
 
@@ -208,8 +280,8 @@ def test_contradictions_of_schedule_and_optimizer_are_one_line(fields, problem):
     ("start", "processes", "remedies"),
     [(100_000, 1, [65_536, 131_072]), (196_608, 1, [131_072, 262_144]), (65_536, 2, [131_072, 262_144])],
 )
-def test_a_ramp_that_does_not_divide_names_what_does(start, processes, remedies):
-    """524,288 tokens a step in micro-batches of 65,536 a process."""
+def test_an_indivisible_ramp_is_reported_with_starts_that_divide(start, processes, remedies):
+    """524,288 tokens per step in micro-batches of 65,536 per rank."""
     recipe = Recipe(batch_ramp_start=start, batch_ramp_tokens=10**9)
     (problem,) = recipe.problems(processes)
     assert problem.endswith(f"use {remedies[0]} or {remedies[1]}")
@@ -217,7 +289,7 @@ def test_a_ramp_that_does_not_divide_names_what_does(start, processes, remedies)
         assert dataclasses.replace(recipe, batch_ramp_start=remedy).problems(processes) == []
 
 
-def test_only_what_changes_the_result_makes_another_run():
+def test_only_fields_that_change_the_result_make_another_run():
     recipe = Recipe()
     assert differences(recipe, dataclasses.asdict(dataclasses.replace(recipe, micro_batch_size=1, log_every=7))) == []
     (difference,) = differences(recipe, dataclasses.asdict(dataclasses.replace(recipe, learning_rate=1e-3)))

@@ -1,4 +1,4 @@
-"""The learning rate against written-out formulas and numbers."""
+"""The learning rate against formulas and numbers written out here."""
 
 import math
 
@@ -15,7 +15,7 @@ def rates(**fields):
 
 def test_learning_rate_of_the_124m_recipe():
     recipe = Recipe()  # 6e-4 to 6e-5, 715 warm-up steps of 19,073
-    assert lr_at(0, recipe) == pytest.approx(6e-4 / 715)  # not 0: the first step must not be lost
+    assert lr_at(0, recipe) == pytest.approx(6e-4 / 715)  # not 0, which would waste the first step
     assert lr_at(356, recipe) == pytest.approx(6e-4 * 357 / 715)
     assert lr_at(714, recipe) == pytest.approx(6e-4)
     assert lr_at(715, recipe) == pytest.approx(6e-4)
@@ -37,19 +37,19 @@ def test_learning_rate_of_the_124m_recipe():
         {"lr_schedule": "wsd", "decay_shape": "linear", "decay_fraction": 0.9},
     ],
 )
-def test_every_schedule_warms_up_alike_and_never_rises_after_that(fields):
+def test_every_schedule_warms_up_linearly_and_never_rises_afterwards(fields):
     found = rates(**fields)
     assert found[:10] == pytest.approx([0.1 * n for n in range(1, 11)])
     assert found[10] == 1.0  # the decay begins at the peak
     assert found[10:] == sorted(found[10:], reverse=True) and found[-1] >= 0.1
 
 
-def test_linear_falls_by_the_same_amount_each_step():
+def test_linear_decays_by_the_same_amount_each_step():
     assert rates(lr_schedule="linear")[10:] == pytest.approx([1 - 0.01 * n for n in range(90)])
 
 
 def test_wsd_is_stable_until_the_decay():
-    """The last fifth of 100 steps decays, from 1 at step 80 to what would be 0.1 at step 100."""
+    """The last fifth of 100 steps decays, from 1 at step 80 to 0.1 at step 100, which is not taken."""
     line = rates(lr_schedule="wsd", decay_fraction=0.2, decay_shape="linear")
     root = rates(lr_schedule="wsd", decay_fraction=0.2, decay_shape="1-sqrt")
     assert line[10:81] == root[10:81] == [1.0] * 71

@@ -1,5 +1,6 @@
 """Shards against the arrays they were made from, their manifest against a recount, `verify` against each damage."""
 
+import dataclasses
 import errno
 import hashlib
 import json
@@ -13,9 +14,12 @@ import numpy as np
 import pytest
 
 from gpt2repro.data import shards
-from gpt2repro.data.shards import ShardWriter, TokenStream, unigram_entropy
+from gpt2repro.data.manifest import Manifest
+from gpt2repro.data.shards import ShardWriter, Split
+from gpt2repro.data.token_stream import TokenStream, unigram_entropy
 from gpt2repro.data.tokenization import build_tokenizer
 from gpt2repro.errors import UserError
+from gpt2repro.files import write_json
 
 
 EOT = 99
@@ -42,9 +46,8 @@ def write_prepared(directory, shard_tokens=50):
         "val": write(directory, make_documents()[:3], shard_tokens, "val"),
     }
     tokenizer.fast.save_pretrained(directory / "tokenizer")
-    facts = tokenizer.describe() | {"eot_id": EOT}
-    manifest = {"format_version": shards.FORMAT_VERSION, "tokenizer": facts, "splits": splits}
-    shards.write_json(directory / shards.MANIFEST, shards.seal(manifest))
+    record = dataclasses.replace(tokenizer.describe(), eot_id=EOT)
+    Manifest({"name": "files"}, record, splits).write(directory)
     return directory
 
 
@@ -59,37 +62,37 @@ def flat(documents):
 def test_shards_hold_the_documents_in_order(tmp_path, shard_tokens):
     documents = make_documents()
     record = write(tmp_path, documents, shard_tokens)
-    arrays = [np.load(tmp_path / shard["file"]) for shard in record["shards"]]
+    arrays = [np.load(tmp_path / shard.file) for shard in record.shards]
 
     assert np.concatenate(arrays).tolist() == flat(documents)
     assert [len(array) for array in arrays[:-1]] == [shard_tokens] * (len(arrays) - 1)
     assert sorted(path.name for path in tmp_path.iterdir()) == [f"train_{i:05d}.npy" for i in range(len(arrays))]
 
-    assert record["tokens"] == sum(map(len, arrays)) == sum(LENGTHS) + len(LENGTHS)
-    assert record["documents"] == len(LENGTHS)
-    assert record["bytes"] == 3 * sum(LENGTHS)
-    for shard, array in zip(record["shards"], arrays):
-        assert shard["tokens"] == len(array)
-        assert shard["documents"] == (array == EOT).sum()  # those that start in it
-        assert shard["sha256"] == hashlib.sha256((tmp_path / shard["file"]).read_bytes()).hexdigest()
+    assert record.tokens == sum(map(len, arrays)) == sum(LENGTHS) + len(LENGTHS)
+    assert record.documents == len(LENGTHS)
+    assert record.bytes == 3 * sum(LENGTHS)
+    for shard, array in zip(record.shards, arrays):
+        assert shard.tokens == len(array)
+        assert shard.documents == (array == EOT).sum()  # those that start in it
+        assert shard.sha256 == hashlib.sha256((tmp_path / shard.file).read_bytes()).hexdigest()
 
 
 def test_each_document_counts_for_the_shard_that_holds_its_first_token(tmp_path):
     """Also a document that starts just where a shard starts, and empty ones without an end-of-text token."""
     record = write(tmp_path, [[1, 2], [3, 4], [5], []], 3)
-    assert [shard["documents"] for shard in record["shards"]] == [1, 1, 2]
+    assert [shard.documents for shard in record.shards] == [1, 1, 2]
     record = write(tmp_path, [[1, 2, 3], [], [4], []], 3, "val", eot_id=None)
-    assert [shard["documents"] for shard in record["shards"]] == [2, 2]
+    assert [shard.documents for shard in record.shards] == [2, 2]
 
 
 def test_without_an_end_of_text_token_documents_follow_each_other(tmp_path):
     record = write(tmp_path, [[1, 2], [], [3]], 2, eot_id=None)
-    assert [np.load(tmp_path / shard["file"]).tolist() for shard in record["shards"]] == [[1, 2], [3]]
-    assert (record["tokens"], record["documents"]) == (3, 3)
+    assert [np.load(tmp_path / shard.file).tolist() for shard in record.shards] == [[1, 2], [3]]
+    assert (record.tokens, record.documents) == (3, 3)
 
 
 def test_no_documents_make_no_shard(tmp_path):
-    assert write(tmp_path, [], 10) == {"tokens": 0, "documents": 0, "bytes": 0, "shards": []}
+    assert write(tmp_path, [], 10) == Split(tokens=0, documents=0, bytes=0, shards=())
     assert not list(tmp_path.iterdir())
 
 
@@ -100,9 +103,9 @@ def test_files_are_those_of_numpy(tmp_path, monkeypatch, buffer_tokens, dtype):
     monkeypatch.setattr(ShardWriter, "BUFFER_TOKENS", buffer_tokens)
     record = write(tmp_path, make_documents(), 50, dtype=dtype)
     tokens = np.array(flat(make_documents()), dtype)
-    for number, shard in enumerate(record["shards"]):
+    for number, shard in enumerate(record.shards):
         np.save(tmp_path / "expected.npy", tokens[50 * number : 50 * (number + 1)])
-        assert (tmp_path / shard["file"]).read_bytes() == (tmp_path / "expected.npy").read_bytes()
+        assert (tmp_path / shard.file).read_bytes() == (tmp_path / "expected.npy").read_bytes()
 
 
 def test_a_shard_has_its_name_when_it_is_complete(tmp_path, monkeypatch):
@@ -133,7 +136,7 @@ def test_a_disk_that_fills_up_leaves_no_part_of_a_shard(tmp_path, monkeypatch):
 def test_shards_decode_to_their_text(tmp_path, topics, gpt2, encoding, shard_tokens):
     texts = ["", "Ümlaut 👩‍👩‍👧 \0\r\n", "written <|endoftext|> out", *topics[:3]]
     record = write(tmp_path, gpt2.encode_batch(texts), shard_tokens, eot_id=gpt2.eot_id)
-    tokens = np.concatenate([np.load(tmp_path / shard["file"]) for shard in record["shards"]])
+    tokens = np.concatenate([np.load(tmp_path / shard.file) for shard in record.shards])
 
     starts = np.flatnonzero(tokens == 50256)
     assert starts[0] == 0
@@ -147,7 +150,7 @@ def test_shards_decode_to_their_text(tmp_path, topics, gpt2, encoding, shard_tok
 def test_the_smallest_type_that_holds_every_id(tmp_path, vocab_size, dtype):
     assert shards.token_dtype(vocab_size) == dtype
     record = write(tmp_path, [[0, vocab_size - 1]], 10, dtype=shards.token_dtype(vocab_size), eot_id=None)
-    array = np.load(tmp_path / record["shards"][0]["file"], mmap_mode="r")
+    array = np.load(tmp_path / record.shards[0].file, mmap_mode="r")
     assert array.dtype == dtype and array.ndim == 1
     assert array.tolist() == [0, vocab_size - 1]
 
@@ -212,11 +215,10 @@ def test_unigram_entropy_is_the_loss_of_the_frequencies(tmp_path):
 @pytest.mark.parametrize("num_workers", [1, 3])
 def test_verify_returns_the_manifest_of_sound_data(tmp_path, num_workers):
     seen = []
-    manifest = shards.verify(
-        write_prepared(tmp_path), num_workers, lambda shards: (seen.append(1) or s for s in shards)
-    )
-    assert manifest == json.loads((tmp_path / "manifest.json").read_text())
-    assert len(seen) == 7 + 1 == sum(len(split["shards"]) for split in manifest["splits"].values())
+    manifest = Manifest.read(write_prepared(tmp_path))
+    manifest.verify(tmp_path, num_workers, lambda shards: (seen.append(1) or s for s in shards))
+    assert manifest.to_dict() == json.loads((tmp_path / "manifest.json").read_text())
+    assert len(seen) == 7 + 1 == sum(len(split.shards) for split in manifest.splits.values())
 
 
 def flip_byte(directory):
@@ -240,11 +242,19 @@ def swap_shards(directory):
     a.rename(directory / "aside"), b.rename(a), (directory / "aside").rename(b)
 
 
+def seal(content):
+    """The seal written out: the sha256 of the sorted JSON of all else."""
+    unsealed = {key: value for key, value in content.items() if key != "sha256"}
+    return unsealed | {"sha256": hashlib.sha256(json.dumps(unsealed, sort_keys=True).encode()).hexdigest()}
+
+
 def edit_manifest(change, sealed=True):
     def damage(directory):
         manifest = json.loads((directory / "manifest.json").read_text())
         change(manifest)
-        (directory / "manifest.json").write_text(json.dumps(shards.seal(manifest) if sealed else manifest))
+        if sealed:
+            manifest = seal(manifest)
+        (directory / "manifest.json").write_text(json.dumps(manifest))
 
     return damage
 
@@ -294,7 +304,7 @@ DAMAGES = {
 def test_verify_finds(tmp_path, damage, complaint):
     damage(write_prepared(tmp_path))
     with pytest.raises(UserError, match=complaint) as caught:
-        shards.verify(tmp_path)
+        Manifest.read(tmp_path).verify(tmp_path)
     assert "prepare the data again" in str(caught.value)
 
 
@@ -303,7 +313,7 @@ def test_verify_reports_every_damaged_file(tmp_path):
     flip_byte(directory)
     (directory / "val_00000.npy").unlink()
     with pytest.raises(UserError) as caught:
-        shards.verify(directory)
+        Manifest.read(directory).verify(directory)
     lines = str(caught.value).splitlines()
     assert len(lines) == 2 and "train_00002.npy" in lines[0] and "val_00000.npy" in lines[1]
 
@@ -338,11 +348,11 @@ def test_open_refuses(tmp_path, damage, complaint):
 
 def test_json_files_are_complete_or_absent(tmp_path):
     path = tmp_path / "manifest.json"
-    shards.write_json(path, {"old": 1})
+    write_json(path, {"old": 1})
     with pytest.raises(TypeError):
-        shards.write_json(path, {"new": object()})
+        write_json(path, {"new": object()})
     assert json.loads(path.read_text()) == {"old": 1}
-    shards.write_json(path, {"new": 1})
+    write_json(path, {"new": 1})
     assert [json.loads(file.read_text()) for file in tmp_path.iterdir()] == [{"new": 1}]
 
 
@@ -366,8 +376,10 @@ def test_more_shards_than_a_process_may_open(tmp_path):
 def test_another_trainers_folder_has_nothing_to_verify(tmp_path):
     np.zeros(99, np.uint16).tofile(tmp_path / "train.bin")
     with pytest.raises(UserError, match="holds nanoGPT's tokens, which have no manifest.json"):
-        shards.verify(tmp_path)
+        Manifest.read(tmp_path)
 
 
 def test_a_manifest_without_the_hashes_of_all_tokenizer_files_is_read(tmp_path):
-    assert "tokenizer_files" not in shards.verify(write_prepared(tmp_path))
+    manifest = Manifest.read(write_prepared(tmp_path))
+    assert "tokenizer_files" not in manifest.to_dict()
+    manifest.verify(tmp_path)

@@ -9,15 +9,10 @@ from transformers import GPT2Config
 
 from gpt2repro.recipe import Recipe
 from gpt2repro.train.guard import Guard
-from gpt2repro.train.telemetry import (
-    Metrics,
-    Telemetry,
-    flops_per_token,
-    peak_flops,
-    plot_losses,
-    provenance,
-    read_metrics,
-)
+from gpt2repro.train.metrics import Metrics, read_metrics
+from gpt2repro.train.report import plot_losses, provenance
+from gpt2repro.train.speed import flops_per_token, peak_flops
+from gpt2repro.train.telemetry import Telemetry
 
 
 def test_rows_are_appended_once_whatever_is_logged_again(tmp_path):
@@ -101,16 +96,17 @@ def test_what_was_measured_since_the_last_row_survives_a_stop(tmp_path):
     model = torch.nn.Linear(2, 2)
     model.config = GPT2Config()
     first = Telemetry(recipe, accelerator, model)
-    first.start(0, None)
+    first.start(0)
     first.hours_before = 2.0
-    with first.update(0):
+    with first.measuring_update(0):
         model.weight.data *= 2
     first.log_step(1, 5.0, 1e-3, 9.0, Guard(recipe))
     saved = json.loads(json.dumps(first.state_dict()))
     assert saved["hours"] > 2.0  # those of the step too, though it has no row yet
 
     resumed = Telemetry(recipe, accelerator, model)
-    resumed.start(1, saved)
+    resumed.load_state_dict(saved)
+    resumed.start(1)
     for step, loss in ((2, 4.0), (3, 3.0), (4, 2.0)):
         resumed.log_step(step, loss, 1e-3, 0.5, Guard(recipe))
     (row,) = read_metrics(tmp_path / "metrics.jsonl")

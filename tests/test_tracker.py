@@ -12,7 +12,8 @@ from transformers import GPT2Config
 
 from gpt2repro.errors import UserError
 from gpt2repro.recipe import Recipe
-from gpt2repro.train.telemetry import Telemetry, read_metrics, track
+from gpt2repro.train.metrics import read_metrics
+from gpt2repro.train.telemetry import Telemetry, track
 from gpt2repro.train.tracker import start_tracker
 
 

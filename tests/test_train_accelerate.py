@@ -1,6 +1,5 @@
 """The trainer, run as a user runs it: on real text, in processes of its own, under accelerate launch."""
 
-import dataclasses
 import itertools
 import json
 import math
@@ -21,14 +20,16 @@ from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, LlamaConfig
 import prepare_data
 import train_accelerate
 from gpt2repro.data.batches import MicroBatches
-from gpt2repro.data.mixture import Mixture
-from gpt2repro.data.shards import TokenStream, file_sha256, read_manifest, unigram_entropy
+from gpt2repro.data.manifest import Manifest
+from gpt2repro.data.token_stream import TokenStream, unigram_entropy
 from gpt2repro.errors import UserError
+from gpt2repro.files import file_sha256
 from gpt2repro.recipe import Recipe
+from gpt2repro.run_folder import RunFolder
 from gpt2repro.train import preflight
+from gpt2repro.train.metrics import read_metrics
 from gpt2repro.train.optimizers import build_optimizers, set_lr
 from gpt2repro.train.schedule import lr_at
-from gpt2repro.train.telemetry import read_metrics
 from modeling_gpt2repro import GPT2ReproConfig, GPT2ReproForCausalLM
 
 
@@ -119,7 +120,7 @@ def weights(output_dir):
 
 def test_loss_falls_from_ln_v_below_the_unigram_entropy(trained, data_dir):
     output_dir, stdout = trained
-    vocab_size = read_manifest(data_dir)["tokenizer"]["vocab_size"]
+    vocab_size = Manifest.read(data_dir).tokenizer.vocab_size
     tokens = np.concatenate([np.load(path) for path in sorted(data_dir.glob("train_*.npy"))])
     shares = np.unique(tokens, return_counts=True)[1] / len(tokens)
     entropy = -sum(p * math.log(p) for p in shares)
@@ -237,10 +238,10 @@ def test_a_growing_batch_with_muon_learns_as_written_out_with_any_processes(trai
     train(tmp_path / "2x2", *flags, "--micro_batch_size", 2, processes=2)
 
     argv = ["--config", recipe_file, "--data_dir", data_dir, "--output_dir", tmp_path / "plain", *flags]
-    recipe, _, config, _ = preflight.settle(list(map(str, argv)))
-    model = train_accelerate.build_model(recipe, config)
+    plan = preflight.resolve_and_check(list(map(str, argv)))
+    recipe, model = plan.recipe, train_accelerate.build_model(plan)
     optimizers = build_optimizers(model, recipe)
-    batches = MicroBatches(Mixture.open(recipe.sources, "train"), recipe, 0, 1)
+    batches = MicroBatches(plan.data.train, recipe, 0, 1)
     losses, norms = [], []
     for step, sequences in enumerate([8, 8, 8, 16, 16, 24, 32, 32]):
         tokens = torch.cat([batches[step, micro] for micro in range(sequences // 8)])
@@ -248,8 +249,8 @@ def test_a_growing_batch_with_muon_learns_as_written_out_with_any_processes(trai
         loss.backward()
         losses.append(loss.item())
         norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.max_grad_norm).item())
+        set_lr(optimizers, lr_at(step, recipe))
         for optimizer in optimizers:
-            set_lr(optimizer, lr_at(step, recipe))
             optimizer.step()
             optimizer.zero_grad()
     for name in ("1x8", "2x2"):
@@ -286,7 +287,7 @@ def test_eval_only_prints_the_losses_of_a_run_on_as_much_of_either_split(train, 
     losses = dict(line.split() for line in done.stdout.splitlines() if "_loss" in line)
     assert losses["val_loss"] == f"{rows(trained[0], 'val_loss')[-1]['val_loss']:.4f}"
     model = GPT2ReproForCausalLM.from_pretrained(trained[0] / "model")
-    n = (read_manifest(data_dir)["splits"]["val"]["tokens"] - 1) // 32
+    n = (Manifest.read(data_dir).splits["val"].tokens - 1) // 32
     tokens = torch.from_numpy(np.load(data_dir / "train_00000.npy")[: n * 32 + 1].astype(np.int64))
     with torch.no_grad():
         expected = model(tokens[:-1].view(n, 32), shift_labels=tokens[1:].view(n, 32)).loss.item()
@@ -301,7 +302,7 @@ def test_fine_tuning_starts_from_the_weights_of_a_run(train, trained, tmp_path):
 
 
 def test_fine_tuning_starts_from_a_gpt2_whose_positions_it_crops(train, data_dir, tmp_path):
-    vocab_size = read_manifest(data_dir)["tokenizer"]["vocab_size"]
+    vocab_size = Manifest.read(data_dir).tokenizer.vocab_size
     gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=vocab_size, n_positions=48, n_layer=1, n_head=2, n_embd=32))
     gpt2.save_pretrained(tmp_path / "gpt2")
     recipe = yaml.safe_load(RECIPE) | {"init_from": str(tmp_path / "gpt2"), "max_steps": 2, "warmup_steps": 0}
@@ -369,7 +370,7 @@ def test_a_mixture_trains_and_goes_on_where_it_was_stopped(train, mixed, recipe_
 
     argv = ["--config", recipe_file, "--output_dir", whole, *mixed[:2], mixed[2].replace("0.25", "0.2"), *flags[3:]]
     with pytest.raises(UserError, match="holds a run on other data than data="):
-        preflight.settle(list(map(str, argv)))
+        preflight.resolve_and_check(list(map(str, argv)))
 
 
 def test_a_nanogpt_folder_trains(train, gpt2, topics, tmp_path):
@@ -392,7 +393,7 @@ def test_a_start_that_was_cut_off_is_repeated(data_dir, recipe_file, tmp_path):
     for name in (".lock", "recipe.yaml.tmp"):
         (tmp_path / name).write_text("")
     argv = ["--config", recipe_file, "--data_dir", data_dir, "--output_dir", tmp_path]
-    preflight.settle(list(map(str, argv)))
+    preflight.resolve_and_check(list(map(str, argv)))
 
 
 def test_a_run_has_the_architecture_of_its_own_checkpoint_that_can_be_read(tmp_path):
@@ -403,10 +404,14 @@ def test_a_run_has_the_architecture_of_its_own_checkpoint_that_can_be_read(tmp_p
         GPT2ReproConfig(n_layer=3).save_pretrained(folder)
         (folder / "hashes.json").write_text(json.dumps({"config.json": file_sha256(folder / "config.json")}))
     recipe = Recipe(init_from=str(tmp_path / "base"), output_dir=str(tmp_path / "run"))
-    assert preflight.model_config(recipe, {}).n_layer == 3
+    run = RunFolder(tmp_path / "run")
+    config, pretrained = preflight.starting_point(recipe, data=None, folder=run)
+    assert config.n_layer == 3 and pretrained is None
     os.truncate(folder / "config.json", 10)
-    assert preflight.model_config(recipe, {}).n_layer == 3
-    assert preflight.model_config(dataclasses.replace(recipe, eval_only=True), {}).n_layer == 1
+    config, pretrained = preflight.starting_point(recipe, data=None, folder=run)
+    assert config.n_layer == 3 and pretrained is None
+    config, pretrained = preflight.starting_point(recipe, data=None, folder=None)
+    assert config.n_layer == 1 and pretrained is not None
 
 
 @pytest.fixture
@@ -416,7 +421,7 @@ def refused(data_dir, recipe_file, tmp_path):
     def settle(*flags):
         argv = ["--config", recipe_file, "--data_dir", data_dir, "--output_dir", tmp_path / "run", *flags]
         with pytest.raises(UserError) as error:
-            preflight.settle(list(map(str, argv)))
+            preflight.resolve_and_check(list(map(str, argv)))
         return str(error.value)
 
     return settle
@@ -473,11 +478,11 @@ def test_a_model_that_is_broken_goes_back_and_ends_the_run(train, tmp_path):
     flags = ("--max_steps", 50, "--learning_rate", "1e30", "--validate_every", 0, "--sample_every", 0)
     done = train(tmp_path / "run", *flags, "--checkpoint_every", 2, "--max_bad_steps", 3, check=False)
     assert done.returncode == 2
-    assert done.stdout.count("back to step") == 3
-    assert "error: 3 steps in a row could not be taken" in done.stderr and "Traceback" not in done.stderr
+    assert done.stdout.count("rolled back to step") == 3
+    assert "error: 3 bad steps in a row" in done.stderr and "Traceback" not in done.stderr
     assert "after 3 rollbacks; start another run with a lower learning_rate" in done.stderr
     done = train(tmp_path / "none", *flags, "--max_bad_steps", 3, check=False)
-    assert done.returncode == 2 and "there is no checkpoint to go back to" in done.stderr
+    assert done.returncode == 2 and "there is no checkpoint to roll back to" in done.stderr
 
 
 def test_another_vocabulary_than_the_datas_is_refused(refused):

@@ -1,8 +1,8 @@
-"""The model behaves like one that ships with transformers, in generation, attention, adapters, compilation and files.
+"""The model behaves like one that ships with transformers: generation, attention, adapters, compilation, files.
 
-The reference is transformers' own GPT-2 with the same weights, or what the statement says in plain torch.
-tests/test_modeling.py holds the model's own properties; here are the features that transformers, PEFT and accelerate
-bring, which ask more of a model than its formula.
+The reference is transformers' own GPT-2 with the same weights, or the same computation in plain torch.
+tests/test_modeling.py tests the model itself; here are the features of transformers, PEFT and accelerate, which
+require more of a model than the right formula.
 """
 
 import copy
@@ -63,7 +63,7 @@ def seed():
 
 @torch.no_grad()
 def randomize(model, std=0.2):
-    """Weights of which every one matters: no bias is 0 and no LayerNorm weight 1."""
+    """Give every parameter an effect: no bias is 0 and no LayerNorm weight is 1."""
     generator = torch.Generator().manual_seed(2)
     for name, parameter in model.named_parameters():
         mean = 1.0 if "ln_" in name and name.endswith("weight") else 0.0
@@ -104,7 +104,7 @@ def long_ids():
 
 
 def as_gpt2_tensors(tensors: dict, real: int = V_REAL) -> dict:
-    """Weights or gradients under GPT-2's layout: projections (in, out), no padding rows."""
+    """Weights or gradients in GPT-2's layout: projections (in, out), no padding rows."""
     result = {}
     for name, tensor in tensors.items():
         tensor = tensor.T if name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight")) else tensor
@@ -117,7 +117,7 @@ def gradients(model) -> dict:
 
 
 def calls_of(module) -> list:
-    """A list that receives one item at each call of the module."""
+    """A list that gains one item per call of the module."""
     calls = []
     module.register_forward_pre_hook(lambda *_: calls.append(1))
     return calls
@@ -131,7 +131,7 @@ def cross_entropy_of(logits, ids):
 
 
 def generated(network, ids, **kwargs):
-    """The sequences and the real tokens' logits of every step."""
+    """The sequences, and the real tokens' logits of every step."""
     asked = dict(return_dict_in_generate=True, output_logits=True)
     outputs = network.generate(ids, **GREEDY | asked | kwargs)
     return outputs.sequences, torch.stack(outputs.logits)[..., :V_REAL]
@@ -163,7 +163,7 @@ def test_quantized_cache_generates_as_in_gpt2(model, reference, ids, backend, nb
     assert (logits - exact).abs().max() > 1e-3, "nothing was quantized"
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="caches are offloaded from a GPU")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="offloaded caches need a GPU")
 @pytest.mark.parametrize("cache", ["offloaded", "offloaded_static"])
 def test_offloaded_cache_generates_as_in_gpt2(model, reference, ids, cache):
     ids = ids.cuda()
@@ -180,7 +180,7 @@ CACHES = {
 
 
 @pytest.mark.parametrize("make_cache", CACHES.values(), ids=CACHES)
-def test_a_cache_carries_one_generation_over_to_the_next(model, reference, ids, make_cache):
+def test_generation_continues_from_the_cache_of_an_earlier_one(model, reference, ids, make_cache):
     expected, _ = generated(reference, ids, use_cache=False)
     cache, inputs = make_cache(model.config), calls_of(model)
     half = model.generate(ids, max_new_tokens=5, do_sample=False, past_key_values=cache)
@@ -214,7 +214,7 @@ def test_assisted_generation_is_greedy_generation_in_fewer_calls(model, referenc
     calls, drafts = calls_of(model), calls_of(assistant)
     assert torch.equal(model.generate(prompt, **GREEDY, assistant_model=assistant), expected)
     assert drafts
-    if not fields:  # every draft is right; the smaller model's are wrong, and the cache must forget them
+    if not fields:  # every draft is accepted; the smaller model's are rejected and must be removed from the cache
         assert len(calls) < 12
 
 
@@ -228,7 +228,7 @@ def test_assisted_sampling_draws_as_gpt2_does(ids):
 
 
 def test_prompt_lookup_is_greedy_generation_in_fewer_calls(model, reference, ids):
-    prompt, _ = generated(reference, ids[:1], max_new_tokens=20)  # it knows how it goes on
+    prompt, _ = generated(reference, ids[:1], max_new_tokens=20)  # contains the continuation
     prompt = torch.cat([prompt, prompt[:, : T + 2]], dim=1)
     expected, _ = generated(reference, prompt, max_new_tokens=9)
     calls = calls_of(model)
@@ -239,21 +239,21 @@ def test_prompt_lookup_is_greedy_generation_in_fewer_calls(model, reference, ids
 
 @pytest.mark.parametrize("kwargs", [{"top_k": 0}, {"top_k": 20, "num_beams": 3}, {"top_p": 0.7}], ids=str)
 def test_sampling_draws_as_gpt2_does_under_the_same_seed(ids, kwargs):
-    """Without padding rows: with them the generator's numbers fall on more bins, and the draws are others."""
+    """Without padding rows: with them the random numbers are spread over more bins, and other tokens are drawn."""
     model, drawn = make_model(vocab_size=V_REAL), []
     for network in (model, as_gpt2(model)):
         torch.manual_seed(3)
         drawn.append(network.generate(ids, max_new_tokens=12, do_sample=True, num_return_sequences=3, **kwargs))
     assert torch.equal(*drawn)
     assert drawn[0].shape == (3 * B, T + 12)
-    assert len(drawn[0].unique(dim=0)) > B, "the copies of a prompt should go on differently"
+    assert len(drawn[0].unique(dim=0)) > B, "copies of a prompt should continue differently"
 
 
 @pytest.mark.parametrize(
     "warper", [{"top_p": 0.6}, {"min_p": 0.1}, {"typical_p": 0.6}, {"eta_cutoff": 0.01}, {"temperature": 3.0}], ids=str
 )
-def test_the_distribution_sampled_from_is_gpt2s(model, reference, ids, warper):
-    """The padding rows change neither which tokens a sampling method keeps nor their probabilities."""
+def test_the_sampling_distribution_equals_gpt2s(model, reference, ids, warper):
+    """Padding rows change neither the tokens that a sampling method keeps nor their probabilities."""
     asked = dict(max_new_tokens=1, do_sample=True, top_k=0, return_dict_in_generate=True, output_scores=True)
     ours, theirs = (network.generate(ids, **asked, **warper).scores[0].softmax(-1) for network in (model, reference))
     assert_close(ours[:, :V_REAL], theirs, atol=1e-6, rtol=0)
@@ -285,7 +285,7 @@ LONG = {
 @pytest.mark.parametrize("inputs", ["input_ids", "inputs_embeds"])
 @pytest.mark.parametrize("kwargs", LONG.values(), ids=LONG)
 def test_generation_ends_at_n_positions(model, reference, ids, long_ids, kwargs, inputs):
-    """The last token generated is no input, so it needs no position: 60 + 5 tokens fit into 64 positions."""
+    """The last generated token is not an input and needs no position: 60 + 5 tokens fit into 64 positions."""
     prompt = long_ids[:, :60]
     given = {inputs: prompt if inputs == "input_ids" else model.get_input_embeddings()(prompt)}
     full = model.generate(**given, **kwargs, max_new_tokens=5, do_sample=False)
@@ -294,12 +294,12 @@ def test_generation_ends_at_n_positions(model, reference, ids, long_ids, kwargs,
         model.generate(**given, **kwargs, max_new_tokens=6, do_sample=False)
 
     again = model.generate(ids, **GREEDY, cache_implementation="static")
-    assert torch.equal(again, reference.generate(ids, **GREEDY)), "the refused call left something behind"
+    assert torch.equal(again, reference.generate(ids, **GREEDY)), "the refused call left state behind"
 
 
 @pytest.mark.parametrize("kwargs", LONG.values(), ids=LONG)
-def test_left_padding_takes_no_position(model, reference, long_ids, kwargs):
-    """A batch padded to more than n_positions is fine while its real tokens are not more."""
+def test_left_padding_uses_no_positions(model, reference, long_ids, kwargs):
+    """A batch may be padded beyond n_positions as long as its real tokens fit."""
     kwargs = kwargs | dict(max_new_tokens=12, do_sample=False)
     prompt = F.pad(long_ids[:, :40], (30, 0))  # 0 is the padding token
     got = model.generate(prompt, attention_mask=(prompt != 0).long(), **kwargs)
@@ -310,7 +310,7 @@ def test_left_padding_takes_no_position(model, reference, long_ids, kwargs):
 
 
 def packed(lengths):
-    """(ids, position_ids, shift_labels) of one row, and its sequences; no label crosses from one into the next."""
+    """(ids, position_ids, shift_labels) of one row, and its sequences; no label crosses a sequence boundary."""
     parts = [torch.randint(1, V_REAL, (1, length)) for length in lengths]
     position_ids = torch.cat([torch.arange(length) for length in lengths])[None]
     labels = [F.pad(part[:, 1:], (0, 1), value=-100) for part in parts]
@@ -322,7 +322,7 @@ def kernel(request):
     if request.param != "flex_attention":
         yield request.param
         return
-    # Run as plain operations: compiling the kernel takes half a minute. On the CPU it has no backward pass.
+    # Run eagerly: compiling the kernel takes half a minute. On the CPU it has no backward pass.
     with torch.compiler.set_stance("force_eager"), torch.no_grad():
         yield request.param
 
@@ -357,8 +357,8 @@ def test_left_padding_with_its_position_ids_changes_no_real_position(ids, kernel
 
 @UNCOMPILED_FLEX
 @pytest.mark.parametrize("lengths", [[9, 7], [40, 1, 50, 30]], ids=["short", "longer than n_positions"])
-def test_packed_sequences_do_not_see_each_other(kernel, lengths):
-    """One row of several sequences, told apart by position_ids that begin again at 0."""
+def test_packed_sequences_do_not_attend_to_each_other(kernel, lengths):
+    """One row of several sequences, separated by position_ids that restart at 0."""
     model = make_model(attn_implementation=kernel)
     ids, position_ids, _, parts = packed(lengths)
     logits = model(ids, position_ids=position_ids, use_cache=False).logits
@@ -370,7 +370,7 @@ def test_packed_sequences_do_not_see_each_other(kernel, lengths):
 @pytest.mark.filterwarnings("ignore:.*activation_checkpointing_enable:FutureWarning")  # transformers 6 renames it
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["", "gradient checkpointing"])
 @pytest.mark.parametrize("attention", ["sdpa", "eager", "variable_length"])
-def test_training_on_a_packed_row_is_training_on_its_sequences(attention, checkpointing, variable_length):
+def test_training_on_a_packed_row_equals_training_on_its_sequences(attention, checkpointing, variable_length):
     model = make_model(attn_implementation=attention).train()
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -386,10 +386,10 @@ def test_training_on_a_packed_row_is_training_on_its_sequences(attention, checkp
 
 @pytest.fixture
 def variable_length():
-    """An attention function under that name; the list receives the position_ids of each call.
+    """An attention function registered under that name; the list records the position_ids of each call.
 
-    It does what flash attention does with one row and no mask: sequences begin where position_ids are 0. No mask
-    tells it so; transformers builds none for such kernels.
+    It treats one row without a mask as flash attention does: sequences start where position_ids are 0. transformers
+    builds no mask for such kernels.
     """
     received = []
 
@@ -410,7 +410,7 @@ def variable_length():
 
 
 def test_position_ids_reach_every_layers_attention_function(variable_length):
-    """Flash attention tells packed sequences apart by them alone."""
+    """Flash attention separates packed sequences by them alone."""
     model = make_model(attn_implementation="variable_length")
     ids, position_ids, _, parts = packed([9, 20, 7])
     logits = model(ids, position_ids=position_ids, use_cache=False).logits
@@ -421,8 +421,8 @@ def test_position_ids_reach_every_layers_attention_function(variable_length):
 
 
 @pytest.mark.skipif(is_flash_attn_2_available() or is_kernels_available(), reason="flash attention is installed")
-def test_flash_attention_is_asked_for_and_reported_missing_as_for_gpt2(model, reference):
-    """A model that does not declare it raises a ValueError, 'does not support Flash Attention', instead."""
+def test_missing_flash_attention_is_reported_as_for_gpt2(model, reference):
+    """A model that does not declare support raises a ValueError instead, 'does not support Flash Attention'."""
     register_auto_classes()
     messages = []
     for network in (model, reference):
@@ -433,11 +433,11 @@ def test_flash_attention_is_asked_for_and_reported_missing_as_for_gpt2(model, re
     assert messages[0] == messages[1]
 
 
-# ---- The loss goes through the head that is there ----
+# ---- The loss with adapters, offloading and a frozen head ----
 
 
 def with_lora(model, targets):
-    """LoRA with random weights, so that neither half is 0; lora_B of an unpadded head is cut to the real tokens."""
+    """LoRA with random weights, so that neither factor is 0; lora_B of an unpadded head is cut to the real tokens."""
     peft = pytest.importorskip("peft")
     config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=targets, task_type="CAUSAL_LM")
     adapted, generator = peft.get_peft_model(model, config), torch.Generator().manual_seed(5)
@@ -449,9 +449,8 @@ def with_lora(model, targets):
     return adapted.train()
 
 
-QUIET_PEFT = pytest.mark.filterwarnings(  # of a tied head, of Conv1D; and it asks transformers by an older name
-    "ignore::UserWarning:peft", "ignore:.*is_gradient_checkpointing:FutureWarning"
-)
+# PEFT warns about a tied head and about Conv1D, and uses a deprecated name of transformers.
+QUIET_PEFT = pytest.mark.filterwarnings("ignore::UserWarning:peft", "ignore:.*is_gradient_checkpointing:FutureWarning")
 LORA = {"head": ["lm_head"], "blocks": ["c_attn", "c_proj", "c_fc"], "both": ["c_attn", "lm_head"]}
 
 
@@ -471,7 +470,7 @@ def test_lora_trains_as_on_gpt2(model, reference, ids, targets):
         theirs_by_name = gradients(theirs)
         for name, gradient in gradients(ours).items():
             if "lora_" in name:
-                assert gradient.abs().max() > 1e-4, f"{name} gets no gradient"
+                assert gradient.abs().max() > 1e-4, f"{name} has no gradient"
                 assert_close(gradient[: len(theirs_by_name[name])], theirs_by_name[name], **CLOSE)
             else:
                 assert gradient is None, name
@@ -484,12 +483,12 @@ def test_lora_trains_as_on_gpt2(model, reference, ids, targets):
 @QUIET_PEFT
 @pytest.mark.parametrize("targets", LORA.values(), ids=LORA)
 def test_lora_survives_saving_and_merging(ids, targets, tmp_path):
-    """Untied: merging an adapter into a tied head changes the embedding as well, in GPT-2 too."""
+    """Untied: merging an adapter into a tied head also changes the embedding, in GPT-2 as well."""
     peft = pytest.importorskip("peft")
     model = make_model(tie_word_embeddings=False)
     adapted = with_lora(copy.deepcopy(model), targets).eval()
     logits, loss = adapted(input_ids=ids).logits, adapted(input_ids=ids, labels=ids).loss
-    assert (logits - model(ids).logits).abs().max() > 0.1, "the adapter is too weak to show"
+    assert (logits - model(ids).logits).abs().max() > 0.1, "the adapter is too weak to make a difference"
 
     adapted.save_pretrained(tmp_path)
     again = peft.PeftModel.from_pretrained(copy.deepcopy(model), tmp_path).eval()
@@ -506,7 +505,7 @@ TRUNK_ON_CPU = {f"transformer.{name}": "cpu" for name in ("wte", "wpe", "drop", 
 
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "training"])
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
-def test_loss_of_a_head_that_lies_on_disk(ids, tied, training, tmp_path):
+def test_loss_with_a_head_offloaded_to_disk(ids, tied, training, tmp_path):
     model = make_model(tie_word_embeddings=tied)
     model.save_pretrained(tmp_path)
     places = TRUNK_ON_CPU | {"lm_head": "disk"} | ({"transformer.wte": "disk"} if tied else {})
@@ -520,7 +519,7 @@ def test_loss_of_a_head_that_lies_on_disk(ids, tied, training, tmp_path):
         assert (got.logits is None) == training
 
 
-def test_loss_of_a_model_that_lies_on_disk(model, ids, tmp_path):
+def test_loss_with_a_model_offloaded_to_disk(model, ids, tmp_path):
     expected = model(ids, labels=ids)
     disk_offload(model, tmp_path, execution_device=torch.device("cpu"))
     assert all(parameter.is_meta for parameter in model.parameters())
@@ -529,7 +528,7 @@ def test_loss_of_a_model_that_lies_on_disk(model, ids, tmp_path):
 
 
 def head_gradients(model, ids):
-    """The gradients of the parameters and of the hidden states, and the shapes that the loss keeps for them."""
+    """The gradients of parameters and hidden states, and the shapes of the tensors saved for the backward pass."""
     shapes, hidden = [], model.transformer(ids).last_hidden_state.detach().flatten(0, 1).requires_grad_()
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: shapes.append(tensor.shape) or tensor, lambda t: t):
         loss = linear_cross_entropy(hidden, model.lm_head.weight, ids.flatten(), V_REAL)
@@ -539,7 +538,7 @@ def head_gradients(model, ids):
 
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
-def test_a_frozen_head_costs_no_gradient_and_changes_no_other(ids, tied):
+def test_a_frozen_head_has_no_gradient_and_changes_no_other(ids, tied):
     model = make_model(tie_word_embeddings=tied).train()
     expected, expected_hidden, saved = head_gradients(copy.deepcopy(model), ids)
     assert (V, D) in saved, "the gradient of the head's weight should be there"
@@ -558,7 +557,7 @@ def test_a_frozen_head_costs_no_gradient_and_changes_no_other(ids, tied):
 @pytest.fixture
 def counter():
     torch._dynamo.reset()
-    yield CompileCounter()  # runs the graphs as they are
+    yield CompileCounter()  # runs the graphs eagerly
     torch._dynamo.reset()
 
 
@@ -652,7 +651,7 @@ def test_float32_weights_load_in_half_precision(model, ids, dtype, precision, tm
     assert_close(outputs.loss, expected.loss, atol=0.02, rtol=0)
 
 
-def test_embeddings_are_had_replaced_and_tied_again(model, ids):
+def test_embeddings_can_be_read_replaced_and_tied_again(model, ids):
     assert model.get_input_embeddings() is model.transformer.wte is model.base_model.get_input_embeddings()
     assert model.get_output_embeddings() is model.lm_head
     assert model.transformer.get_output_embeddings() is None
@@ -671,7 +670,7 @@ def test_embeddings_are_had_replaced_and_tied_again(model, ids):
     assert_close(model(ids).logits[..., :V_REAL], expected[..., :V_REAL], **CLOSE)
 
 
-def test_config_survives_every_form_it_is_written_in(tmp_path):
+def test_config_survives_every_serialization(tmp_path):
     changed = TINY | dict(n_inner=40, resid_pdrop=0.1, bias=False, use_cache=False, tie_word_embeddings=False)
     config = GPT2ReproConfig(**changed)
     config.save_pretrained(tmp_path)
@@ -706,7 +705,7 @@ def make_classifiers(num_labels=3, **fields):
 
 @pytest.mark.parametrize("side", ["none", "left", "right"])
 def test_classifier_logits_equal_gpt2(ids, side):
-    """Those of the last real token, wherever it is, and of no other."""
+    """The logits depend on the last real token's hidden state only, wherever that token is."""
     ours, theirs = make_classifiers()
     kwargs = {}
     if side != "none":
@@ -826,7 +825,7 @@ def test_pipeline_generates_a_left_padded_batch_as_gpt2_does(model, reference):
 
 
 def full_size():
-    """GPT-2 124M, ours and transformers', with the initial spread of the weights and no zero bias; and token ids."""
+    """GPT-2 124M, ours and transformers', with weights of the initial scale and no zero bias; and token ids."""
     with torch.device("meta"):
         model = GPT2ReproForCausalLM(GPT2ReproConfig())
     model = randomize(model.to_empty(device="cpu"), std=0.02)
@@ -839,8 +838,8 @@ def full_size():
 def test_full_size_step_equals_gpt2():
     """Forward pass, backward pass and a step of AdamW in float32.
 
-    Logits, loss and the weights after the step agree to 1e-5. Gradients differ by orders of magnitude from one
-    parameter to the next, so each is held to 1e-5 of its own largest element.
+    Logits, loss and the weights after the step agree to 1e-5. The scale of gradients varies by orders of magnitude
+    between parameters, so each is held to 1e-5 of its own largest element.
     """
     model, reference, ids = full_size()
     with torch.no_grad():
@@ -855,15 +854,15 @@ def test_full_size_step_equals_gpt2():
         assert (got[name] - gradient).abs().max() <= 1e-5 * gradient.abs().max(), name
 
     for network in (model, reference):
-        # Adam divides a gradient by its own size and so turns the rounding noise of one that is 0, like that of a
-        # key's bias, into a full step of 1e-3. This epsilon lies above the noise and below most gradients.
+        # Adam normalizes gradients by their size, and so turns the rounding noise of a zero gradient, like that of a
+        # key's bias, into a full step of 1e-3. This epsilon is above the noise and below most gradients.
         torch.optim.AdamW(network.parameters(), lr=1e-3, eps=1e-6, weight_decay=0.1).step()
     assert_close(as_gpt2_tensors(dict(model.named_parameters()), 50257), dict(reference.named_parameters()), **CLOSE)
 
 
 @pytest.mark.slow
 @torch.no_grad()
-def test_full_size_bf16_errs_no_more_than_gpt2s():
+def test_full_size_bf16_error_is_no_larger_than_gpt2s():
     model, reference, ids = full_size()
     exact = reference(ids).logits
     ours, theirs = (network.bfloat16()(ids).logits[..., :50257].float() - exact for network in (model, reference))

@@ -11,7 +11,7 @@ from accelerate.utils.other import get_free_port
 from safetensors.torch import load_file
 
 import prepare_data
-from gpt2repro.train.telemetry import read_metrics
+from gpt2repro.train.metrics import read_metrics
 
 
 ROOT = Path(__file__).resolve().parents[1]

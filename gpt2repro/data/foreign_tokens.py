@@ -1,33 +1,34 @@
 """Token files of other GPT-2 trainers, read where they lie.
 
-- nanoGPT (karpathy/nanoGPT, data/openwebtext/prepare.py): train.bin and val.bin, uint16 and nothing else. Where
-  meta.pkl lies beside them (data/shakespeare_char/prepare.py) they are tokens of a vocabulary of their own, which is in
-  that file; a pickle is a program, so it is not opened, and the folder is refused.
+- nanoGPT (karpathy/nanoGPT, data/openwebtext/prepare.py): train.bin and val.bin, uint16 and nothing else. If meta.pkl
+  lies beside them (data/shakespeare_char/prepare.py), the tokens are of a vocabulary of their own that is in that file;
+  a pickle is a program, so it is not opened, and the folder is refused.
 - build-nanogpt (karpathy/build-nanogpt, fineweb.py): *_train_*.npy and *_val_*.npy, 1-D arrays of uint16.
 - llm.c (karpathy/llm.c, dev/data/data_common.py; its reader is llmc/dataloader.h): *_train*.bin and *_val*.bin, 256
   int32 of header (magic, version, number of tokens, zeros), then uint16.
 - datatrove (huggingface/datatrove, pipeline/tokens/tokenizer.py): *.ds, uint16, each with a .metadata that names the
-  tokenizer and counts the tokens; a task that had no documents leaves an empty file. There is no validation split: the
+  tokenizer and counts the tokens; a task without documents leaves an empty file. There is no validation split: the
   last hundredth of all tokens in the order of the file names, at most 10 million, is held out, and the document that
   lies across that border is cut.
 
-All integers are little-endian. None of the four brings its tokenizer along: GPT-2's is assumed. An id that GPT-2 does
-not have is an error; the ends of each file are looked at when the folder is opened, the rest when it is read.
+All integers are little-endian. None of the four brings its tokenizer along, so GPT-2's is assumed, and an id that GPT-2
+does not have is an error. Both ends of each file are checked when the folder is opened, the rest as it is read.
 """
 
 import hashlib
 import re
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from gpt2repro.errors import UserError, first_line
 
 
-GPT2_TOKENIZER: dict[str, Any] = {"name": "gpt2", "vocab_size": 50257, "eot_id": 50256, "sha256": None}
-END_BYTES = 4096  # of each end of a file that are looked at when it is opened
+GPT2_VOCAB_SIZE = 50_257
+END_BYTES = 4096  # of each end of a file that are checked when it is opened
 HELD_OUT_TOKENS = 10_000_000
 
 LLM_C_HEADER_BYTES = 256 * 4
@@ -37,7 +38,7 @@ DATATROVE_GPT2 = re.compile(r"(openai-community/)?gpt2(-medium|-large|-xl)?")
 
 class TokenFile(NamedTuple):
     path: Path
-    offset: int  # the byte where the tokens begin
+    offset: int  # the byte at which the tokens begin
     tokens: int
 
 
@@ -47,20 +48,33 @@ class Format(NamedTuple):
     locate: Callable[[Path], TokenFile]  # checks a file and finds its tokens
 
 
+@dataclass(frozen=True)
+class ForeignTokens:
+    """The token files of a folder.
+
+    name: of the folder and its format, for reports.
+    train, val: the files of each split, in order; little-endian uint16.
+    fingerprint: a hash of the names, the sizes and the first and last END_BYTES of tokens of the files: hashing a
+        whole corpus would take minutes.
+    """
+
+    name: str
+    train: list[TokenFile]
+    val: list[TokenFile]
+    fingerprint: str
+
+
 def foreign_format(folder: Path) -> str | None:
-    """Whose token files a folder holds: a key of FORMATS; None: nobody's that we know."""
+    """Whose token files a folder holds: a key of FORMATS; None if it holds nobody's."""
     for name, (train, val, _) in FORMATS.items():
-        if any(any(folder.glob(pattern)) for pattern in (train, val) if pattern):
+        patterns = [train] if val is None else [train, val]
+        if any(any(folder.glob(pattern)) for pattern in patterns):
             return name
     return None
 
 
-def foreign_manifest(folder: Path) -> dict | None:
-    """What `shards.find_manifest` says of a prepared directory, of another trainer's folder; None if it is none.
-
-    A shard has the key `offset`: the byte where its tokens, little-endian uint16, begin. What the files do not tell
-    (sha256, documents, bytes of text) is None. `manifest_sha256` is a hash of the names, the sizes and the first and
-    last 4,096 bytes of tokens of the files: a whole corpus would take minutes to read.
+def read_foreign_tokens(folder: Path) -> ForeignTokens | None:
+    """Find and check the token files of another trainer; None if the folder holds none.
 
     Raises:
         UserError: a split is missing, or a file is damaged or holds other tokens than GPT-2's.
@@ -74,44 +88,32 @@ def foreign_manifest(folder: Path) -> dict | None:
         val = [locate(path) for path in sorted(folder.glob(val_pattern))] if val_pattern else []
         fingerprint = _fingerprint(train + val)
     except OSError as error:
-        raise UserError(f"{folder} cannot be read ({first_line(error)}); mend that first") from error
+        raise UserError(f"{folder} cannot be read ({first_line(error)}); check its permissions") from error
     if not val_pattern:
         train, val = _hold_out(train)
-    splits = {}
     for split, files, pattern in (("train", train, train_pattern), ("val", val, val_pattern or train_pattern)):
-        shards = [
-            {"file": path.name, "tokens": tokens, "documents": None, "sha256": None, "offset": offset}
-            for path, offset, tokens in files
-            if tokens
-        ]
-        if not shards:
+        if not any(file.tokens for file in files):
             raise UserError(
                 f"{folder} holds {name}'s tokens, but none for the split {split} ({pattern}); add them there"
             )
-        total = sum(tokens for _, _, tokens in files)
-        splits[split] = {"tokens": total, "documents": None, "bytes": None, "shards": shards}
-    return {
-        "corpus": {"name": f"{folder.absolute().name} ({name}'s tokens)"},
-        "tokenizer": dict(GPT2_TOKENIZER),
-        "splits": splits,
-        "manifest_sha256": fingerprint,
-    }
+    return ForeignTokens(f"{folder.absolute().name} ({name}'s tokens)", train, val, fingerprint)
 
 
 def _hold_out(files: list[TokenFile]) -> tuple[list[TokenFile], list[TokenFile]]:
+    """Cut the files in two: training, and the last hundredth (at most HELD_OUT_TOKENS) for validation."""
     total = sum(file.tokens for file in files)
-    left = total - min(total // 100, HELD_OUT_TOKENS)  # tokens of the training split in this file and the next ones
+    remaining = total - min(total // 100, HELD_OUT_TOKENS)  # training tokens in this file and the next ones
     train, val = [], []
     for path, offset, tokens in files:
-        kept = min(tokens, left)
-        left -= kept
+        kept = min(tokens, remaining)
+        remaining -= kept
         train.append(TokenFile(path, offset, kept))
         val.append(TokenFile(path, offset + 2 * kept, tokens - kept))
     return train, val
 
 
 def _fingerprint(files: list[TokenFile]) -> str:
-    """The hash of names, sizes and ends; on the way the ids at the ends are checked."""
+    """The hash of names, sizes and ends; the ids at the ends are checked on the way."""
     digest = hashlib.sha256()
     for path, offset, tokens in files:
         length = min(END_BYTES, 2 * tokens)
@@ -121,10 +123,10 @@ def _fingerprint(files: list[TokenFile]) -> str:
             file.seek(offset + 2 * tokens - length)
             ends += file.read(length)
         largest = np.frombuffer(ends, "<u2").max(initial=0)
-        if largest >= GPT2_TOKENIZER["vocab_size"]:
+        if largest >= GPT2_VOCAB_SIZE:
             raise UserError(
-                f"{path} holds token {largest}, GPT-2's largest is {GPT2_TOKENIZER['vocab_size'] - 1}: these are not "
-                "GPT-2's tokens; prepare the text with `python prepare_data.py --tokenizer NAME`"
+                f"{path} holds token {largest}, GPT-2's largest is {GPT2_VOCAB_SIZE - 1}: these are not GPT-2's "
+                "tokens; prepare the text with `python prepare_data.py --tokenizer NAME`"
             )
         digest.update(f"{path.name} {path.stat().st_size}\n".encode() + ends)
     return digest.hexdigest()

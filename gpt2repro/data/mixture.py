@@ -1,15 +1,17 @@
-"""The data of a run: one directory of tokens, or several that are mixed by weight."""
+"""The data of a run: one directory of tokens, or several that are mixed by weight. It is opened once and handed on."""
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from gpt2repro.data.order import MIXTURE_BLOCK, mixture_slots
-from gpt2repro.data.shards import SPLITS, TokenStream, find_manifest
+from gpt2repro.data.manifest import Manifest, TokenizerRecord
+from gpt2repro.data.order import MIXTURE_BLOCK, count_windows, mixture_slots
+from gpt2repro.data.shards import SPLITS, Split
+from gpt2repro.data.token_stream import TokenStream
 from gpt2repro.errors import UserError
 
 
@@ -18,22 +20,12 @@ class Mixture:
     """One split of the data: a token stream for each source.
 
     names: of the directories, for reports.
-    slots: how many of MIXTURE_BLOCK samples come from each.
+    slots: how many of MIXTURE_BLOCK samples come from each source.
     """
 
     names: tuple[str, ...]
     streams: tuple[TokenStream, ...]
     slots: tuple[int, ...]
-
-    @classmethod
-    def open(cls, weights: dict[str, float], split: str) -> "Mixture":
-        """The `split` ("train" or "val") of directories with weights.
-
-        Raises:
-            UserError: what TokenStream.open refuses.
-        """
-        streams = tuple(TokenStream.open(directory, split) for directory in weights)
-        return cls(tuple(map(source_name, weights)), streams, tuple(mixture_slots([*weights.values()]).tolist()))
 
     @property
     def shares(self) -> list[float]:
@@ -45,85 +37,171 @@ class Mixture:
         return sum(share * count / count.sum() for share, count in zip(self.shares, counts))
 
 
+@dataclass(frozen=True)
+class Source:
+    """One directory of a run's data.
+
+    slots: how many of MIXTURE_BLOCK samples come from it.
+    """
+
+    directory: str
+    slots: int
+    manifest: Manifest
+
+    @property
+    def name(self) -> str:
+        return source_name(self.directory)
+
+    @property
+    def weight(self) -> float:
+        return self.slots / MIXTURE_BLOCK
+
+    def record(self) -> dict[str, Any]:
+        """What a run records of it: the manifest without the shards."""
+        return {
+            "manifest_sha256": self.manifest.fingerprint,
+            "corpus": self.manifest.corpus,
+            "tokenizer": self.manifest.tokenizer.to_dict(),
+            "splits": {name: split.totals() for name, split in self.manifest.splits.items()},
+        }
+
+    def windows_problems(self, sequence_length: int) -> list[str]:
+        """One line for each split that is shorter than a window."""
+        return [
+            f"the {name} split of {self.directory} has {split.tokens} tokens, fewer than a window of "
+            f"sequence_length + 1 = {sequence_length + 1}; use more text or shorter sequences"
+            for name, split in self.manifest.splits.items()
+            if not count_windows(split.tokens, sequence_length)
+        ]
+
+
+@dataclass(frozen=True)
+class RunData:
+    """The data of a run.
+
+    sources: the directories, in the order in which the recipe gives them.
+    tokenizer: of all sources.
+    train, val: the splits, ready to be read.
+    """
+
+    sources: tuple[Source, ...]
+    tokenizer: TokenizerRecord
+    train: Mixture
+    val: Mixture
+
+    @classmethod
+    def open(cls, weights: dict[str, float]) -> "RunData":
+        """Open directories, each with its weight in the mixture.
+
+        Raises:
+            UserError: a weight that is too small; one line for each directory that cannot be opened; two of the same
+                name, or of different tokenizers; a shard that is missing or has another number of tokens.
+        """
+        slots = _checked_slots(weights)
+        manifests = _open_manifests(list(weights))
+        sources = tuple(Source(*fields) for fields in zip(weights, slots, manifests))
+        _refuse_equal_names(sources)
+        tokenizer = _common_tokenizer(sources)
+        train, val = (_open_split(sources, split) for split in SPLITS)
+        return cls(sources, tokenizer, train, val)
+
+    @property
+    def name(self) -> str:
+        """Of the corpus, for titles: `fineweb-edu`, or `70% web + 30% code`."""
+        if len(self.sources) == 1:
+            return self.sources[0].manifest.corpus["name"]
+        return " + ".join(f"{100 * source.weight:g}% {source.name}" for source in self.sources)
+
+    @property
+    def fingerprint(self) -> str:
+        """The identity of the data, by which a run recognises it wherever it lies: contents, weights and order."""
+        if len(self.sources) == 1:
+            return self.sources[0].manifest.fingerprint
+        lines = [f"{source.manifest.fingerprint} {source.slots}\n" for source in self.sources]
+        return sha256("".join(lines).encode()).hexdigest()
+
+    def totals(self, split: str) -> Split:
+        """The size of a split. The documents and bytes of a mixture are unknown: bits per byte would need the loss of
+        each source."""
+        if len(self.sources) == 1:
+            return self.sources[0].manifest.splits[split]
+        tokens = sum(source.manifest.splits[split].tokens for source in self.sources)
+        return Split(tokens, documents=None, bytes=None)
+
+    def record(self) -> dict[str, Any]:
+        """What recipe.yaml records of the data."""
+        if len(self.sources) == 1:
+            return self.sources[0].record()
+        of_sources = [{"directory": s.directory, "weight": s.weight, **s.record()} for s in self.sources]
+        return {
+            "manifest_sha256": self.fingerprint,
+            "corpus": {"name": self.name},
+            "tokenizer": self.tokenizer.to_dict(),
+            "sources": of_sources,
+            "splits": {name: self.totals(name).totals() for name in SPLITS},
+        }
+
+    def tokenizer_folder(self) -> Path | None:
+        """The tokenizer of the first source that brings one along; None if none does."""
+        for source in self.sources:
+            if source.manifest.tokenizer.sha256:
+                return Path(source.directory) / "tokenizer"
+        return None
+
+    def verify_changed(self, verified: dict[str, list[int]]) -> dict[str, list[int]]:
+        """`Manifest.verify_changed` of all sources."""
+        found = {}
+        for source in self.sources:
+            found.update(source.manifest.verify_changed(source.directory, verified))
+        return found
+
+
 def source_name(directory: str) -> str:
     return Path(directory).absolute().name
 
 
-def data_manifest(weights: dict[str, float]) -> dict:
-    """The manifest of the directory; of several, a manifest with their totals that has a record of each as `sources`.
-
-    Raises:
-        UserError: a weight that is too small; one line for each directory that cannot be read; two of the same name, or
-            of different tokenizers.
-    """
-    positive = all(weight > 0 for weight in weights.values()) and math.isfinite(sum(weights.values()))
-    if not positive or not mixture_slots([*weights.values()]).all():
+def _checked_slots(weights: dict[str, float]) -> list[int]:
+    are_positive = all(weight > 0 for weight in weights.values()) and math.isfinite(sum(weights.values()))
+    slots = mixture_slots(list(weights.values())).tolist() if are_positive else [0]
+    if 0 in slots:
         raise UserError(f"data={weights}: each weight must be at least a thousandth of their sum; leave the others out")
-    manifests, problems = {}, []
-    for directory in weights:
+    return slots
+
+
+def _open_manifests(directories: list[str]) -> list[Manifest]:
+    manifests, problems = [], []
+    for directory in directories:
         try:
-            manifests[directory] = find_manifest(directory)
+            manifests.append(Manifest.open(directory))
         except UserError as error:
             problems.append(str(error))
     if problems:
         raise UserError("\n".join(problems))
-    if len(manifests) == 1:
-        return manifests.popitem()[1]
+    return manifests
 
-    names = [source_name(directory) for directory in weights]
-    if twice := {name for name in names if names.count(name) > 1}:
-        raise UserError(f"data has two directories named {min(twice)}, the name of their losses; rename one")
-    tokenizers = {directory: manifest["tokenizer"] for directory, manifest in manifests.items()}
-    first = max(tokenizers, key=lambda directory: tokenizers[directory]["sha256"] is not None)
-    for directory, tokenizer in tokenizers.items():
-        if not _same_tokenizer(tokenizer, tokenizers[first]):
+
+def _refuse_equal_names(sources: tuple[Source, ...]) -> None:
+    names = [source.name for source in sources]
+    repeated = [name for name in names if names.count(name) > 1]
+    if repeated:
+        raise UserError(f"data has two directories named {min(repeated)}, the name of their losses; rename one")
+
+
+def _common_tokenizer(sources: tuple[Source, ...]) -> TokenizerRecord:
+    """That of the first source that brings one along, or GPT-2's, which the others are assumed to have."""
+    first = next((source for source in sources if source.manifest.tokenizer.sha256), sources[0])
+    for source in sources:
+        if not source.manifest.tokenizer.is_same_as(first.manifest.tokenizer):
             raise UserError(
-                f"{first} has tokens of {_describe(tokenizers[first])}, {directory} of {_describe(tokenizer)}; "
-                "prepare them with the same --tokenizer"
+                f"{first.directory} has tokens of {first.manifest.tokenizer}, {source.directory} of "
+                f"{source.manifest.tokenizer}; prepare them with the same --tokenizer"
             )
-    slots = mixture_slots([*weights.values()]).tolist()
-    sources = [
-        {"directory": directory, "weight": count / MIXTURE_BLOCK} | data_record(manifest)
-        for (directory, manifest), count in zip(manifests.items(), slots)
-    ]
-    hashes = [f"{source['manifest_sha256']} {count}\n" for source, count in zip(sources, slots)]
-    return {
-        "corpus": {"name": " + ".join(f"{100 * count / MIXTURE_BLOCK:g}% {name}" for count, name in zip(slots, names))},
-        "tokenizer": dict(tokenizers[first]),
-        "splits": {
-            split: {
-                "tokens": sum(source["splits"][split]["tokens"] for source in sources),
-                "documents": None,
-                "bytes": None,  # bits per byte would need the losses of each
-            }
-            for split in SPLITS
-        },
-        "manifest_sha256": sha256("".join(hashes).encode()).hexdigest(),
-        "sources": sources,
-    }
+    return first.manifest.tokenizer
 
 
-def each_source(weights: dict[str, float], manifest: dict) -> Iterator[tuple[str, dict]]:
-    """The directories of `data_manifest(weights)`, with what it records of each."""
-    return zip(weights, manifest.get("sources", [manifest]))
-
-
-def data_record(manifest: dict) -> dict:
-    """What a run records of its data: the manifest without the shards."""
-    splits = {
-        name: {unit: split[unit] for unit in ("tokens", "documents", "bytes")}
-        for name, split in manifest["splits"].items()
-    }
-    kept = {key: manifest[key] for key in ("manifest_sha256", "corpus", "tokenizer", "sources") if key in manifest}
-    return kept | {"splits": splits}
-
-
-def _same_tokenizer(a: dict, b: dict) -> bool:
-    """By their definitions; where another trainer's files bring none along, by name and size."""
-    keys = ("sha256",) if a["sha256"] and b["sha256"] else ("name", "vocab_size")
-    return all(a[key] == b[key] for key in keys)
-
-
-def _describe(tokenizer: dict) -> str:
-    definition = f", sha256 {tokenizer['sha256'][:8]}..." if tokenizer["sha256"] else ""
-    return f"{tokenizer['name']} ({tokenizer['vocab_size']} ids{definition})"
+def _open_split(sources: tuple[Source, ...], split: str) -> Mixture:
+    return Mixture(
+        names=tuple(source.name for source in sources),
+        streams=tuple(TokenStream.open(source.directory, split, source.manifest) for source in sources),
+        slots=tuple(source.slots for source in sources),
+    )

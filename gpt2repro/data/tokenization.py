@@ -21,7 +21,8 @@ import tokenizers
 from tiktoken_ext import openai_public
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from gpt2repro.errors import UserError, explained, first_line
+from gpt2repro.data.manifest import TokenizerRecord
+from gpt2repro.errors import UserError, first_line
 
 
 if TYPE_CHECKING:
@@ -50,15 +51,10 @@ class Tokenizer:
     encode_batch: EncodeBatch
     fast: PreTrainedTokenizerBase
 
-    def describe(self) -> dict:
+    def describe(self) -> TokenizerRecord:
         """Its record in the manifest; the hash is that of tokenizer.json's text."""
         definition = self.fast.backend_tokenizer.to_str(pretty=True)
-        return {
-            "name": self.name,
-            "vocab_size": self.vocab_size,
-            "eot_id": self.eot_id,
-            "sha256": sha256(definition.encode()).hexdigest(),
-        }
+        return TokenizerRecord(self.name, self.vocab_size, self.eot_id, sha256(definition.encode()).hexdigest())
 
 
 def padded_vocab_size(vocab_size: int) -> int:
@@ -95,21 +91,6 @@ def expected_vocab_size(name: str) -> int:
     if name in ("gpt2", "char"):
         return 50_257
     return _bpe_size(name) if name.startswith("bpe:") else build_tokenizer(name, ()).vocab_size
-
-
-def load_tokenizer(name: str | Path, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """The transformers tokenizer saved in a folder or on the Hub.
-
-    Raises:
-        UserError: there is none.
-    """
-    from transformers import AutoTokenizer
-
-    with explained(f"{name}: no tokenizer can be loaded from there", "save one there with tokenizer.save_pretrained"):
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
-        if not tokenizer.get_vocab().keys() - set(tokenizer.all_special_tokens):
-            raise ValueError("the vocabulary is empty")  # what transformers makes of a folder without tokenizer files
-    return tokenizer
 
 
 def load_encoder(name: str, folder: Path) -> EncodeBatch:

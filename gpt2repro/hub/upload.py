@@ -8,14 +8,14 @@ from gpt2repro.errors import UserError, first_line
 
 
 def create_repository(repo_id: str, private: bool | None = None, revision: str | None = None) -> None:
-    """Make sure that the repository, and the branch `revision`, are there and can be written to.
+    """Make sure that the repository and the branch `revision` exist and can be written to.
 
     Raises:
-        UserError: no network, no permission, not a repository's name, or a public one where `private` was asked for.
+        UserError: no network, no permission, an invalid name, or a public repository though `private` was asked for.
     """
     api = HfApi()
     try:
-        api.create_repo(repo_id, private=private, exist_ok=True)  # which another's public repository passes
+        api.create_repo(repo_id, private=private, exist_ok=True)  # passes for somebody else's public one
         api.auth_check(repo_id, write=True)
         if revision:
             api.create_branch(repo_id, branch=revision, exist_ok=True)
@@ -26,14 +26,14 @@ def create_repository(repo_id: str, private: bool | None = None, revision: str |
             "one who may write there"
         ) from error
     if public:
-        raise UserError(f"{repo_id} is there already, and public; leave --private out, or choose another name")
+        raise UserError(f"{repo_id} exists already and is public; leave --private out, or choose another name")
 
 
 def upload(folder: Path, repo_id: str, revision: str | None = None) -> str:
-    """Upload a model folder as one commit, in the place of a model that was there; returns the commit's URL.
+    """Upload a model folder as one commit that replaces an older model; returns the commit's URL.
 
     Raises:
-        UserError: the upload failed; the folder is still there.
+        UserError: the upload failed; the folder stays.
     """
     try:
         return HfApi().upload_folder(
@@ -43,7 +43,7 @@ def upload(folder: Path, repo_id: str, revision: str | None = None) -> str:
             commit_message="Upload model",
             delete_patterns=["*.py", "*.safetensors", "*.safetensors.index.json"],
         )
-    except Exception as error:  # as above
+    except Exception as error:  # of any type, as above
         branch = f" --revision {revision}" if revision else ""
         raise UserError(
             f"the upload to {repo_id} failed ({first_line(error)}); {folder} is complete: repeat the command, or run "

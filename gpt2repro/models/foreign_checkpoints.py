@@ -1,21 +1,23 @@
 """Checkpoint files of other GPT-2 trainers, read without executing anything in them.
 
-- nanoGPT's ckpt.pt (karpathy/nanoGPT: train.py saves, model.py defines): `model`, the state dict; `model_args`, the
-  sizes, bias and dropout. The GELU is the exact one since pull request 274 (June 2023), before that the tanh one; the
-  file does not tell, and the exact one is assumed. A padding row of its vocabulary is a token like any other there.
-- build-nanogpt's log/model_*.pt (karpathy/build-nanogpt: train_gpt2.py): `model`; `config`, a dataclass GPTConfig of
-  the script, for which `_GPTConfig` stands in. tanh GELU.
-- llm.c's model .bin (karpathy/llm.c: write_model and write_tensors in train_gpt2.py, gpt2_write_to_checkpoint and
-  fill_in_parameter_sizes in train_gpt2.cu): 256 int32 of header, then the tensors. tanh GELU.
+    format         file             model under   sizes under             GELU
+    nanoGPT        ckpt.pt          "model"       "model_args", a dict    exact, see below
+    build-nanogpt  log/model_*.pt   "model"       "config", a GPTConfig   tanh
+    llm.c          model_*.bin      raw tensors   header of 256 int32     tanh
 
-All three keep their projections as nn.Linear does, (out, in), and under our names.
+Sources: karpathy/nanoGPT, train.py and model.py; karpathy/build-nanogpt, train_gpt2.py; karpathy/llm.c, write_model and
+write_tensors in train_gpt2.py, gpt2_write_to_checkpoint and fill_in_parameter_sizes in train_gpt2.cu.
+
+nanoGPT uses the exact GELU since pull request 274 (June 2023) and used the tanh approximation before; the file does not
+record which, so the exact one is assumed. nanoGPT treats a padding row of its vocabulary like any other token.
+All three store projections as nn.Linear does, (out, in), and under our parameter names.
 """
 
 import math
 import pickle
 import re
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -23,17 +25,18 @@ import torch
 from gpt2repro.errors import UserError
 
 
-# the fields of GPTConfig in all three, in the order of llm.c's header
-SIZES = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd")
+SIZES = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd")  # GPTConfig's, in the order of llm.c's header
+NANOGPT_ARGS = (*SIZES, "bias", "dropout")
 GPT2_VOCAB = 50257  # the last token, 50256, is <|endoftext|>
-GPT2_VOCAB_PADDED = 50304  # nanoGPT's default, and build-nanogpt's choice
+GPT2_VOCAB_PADDED = 50304  # nanoGPT's default and build-nanogpt's choice
+DROPOUTS = ("resid_pdrop", "embd_pdrop", "attn_pdrop")  # nanoGPT has one rate for all three
 
-ZIP_MAGIC = b"PK\x03\x04"  # of torch.save's files since torch 1.6
-LEGACY_MAGIC = pickle.dumps(torch.serialization.MAGIC_NUMBER, protocol=2)  # and before
+ZIP_MAGIC = b"PK\x03\x04"  # torch.save since torch 1.6
+LEGACY_MAGIC = pickle.dumps(torch.serialization.MAGIC_NUMBER, protocol=2)  # torch.save before
 LLM_C_MAGIC = 20240326
-LLM_C_DTYPES = {3: torch.float32, 5: torch.bfloat16}  # by version
+LLM_C_DTYPES = {3: torch.float32, 5: torch.bfloat16}  # by format version
 LLM_C_HEADER_BYTES = 256 * 4
-LLM_C_OTHERS = {
+LLM_C_OTHER_FILES = {
     20240327: "a debugging state",
     20240328: "a tokenizer",
     20240520: "a file of tokens",
@@ -43,18 +46,17 @@ LLM_C_OTHERS = {
 
 
 class _GPTConfig:
-    """Takes the fields of build-nanogpt's GPTConfig out of the pickle, whatever they are."""
+    """Stands in for build-nanogpt's GPTConfig while unpickling; accepts any fields."""
 
 
 def read_checkpoint_file(path: str | Path) -> tuple[dict, dict[str, torch.Tensor]]:
-    """Read a checkpoint of nanoGPT, build-nanogpt or llm.c; which of them, its content says.
+    """Read a checkpoint of nanoGPT, build-nanogpt or llm.c; the content tells which.
 
     Returns:
-        The fields of GPT2ReproConfig that the file determines; and the tensors by our parameter names, memory-mapped
-        (a torch file from before 1.6 is read) and of the file's dtype, without lm_head.weight where it is tied.
+        The fields of GPT2ReproConfig that the file determines; and the tensors by our parameter names, in the file's
+        dtype, memory-mapped (except for torch files from before 1.6), without lm_head.weight if it is tied.
     Raises:
-        UserError: no file, none of the three formats, damaged, with objects that would have to be executed, or not
-            complete.
+        UserError: no such file, none of the three formats, damaged, incomplete, or a pickle of more than data.
     """
     try:
         with Path(path).open("rb") as file:
@@ -64,44 +66,55 @@ def read_checkpoint_file(path: str | Path) -> tuple[dict, dict[str, torch.Tensor
     magic = int.from_bytes(head[:4], "little")
     if magic == LLM_C_MAGIC:
         return _read_llm_c(path, head)
-    if magic in LLM_C_OTHERS:
-        raise UserError(f"{path} is llm.c's, but {LLM_C_OTHERS[magic]}, not a model; give the model_*.bin of that run")
-    if head.startswith((ZIP_MAGIC, LEGACY_MAGIC)):
-        return _read_torch(path, mmap=head.startswith(ZIP_MAGIC))
+    if magic in LLM_C_OTHER_FILES:
+        kind = LLM_C_OTHER_FILES[magic]
+        raise UserError(f"{path} is from llm.c, but {kind}, not a model; give the model_*.bin of that run")
+    if head.startswith(ZIP_MAGIC):
+        return _read_torch(path, mmap=True)
+    if head.startswith(LEGACY_MAGIC):
+        return _read_torch(path, mmap=False)
     raise UserError(
         f"{path} is not a checkpoint; give nanoGPT's ckpt.pt, build-nanogpt's model_*.pt or llm.c's model_*.bin"
     )
 
 
+# ---- shapes ----
+
+
 def expected_shapes(fields: dict) -> dict[str, tuple[int, ...]]:
     """The shape of each parameter of a model with these fields of GPT2ReproConfig, without the tied lm_head."""
-    width = (fields["n_embd"],)
-    shapes = {
-        "wte.weight": (fields["vocab_size"], *width),
-        "wpe.weight": (fields["n_positions"], *width),
-        **{f"h.{i}.{name}": s for i in range(fields["n_layer"]) for name, s in _block_shapes(fields).items()},
-        "ln_f.weight": width,
-        "ln_f.bias": width,
+    width = fields["n_embd"]
+    shapes: dict[str, tuple[int, ...]] = {
+        "transformer.wte.weight": (fields["vocab_size"], width),
+        "transformer.wpe.weight": (fields["n_positions"], width),
     }
-    return {f"transformer.{name}": s for name, s in shapes.items() if fields["bias"] or not name.endswith(".bias")}
+    for i in range(fields["n_layer"]):
+        for name, shape in _block_shapes(fields).items():
+            shapes[f"transformer.h.{i}.{name}"] = shape
+    shapes["transformer.ln_f.weight"] = (width,)
+    shapes["transformer.ln_f.bias"] = (width,)
+    if fields["bias"]:
+        return shapes
+    return {name: shape for name, shape in shapes.items() if not name.endswith(".bias")}
 
 
 def check_tensors(fields: dict, shapes: dict[str, tuple[int, ...]], where: str) -> None:
-    """Compare the shapes of a checkpoint's tensors with `expected_shapes(fields)`; it may hold lm_head.weight too.
+    """Compare the shapes of a checkpoint's tensors with `expected_shapes(fields)`; lm_head.weight is optional.
 
+    Args:
+        where: names the checkpoint in the message.
     Raises:
-        UserError: which tensors `where` lacks, has too many, or has in another shape.
+        UserError: tensors are missing, unknown or of another shape.
     """
     expected = expected_shapes(fields)
     if "lm_head.weight" in shapes:
         expected["lm_head.weight"] = expected["transformer.wte.weight"]
-    problems = _differences(shapes, expected) + [
-        f"{name} has the shape {tuple(shapes[name])} instead of {shape}"
-        for name, shape in expected.items()
-        if name in shapes and tuple(shapes[name]) != shape
-    ]
+    problems = _name_problems(shapes, expected)
+    for name, shape in expected.items():
+        if name in shapes and tuple(shapes[name]) != shape:
+            problems.append(f"{name} has the shape {tuple(shapes[name])} instead of {shape}")
     if problems:
-        raise UserError(f"{where}: {_some(problems)}; give the complete checkpoint of an unmodified GPT-2")
+        raise UserError(f"{where}: {_first_three(problems)}; give the complete checkpoint of an unmodified GPT-2")
 
 
 def _block_shapes(fields: dict) -> dict[str, tuple[int, ...]]:
@@ -124,130 +137,183 @@ def _block_shapes(fields: dict) -> dict[str, tuple[int, ...]]:
     }
 
 
+# ---- nanoGPT and build-nanogpt: torch.save ----
+
+
 def _read_torch(path: str | Path, mmap: bool) -> tuple[dict, dict[str, torch.Tensor]]:
-    names = ("__main__.GPTConfig", "train_gpt2.GPTConfig")
+    checkpoint = _load_pickle(path, mmap)
+    fields = _torch_fields(path, checkpoint)
+    tensors = _state_dict(path, checkpoint["model"])
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    check_tensors(fields, shapes, str(path))
+    head = tensors.get("lm_head.weight")
+    if head is None:
+        return fields, tensors
+    embedding = tensors["transformer.wte.weight"]
+    shares_memory = head.data_ptr() == embedding.data_ptr()  # comparing pointers first reads nothing from the disk
+    if shares_memory or torch.equal(head, embedding):
+        del tensors["lm_head.weight"]
+    else:
+        fields["tie_word_embeddings"] = False
+    return fields, tensors
+
+
+def _load_pickle(path: str | Path, mmap: bool) -> dict:
+    """The pickled dictionary; an empty one if the file holds something else."""
+    stand_ins = [(_GPTConfig, "__main__.GPTConfig"), (_GPTConfig, "train_gpt2.GPTConfig")]
     try:
-        with torch.serialization.safe_globals([(_GPTConfig, name) for name in names]):
+        with torch.serialization.safe_globals(stand_ins):
             checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-    except Exception as error:  # of a dozen types: whatever damaged bytes lead torch into
-        if forbidden := re.search(r"GLOBAL (\S+)", str(error)):
+    except Exception as error:  # damaged bytes make torch raise any of a dozen types
+        forbidden = re.search(r"GLOBAL (\S+)", str(error))
+        if forbidden:
             raise UserError(
                 f"{path} holds {forbidden[1]}, which is not data and was not executed; "
                 "save it again with tensors, numbers and strings only"
             ) from error
         raise UserError(f"{path} is damaged or not a checkpoint of torch.save; copy it again") from error
+    return checkpoint if isinstance(checkpoint, dict) else {}
 
-    keys = checkpoint if isinstance(checkpoint, dict) else {}
-    if "model" in keys and isinstance(keys.get("model_args"), dict):
-        args, activation_function = keys["model_args"], "gelu"
-        _check_args(path, "model_args", args, (*SIZES, "bias", "dropout"))
-    elif "model" in keys and isinstance(keys.get("config"), _GPTConfig):
-        args, activation_function = vars(keys["config"]), "gelu_new"
-        _check_args(path, "config", args, SIZES)
+
+def _torch_fields(path: str | Path, checkpoint: dict) -> dict:
+    """Tell nanoGPT's checkpoint from build-nanogpt's, and translate its sizes into fields of GPT2ReproConfig.
+
+    A variant of either trainer is refused: an unknown option may change the function, not only the shapes.
+    """
+    if "model" in checkpoint and isinstance(checkpoint.get("model_args"), dict):
+        args = checkpoint["model_args"]
+        problems = _name_problems(args, NANOGPT_ARGS)
+        key, activation_function = "model_args", "gelu"
+    elif "model" in checkpoint and isinstance(checkpoint.get("config"), _GPTConfig):
+        args = vars(checkpoint["config"])
+        problems = _name_problems(args, SIZES)
+        key, activation_function = "config", "gelu_new"
     else:
+        keys = _first_three([str(key) for key in checkpoint]) or "(none)"
         raise UserError(
-            f"{path} has the keys {_some([str(key) for key in keys]) or '(none)'}; give a checkpoint with model and "
-            "model_args (nanoGPT) or with model and config, a GPTConfig (build-nanogpt)"
+            f"{path} has the keys {keys}; give a checkpoint with model and model_args (nanoGPT) or with model and "
+            "config, a GPTConfig (build-nanogpt)"
         )
-    fields = _fields(path, args, args["vocab_size"], activation_function)
+    if problems:
+        raise UserError(f"{path}, {key}: {_first_three(problems)}; give a checkpoint of the unmodified trainer")
+    return _fields(path, args, args["vocab_size"], activation_function)
 
-    state = keys["model"]
-    if not isinstance(state, dict) or not all(
+
+def _state_dict(path: str | Path, state: dict) -> dict[str, torch.Tensor]:
+    """The parameters without the prefixes of DistributedDataParallel and torch.compile and without mask buffers."""
+    is_state_dict = isinstance(state, dict) and all(
         isinstance(name, str) and isinstance(tensor, torch.Tensor) and tensor.is_floating_point()
         for name, tensor in state.items()
-    ):
+    )
+    if not is_state_dict:
         raise UserError(f"{path}: model is not a state dict of floating-point tensors; give an unmodified checkpoint")
-    tensors = {
-        re.sub(r"^(module\.|_orig_mod\.)+", "", name): tensor  # as DistributedDataParallel and torch.compile prefix it
-        for name, tensor in state.items()
-        if not name.endswith(".attn.bias")  # the causal mask, a buffer
-    }
-    check_tensors(fields, {name: tuple(tensor.shape) for name, tensor in tensors.items()}, str(path))
-    head, wte = tensors.get("lm_head.weight"), tensors["transformer.wte.weight"]
-    if head is not None:
-        if head.data_ptr() == wte.data_ptr() or torch.equal(head, wte):  # the first reads nothing
-            del tensors["lm_head.weight"]
-        else:
-            fields["tie_word_embeddings"] = False
-    return fields, tensors
+    tensors = {}
+    for name, tensor in state.items():
+        if name.endswith(".attn.bias"):  # the causal mask
+            continue
+        tensors[re.sub(r"^(module\.|_orig_mod\.)+", "", name)] = tensor
+    return tensors
+
+
+# ---- llm.c ----
 
 
 def _read_llm_c(path: str | Path, head: bytes) -> tuple[dict, dict[str, torch.Tensor]]:
-    size = Path(path).stat().st_size
-    if size < LLM_C_HEADER_BYTES:
-        raise UserError(f"{path} is truncated: {size:,} bytes are less than llm.c's header; copy it again")
+    file_size = Path(path).stat().st_size
+    if file_size < LLM_C_HEADER_BYTES:
+        raise UserError(f"{path} is truncated: {file_size:,} bytes are less than llm.c's header; copy it again")
     _, version, *sizes, rows = struct.unpack_from("<8i", head)
     if version not in LLM_C_DTYPES:
         raise UserError(
-            f"{path} is a model of llm.c in version {version} of its format, but 3 (float32) and 5 (bfloat16) are "
-            "read; write it anew with a current llm.c"
+            f"{path} is a model of llm.c in version {version} of its format; only versions 3 (float32) and 5 "
+            "(bfloat16) can be read; write it again with a current llm.c"
         )
-    args = dict(zip(SIZES, sizes))
-    fields = _fields(path, args, rows, "gelu_new")
-    dtype, block = LLM_C_DTYPES[version], _block_shapes(fields)
-    # counted before any list is made: a damaged header may ask for a billion layers
-    count = sum(map(math.prod, expected_shapes(fields | {"n_layer": 0}).values()))
-    count += fields["n_layer"] * sum(map(math.prod, block.values()))
-    if size != (expected := LLM_C_HEADER_BYTES + count * dtype.itemsize):
-        raise UserError(f"{path} has {size:,} bytes where its header asks for {expected:,}; copy it again")
+    fields = _fields(path, dict(zip(SIZES, sizes)), rows, "gelu_new")
+    dtype = LLM_C_DTYPES[version]
+    numel = _count_parameters(fields)
+    expected_size = LLM_C_HEADER_BYTES + numel * dtype.itemsize
+    if file_size != expected_size:
+        raise UserError(f"{path} has {file_size:,} bytes, but its header asks for {expected_size:,}; copy it again")
 
-    order = [
-        *("transformer.wte.weight", "transformer.wpe.weight"),
-        *(f"transformer.h.{i}.{name}" for name in block for i in range(fields["n_layer"])),
-        *("transformer.ln_f.weight", "transformer.ln_f.bias"),
-    ]
     shapes = expected_shapes(fields)
-    numbers = torch.from_file(str(path), shared=False, size=size // dtype.itemsize, dtype=dtype)
-    parts = numbers[-count:].split([math.prod(shapes[name]) for name in order])
-    return fields, {name: part.view(shapes[name]) for name, part in zip(order, parts)}
+    names = _llm_c_order(fields)
+    numbers = torch.from_file(str(path), shared=False, size=file_size // dtype.itemsize, dtype=dtype)
+    parameters = numbers[-numel:].split([math.prod(shapes[name]) for name in names])
+    return fields, {name: flat.view(shapes[name]) for name, flat in zip(names, parameters)}
 
 
-def _check_args(path: str | Path, key: str, args: Mapping, expected: tuple[str, ...]) -> None:
-    """Refuse a variant of the trainer: an option that is not known may change the function, not only the shapes."""
-    if problems := _differences(args, expected):
-        raise UserError(f"{path}, {key}: {_some(problems)}; give a checkpoint of the unmodified trainer")
+def _count_parameters(fields: dict) -> int:
+    """Counted without listing every layer: a damaged header may ask for a billion of them."""
+    outside_blocks = expected_shapes({**fields, "n_layer": 0})
+    per_block = _block_shapes(fields)
+    count = sum(math.prod(shape) for shape in outside_blocks.values())
+    return count + fields["n_layer"] * sum(math.prod(shape) for shape in per_block.values())
 
 
-def _fields(path: str | Path, args: Mapping, rows: int, activation_function: str) -> dict:
-    """Fields of GPT2ReproConfig from `args`, nanoGPT's names, and the number of the embedding's rows."""
-    bias, dropout = args.get("bias", True), args.get("dropout", 0.0)
-    sizes = {name: args[name] for name in SIZES} | {"rows of the embedding": rows}
-    wrong = {name: size for name, size in sizes.items() if type(size) is not int or size < 1}
-    if not wrong and rows < args["vocab_size"]:
-        wrong = {"vocab_size": args["vocab_size"], "rows of the embedding": rows}
-    if not wrong and args["n_embd"] % args["n_head"]:
-        wrong = {"n_embd": args["n_embd"], "n_head": args["n_head"]}
-    if type(bias) is not bool:
-        wrong["bias"] = bias
-    if type(dropout) not in (int, float) or not 0 <= dropout < 1:
-        wrong["dropout"] = dropout
-    if wrong:
-        text = ", ".join(f"{name}={value!r}" for name, value in wrong.items())
-        raise UserError(f"{path} says {text}, which no GPT-2 can have; give an undamaged checkpoint")
+def _llm_c_order(fields: dict) -> list[str]:
+    """Parameter names in the order of the file: each parameter of a block for all layers, then the next."""
+    names = ["transformer.wte.weight", "transformer.wpe.weight"]
+    for name in _block_shapes(fields):
+        names += [f"transformer.h.{i}.{name}" for i in range(fields["n_layer"])]
+    return [*names, "transformer.ln_f.weight", "transformer.ln_f.bias"]
 
-    is_gpt2 = args["vocab_size"] in (GPT2_VOCAB, GPT2_VOCAB_PADDED)
-    eot_id = GPT2_VOCAB - 1 if is_gpt2 else None
-    return {
+
+# ---- all three ----
+
+
+def _fields(path: str | Path, args: dict, rows: int, activation_function: str) -> dict:
+    """Fields of GPT2ReproConfig from `args` under nanoGPT's names and the number of embedding rows."""
+    _check_values(path, args, rows)
+    is_gpt2_vocabulary = args["vocab_size"] in (GPT2_VOCAB, GPT2_VOCAB_PADDED)
+    eot_id = GPT2_VOCAB - 1 if is_gpt2_vocabulary else None
+    fields = {
         "vocab_size": rows,
-        "unpadded_vocab_size": GPT2_VOCAB if is_gpt2 else args["vocab_size"],
+        "unpadded_vocab_size": GPT2_VOCAB if is_gpt2_vocabulary else args["vocab_size"],
         "n_positions": args["block_size"],
         "n_embd": args["n_embd"],
         "n_layer": args["n_layer"],
         "n_head": args["n_head"],
         "activation_function": activation_function,
-        "bias": bias,
+        "bias": args.get("bias", True),
         "bos_token_id": eot_id,
         "eos_token_id": eot_id,
-        **({name: dropout for name in ("resid_pdrop", "embd_pdrop", "attn_pdrop")} if "dropout" in args else {}),
     }
+    if "dropout" in args:
+        fields |= dict.fromkeys(DROPOUTS, args["dropout"])
+    return fields
 
 
-def _differences(names: Iterable, expected: Iterable[str]) -> list[str]:
-    lacking = [name for name in expected if name not in names]
+def _check_values(path: str | Path, args: dict, rows: int) -> None:
+    sizes = {name: args[name] for name in SIZES}
+    sizes["rows of the embedding"] = rows
+    wrong = {name: size for name, size in sizes.items() if type(size) is not int or size < 1}
+    if not wrong and rows < args["vocab_size"]:
+        wrong = {"vocab_size": args["vocab_size"], "rows of the embedding": rows}
+    if not wrong and args["n_embd"] % args["n_head"]:
+        wrong = {"n_embd": args["n_embd"], "n_head": args["n_head"]}
+    bias, dropout = args.get("bias", True), args.get("dropout", 0.0)
+    if type(bias) is not bool:
+        wrong["bias"] = bias
+    if type(dropout) not in (int, float) or not 0 <= dropout < 1:
+        wrong["dropout"] = dropout
+    if wrong:
+        values = ", ".join(f"{name}={value!r}" for name, value in wrong.items())
+        raise UserError(f"{path} says {values}, which is not a valid GPT-2; give an undamaged checkpoint")
+
+
+def _name_problems(names: Iterable, expected: Iterable[str]) -> list[str]:
+    """Which of the `expected` names are missing, and which names are unknown."""
+    problems = []
+    missing = [name for name in expected if name not in names]
+    if missing:
+        problems.append(f"lacks {_first_three(missing)}")
     unknown = [str(name) for name in names if name not in expected]
-    return [f"{problem} {_some(some)}" for problem, some in (("lacks", lacking), ("holds unknown", unknown)) if some]
+    if unknown:
+        problems.append(f"holds unknown {_first_three(unknown)}")
+    return problems
 
 
-def _some(items: list[str]) -> str:
-    """The first three, and how many there are besides."""
-    return ", ".join(items[:3]) + (f" and {len(items) - 3} more" if len(items) > 3 else "")
+def _first_three(items: list[str]) -> str:
+    """The first three, and how many more there are."""
+    shown = ", ".join(items[:3])
+    return shown if len(items) <= 3 else f"{shown} and {len(items) - 3} more"

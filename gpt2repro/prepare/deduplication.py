@@ -28,8 +28,8 @@ from pathlib import Path
 
 import numpy as np
 
-from gpt2repro.data.shards import write_json
 from gpt2repro.errors import UserError
+from gpt2repro.files import write_json
 from gpt2repro.prepare.corpora import open_corpus
 from gpt2repro.prepare.deduplication_report import report, statistics
 from gpt2repro.prepare.executors import Stage, run_stages

@@ -7,7 +7,7 @@ train shards of all parts are renamed into place; the validation shards, which a
 import contextlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import blake2b
 from itertools import islice
 from pathlib import Path
@@ -15,9 +15,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from gpt2repro.data import shards
+from gpt2repro.data.shards import SPLITS, Shard, ShardWriter, Split, has_tokens, token_dtype
+from gpt2repro.data.token_stream import TokenStream
 from gpt2repro.data.tokenization import load_encoder
 from gpt2repro.errors import UserError
+from gpt2repro.files import flush, write_json
 from gpt2repro.prepare.plan import PartRecord, Quota
 from gpt2repro.prepare.prepared import OutputDirectory, explain_disk_errors
 from gpt2repro.prepare.readers import DOCUMENT_NOTES, Piece
@@ -47,11 +49,11 @@ class Job:
 
     @property
     def dtype(self) -> np.dtype:
-        return shards.token_dtype(self.vocab_size)
+        return token_dtype(self.vocab_size)
 
-    def shard_writer(self, name: str) -> shards.ShardWriter:
+    def shard_writer(self, name: str) -> ShardWriter:
         """A writer of shards in parts/ whose names begin with `name`."""
-        return shards.ShardWriter(self.directory.parts, name, self.dtype, self.shard_tokens, self.eot_id)
+        return ShardWriter(self.directory.parts, name, self.dtype, self.shard_tokens, self.eot_id)
 
     def final_path(self, split: str, number: int) -> Path:
         """Where a shard ends up."""
@@ -97,7 +99,7 @@ def prepare_part(
             if not writer.complete:
                 break
         record = writer.finish()
-        shards.write_json(record_path, record.to_dict())
+        write_json(record_path, record.to_dict())
     return record
 
 
@@ -133,7 +135,7 @@ class PartWriter:
 
     def __init__(self, number: int, job: Job, quota: Quota):
         self.job, self.quota = job, quota
-        self.writers = {split: job.shard_writer(f"part_{number:05d}_{split}") for split in shards.SPLITS}
+        self.writers = {split: job.shard_writer(f"part_{number:05d}_{split}") for split in SPLITS}
         self.notes = dict.fromkeys(DOCUMENT_NOTES, 0)
         self.val_lengths: list[int] = []
         self.complete = True
@@ -179,22 +181,22 @@ def finished_parts(job: Job) -> dict[int, PartRecord]:
     """number -> record of the parts whose shards all exist, under their own names or already under their final ones;
     other records are removed."""
     records = {}
-    first_shard = dict.fromkeys(shards.SPLITS, 0)  # the final number of the part's first shard
+    first_shard = dict.fromkeys(SPLITS, 0)  # the final number of the part's first shard
     for path in job.directory.part_records():
         record = PartRecord.from_dict(json.loads(path.read_text()))
-        if all(_shards_exist(record, split, first_shard[split], job) for split in shards.SPLITS):
+        if all(_shards_exist(record, split, first_shard[split], job) for split in SPLITS):
             records[int(path.stem.removeprefix("part_"))] = record
         else:
             path.unlink()
-        for split in shards.SPLITS:
-            first_shard[split] += len(record.splits[split]["shards"])
+        for split in SPLITS:
+            first_shard[split] += len(record.splits[split].shards)
     return records
 
 
 def _shards_exist(record: PartRecord, split: str, first_shard: int, job: Job) -> bool:
-    for number, shard in enumerate(record.splits[split]["shards"], start=first_shard):
-        places = job.directory.parts / shard["file"], job.final_path(split, number)
-        if not any(shards.has_tokens(path, shard["tokens"], job.dtype) for path in places):
+    for number, shard in enumerate(record.splits[split].shards, start=first_shard):
+        places = job.directory.parts / shard.file, job.final_path(split, number)
+        if not any(has_tokens(path, shard.tokens, job.dtype) for path in places):
             return False
     return True
 
@@ -202,42 +204,42 @@ def _shards_exist(record: PartRecord, split: str, first_shard: int, job: Job) ->
 # ---- all parts put together ----
 
 
-def put_together(records: list[PartRecord], job: Job) -> dict:
-    """Give the shards of all parts their final names; returns the manifest's record of each split.
+def put_together(records: list[PartRecord], job: Job) -> dict[str, Split]:
+    """Give the shards of all parts their final names; returns the splits that they make up.
 
     It can be interrupted and repeated: each shard is found under its old name or its new one.
     """
-    splits = {split: _put_together_split(split, records, job) for split in shards.SPLITS}
-    shards.flush(job.directory.path)
+    splits = {split: _put_together_split(split, records, job) for split in SPLITS}
+    flush(job.directory.path)
     return splits
 
 
-def _put_together_split(split: str, records: list[PartRecord], job: Job) -> dict:
+def _put_together_split(split: str, records: list[PartRecord], job: Job) -> Split:
     parts = [record.splits[split] for record in records]
-    found = [shard for part in parts for shard in part["shards"]]
-    several = sum(part["documents"] > 0 for part in parts) > 1
+    found = [shard for part in parts for shard in part.shards]
+    several = sum(bool(part.documents) for part in parts) > 1
     if split == "val" and several:  # one small shard from each part
         found = _merge_validation(records, job)
     final = [_move_into_place(shard, job.final_path(split, number), job) for number, shard in enumerate(found)]
-    return {
-        "tokens": sum(part["tokens"] for part in parts),
+    return Split(
+        tokens=sum(shard.tokens for shard in final),
         # Not of the parts: without an opening id, all documents of a part may be empty, and in no shard.
-        "documents": sum(shard["documents"] for shard in final),
-        "bytes": sum(part["bytes"] for part in parts),
-        "shards": final,
-    }
+        documents=sum(shard.documents or 0 for shard in final),
+        bytes=sum(part.bytes or 0 for part in parts),
+        shards=tuple(final),
+    )
 
 
-def _move_into_place(shard: dict, final: Path, job: Job) -> dict:
-    path = job.directory.parts / shard["file"]
+def _move_into_place(shard: Shard, final: Path, job: Job) -> Shard:
+    path = job.directory.parts / shard.file
     if path.exists():
         path.replace(final)
     elif not final.exists():
         raise UserError(f"{path} is missing; repeat the command, which makes it again")
-    return shard | {"file": final.name}
+    return replace(shard, file=final.name)
 
 
-def _merge_validation(records: list[PartRecord], job: Job) -> list[dict]:
+def _merge_validation(records: list[PartRecord], job: Job) -> list[Shard]:
     """The validation documents in as few shards as possible; the parts' own remain until the manifest is written."""
     writer = job.shard_writer("val")
     with explain_disk_errors(job.directory.path), contextlib.ExitStack() as stack:
@@ -245,15 +247,15 @@ def _merge_validation(records: list[PartRecord], job: Job) -> list[dict]:
         for record in records:
             for ids in _validation_documents(record, job):
                 writer.add(ids, text_bytes=0)
-        return writer.finish()["shards"]
+        return list(writer.finish().shards)
 
 
 def _validation_documents(record: PartRecord, job: Job) -> Iterable[np.ndarray]:
     """The token ids of a part's validation documents, without the opening ids."""
-    found = record.splits["val"]["shards"]
-    stream = shards.TokenStream(
-        tuple(job.directory.parts / shard["file"] for shard in found),
-        tuple(shard["tokens"] for shard in found),
+    found = record.splits["val"].shards
+    stream = TokenStream(
+        tuple(job.directory.parts / shard.file for shard in found),
+        tuple(shard.tokens for shard in found),
         (None,) * len(found),
         job.vocab_size,
     )

@@ -30,6 +30,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from gpt2repro.data.shards import Split
+
 
 @dataclass(frozen=True)
 class Quota:
@@ -51,7 +53,7 @@ class Quota:
     def after(self, record: "PartRecord") -> "Quota":
         """What is left after a part; below zero where a speculative part took too much."""
         return Quota(
-            max(0, self.val_tokens - record.splits["val"]["tokens"]),
+            max(0, self.val_tokens - record.splits["val"].tokens),
             None if self.tokens is None else self.tokens - record.total("tokens"),
             None if self.documents is None else self.documents - record.total("documents"),
         )
@@ -72,26 +74,33 @@ class PartRecord:
     quota: the one it was made under.
     complete: whether it holds all its documents; False if a limit ended the corpus in it.
     notes: note -> documents, for all of readers.DOCUMENT_NOTES.
-    splits: train and val -> their tokens, documents, bytes of text and shards.
     val_lengths: tokens of each validation document, the opening id included.
     """
 
     quota: Quota
     complete: bool
     notes: dict[str, int]
-    splits: dict[str, dict]
+    splits: dict[str, Split]
     val_lengths: list[int]
 
     @classmethod
     def from_dict(cls, content: dict) -> "PartRecord":
-        return cls(**content | {"quota": Quota(**content["quota"])})
+        quota = Quota(**content["quota"])
+        splits = {name: Split.from_dict(split) for name, split in content["splits"].items()}
+        return cls(quota, content["complete"], content["notes"], splits, content["val_lengths"])
 
     def to_dict(self) -> dict:
-        return dataclasses.asdict(self)
+        return {
+            "quota": dataclasses.asdict(self.quota),
+            "complete": self.complete,
+            "notes": self.notes,
+            "splits": {name: split.to_dict() for name, split in self.splits.items()},
+            "val_lengths": self.val_lengths,
+        }
 
     def total(self, unit: str) -> int:
         """Tokens, documents or bytes of both splits."""
-        return sum(split[unit] for split in self.splits.values())
+        return sum(getattr(split, unit) for split in self.splits.values())
 
 
 class Plan(NamedTuple):

@@ -1,6 +1,6 @@
 """The directory that prepare_data.py makes: what lies where, whether it is what was asked for, and who may write there.
 
-    manifest.json, train_*.npy, val_*.npy, tokenizer/    the result; see gpt2repro/data/shards.py
+    manifest.json, train_*.npy, val_*.npy, tokenizer/    the result; see gpt2repro/data/manifest.py
     deduplicated/                                        with --dedup: what was kept and removed
 
 and while it is unfinished
@@ -22,8 +22,10 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from gpt2repro.data import shards
+from gpt2repro.data.manifest import MANIFEST, Manifest, TokenizerRecord, remedy
+from gpt2repro.data.shards import SPLITS, token_dtype
 from gpt2repro.errors import UserError, first_line
+from gpt2repro.files import file_problem, write_json
 from gpt2repro.prepare.corpora import Corpus, open_corpus
 from gpt2repro.prepare.plan import PartRecord
 from gpt2repro.prepare.request import Request
@@ -36,11 +38,11 @@ FACT_NAMES = {"files": "list of files", "modified": "modification times"}  # in 
 class SavedTokenizer:
     """The tokenizer in the output directory.
 
-    facts: the manifest's record of it.
+    record: of the manifest.
     files: sha256 of each of its files, by name.
     """
 
-    facts: dict
+    record: TokenizerRecord
     files: dict[str, str]
 
 
@@ -66,14 +68,15 @@ class Unfinished:
         except (OSError, ValueError, TypeError):
             return None
         corpus_facts, modified = settings.pop("corpus_facts", {}), settings.pop("modified", None)
-        facts, files = settings.pop("tokenizer_facts", None), settings.pop("tokenizer_files", None)
-        return cls(settings, corpus_facts, modified, SavedTokenizer(facts, files) if files else None)
+        record, files = settings.pop("tokenizer_facts", None), settings.pop("tokenizer_files", None)
+        tokenizer = SavedTokenizer(TokenizerRecord.from_dict(record), files) if files else None
+        return cls(settings, corpus_facts, modified, tokenizer)
 
     def write(self, path: Path) -> None:
         content = self.settings | {"corpus_facts": self.corpus_facts, "modified": self.modified}
         if self.tokenizer:
-            content |= {"tokenizer_facts": self.tokenizer.facts, "tokenizer_files": self.tokenizer.files}
-        shards.write_json(path, content)
+            content |= {"tokenizer_facts": self.tokenizer.record.to_dict(), "tokenizer_files": self.tokenizer.files}
+        write_json(path, content)
 
 
 @dataclass(frozen=True)
@@ -84,7 +87,7 @@ class OutputDirectory:
 
     @property
     def manifest(self) -> Path:
-        return self.path / shards.MANIFEST
+        return self.path / MANIFEST
 
     @property
     def unfinished(self) -> Path:
@@ -112,7 +115,7 @@ class OutputDirectory:
 
     # ---- what was asked for, and what is there ----
 
-    def already_prepared(self, request: Request) -> dict | None:
+    def already_prepared(self, request: Request) -> Manifest | None:
         """The manifest if the directory already holds exactly what is asked for; None if the preparation can start or
         resume here.
 
@@ -159,14 +162,14 @@ class OutputDirectory:
                 "choose another --output_dir, or delete it"
             )
 
-    def _finished_manifest(self, request: Request) -> dict:
+    def _finished_manifest(self, request: Request) -> Manifest:
         """The manifest, after a quick check of the files and, if it is local, of the corpus."""
         if request.corpus == "files" or Path(request.corpus).is_dir():
             self.open_corpus(request)
-        manifest = shards.read_manifest(self.path)
-        damaged = shards.unsound(self.path, manifest)
+        manifest = Manifest.read(self.path)
+        damaged = manifest.missing_shards(self.path)
         if damaged:
-            raise UserError("\n".join(f"{problem}; {shards.again(self.path)}" for problem in damaged))
+            raise UserError("\n".join(f"{problem}; {remedy(self.path)}" for problem in damaged))
         self.tidy()  # in case it was killed just before
         return manifest
 
@@ -196,7 +199,7 @@ class OutputDirectory:
     def _recorded_corpus(self) -> dict:
         """The facts of the corpus that work in this directory came from; {} if there is none yet."""
         if self.manifest.exists():
-            return shards.read_manifest(self.path)["corpus"]
+            return Manifest.read(self.path).corpus
         unfinished = Unfinished.read(self.unfinished)
         if unfinished is None or not (self.deduplicated.exists() or self.part_records()):
             return {}
@@ -210,7 +213,7 @@ class OutputDirectory:
         if dataclasses.replace(earlier, tokenizer=None) != unfinished:
             return None
         for name, sha256 in earlier.tokenizer.files.items():
-            if shards.file_problem(self.tokenizer / name, sha256):
+            if file_problem(self.tokenizer / name, sha256):
                 return None
         return earlier.tokenizer
 
@@ -280,7 +283,7 @@ def check_space(directory: OutputDirectory, corpus: Corpus, vocab_size: int, req
     tokens = min(text_bytes // bytes_per_token, request.max_tokens or math.inf)
     # The deduplication keeps the text, compressed to a half or less, and 952 bytes per document of a few thousand.
     for_deduplication = 0.75 * text_bytes if request.dedup else 0
-    needed = (tokens * shards.token_dtype(vocab_size).itemsize + for_deduplication) / 1e9
+    needed = (tokens * token_dtype(vocab_size).itemsize + for_deduplication) / 1e9
     written = sum(path.stat().st_size for path in directory.path.rglob("*") if path.is_file())
     free = (shutil.disk_usage(directory.path).free + written) / 1e9
     if tokens:
@@ -294,13 +297,12 @@ def check_space(directory: OutputDirectory, corpus: Corpus, vocab_size: int, req
 
 def refuse_empty_splits(records: list[PartRecord], val_split: dict, corpus: Corpus, request: Request) -> None:
     """Raise UserError if a split has no tokens."""
-    for name in shards.SPLITS:
-        if not any(record.splits[name]["tokens"] for record in records):
-            remedy = _remedy_for_an_empty_split(corpus, request)
-            raise UserError(f"the {name} split got no document ({val_split}); {remedy}")
+    for name in SPLITS:
+        if not any(record.splits[name].tokens for record in records):
+            raise UserError(f"the {name} split got no document ({val_split}); {_more_documents(corpus, request)}")
 
 
-def _remedy_for_an_empty_split(corpus: Corpus, request: Request) -> str:
+def _more_documents(corpus: Corpus, request: Request) -> str:
     other_split = "choose another --val_tokens or --val_fraction"
     limits = {"max_tokens": request.max_tokens, "max_documents": request.max_documents}
     given = " and ".join(f"--{name} {limit}" for name, limit in limits.items() if limit)
@@ -309,14 +311,14 @@ def _remedy_for_an_empty_split(corpus: Corpus, request: Request) -> str:
     return f"allow more than {given}" if corpus.single_text else f"allow more than {given}, or {other_split}"
 
 
-def summary(directory: str | Path, manifest: dict) -> str:
+def summary(directory: str | Path, manifest: Manifest) -> str:
     """One line about a prepared directory."""
     sentences = [
-        f"{name} {split['tokens']:,} tokens, {split['documents']:,} documents, {len(split['shards'])} shards"
-        for name, split in manifest["splits"].items()
+        f"{name} {split.tokens:,} tokens, {split.documents:,} documents, {len(split.shards)} shards"
+        for name, split in manifest.splits.items()
     ]
-    skipped = sum(manifest.get("skipped_documents", {}).values())
+    skipped = sum(manifest.preparation.get("skipped_documents", {}).values())
     if skipped:
         sentences.append(f"{skipped:,} rows without text skipped")
-    tokenizer = manifest["tokenizer"]
-    return f"{directory}: {'; '.join(sentences)}; tokenizer {tokenizer['name']}, {tokenizer['vocab_size']:,} ids"
+    tokenizer = manifest.tokenizer
+    return f"{directory}: {'; '.join(sentences)}; tokenizer {tokenizer.name}, {tokenizer.vocab_size:,} ids"

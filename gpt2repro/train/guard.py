@@ -1,8 +1,9 @@
-"""Steps that must not be taken: not finite, or, where the recipe asks for it, far above the losses before."""
+"""Bad steps, whose update is skipped: a loss or gradient that is not finite, or, if the recipe asks for it, a spike."""
 
 import math
 import statistics
 from collections import deque
+from typing import Any
 
 import torch
 
@@ -13,13 +14,13 @@ WINDOW = 128  # finite losses that a new one is compared with
 
 
 class Guard:
-    """Judges every step before its update. All processes see the same numbers, and so judge alike.
+    """Judges every step before its update. All ranks see the same numbers, so all judge alike.
 
-    Batches that made max_bad_steps updates in a row impossible are left out for good after a rollback: batch number b
-    of the data order is that of step b, until some are left out and the others move up.
+    After a rollback, batches that made max_bad_steps updates in a row impossible are skipped for good. Batch b of the
+    data order is that of step b until some are skipped; then later ones move up.
 
     Attributes:
-        bad_steps: updates that were not made, in all.
+        bad_steps: how many updates were skipped in all.
         left_out: numbers of the batches that are never read again, ascending.
         rollbacks: how often the run went back to a checkpoint.
         zscore: of the newest loss, in standard deviations of the losses before; None while there are few.
@@ -30,7 +31,7 @@ class Guard:
         self.losses: deque[float] = deque(maxlen=WINDOW)
         self.bad_steps = self.rollbacks = 0
         self.left_out: list[int] = []
-        self.bad_batches: list[int] = []  # of the bad steps in a row up to now
+        self.bad_batches: list[int] = []  # those of the latest bad steps in a row
         self.zscore: float | None = None
 
     def batch(self, step: int) -> int:
@@ -40,48 +41,60 @@ class Guard:
         return step
 
     def accepts(self, step: int, loss: float, grad_norm: float, scaler: torch.amp.GradScaler | None = None) -> bool:
-        """Whether the update of step `step` may be made.
+        """Whether to make the update of step `step`.
 
         Args:
-            loss: mean over all processes.
+            loss: mean over all ranks.
             grad_norm: global, before clipping.
-            scaler: of fp16, whose scale grows until a gradient is not finite; then it shrinks, and that is no bad step
-                as long as there is something to shrink.
+            scaler: of fp16. It raises its scale until a gradient overflows, then lowers it; an overflow is no bad step
+                as long as the scale can still be lowered.
         """
-        finite = math.isfinite(loss) and math.isfinite(grad_norm)
-        self.zscore = None
-        if math.isfinite(loss):
-            if len(self.losses) >= WINDOW // 2 and (spread := statistics.stdev(self.losses)):
-                self.zscore = (loss - statistics.fmean(self.losses)) / spread
-            self.losses.append(loss)
-        if finite and not (self.spiked and self.recipe.skip_spikes):
+        is_finite = math.isfinite(loss) and math.isfinite(grad_norm)
+        self._measure(loss)
+        is_skipped_spike = self.spiked and self.recipe.skip_spikes
+        if is_finite and not is_skipped_spike:
             self.bad_batches = []
             return True
         if scaler is not None:
-            scaler.update()  # instead of the optimizer
-            if math.isfinite(loss) and not finite and scaler.get_scale() >= 1.0:
+            scaler.update()  # which the skipped optimizer step would have done
+            has_overflowed = math.isfinite(loss) and not is_finite
+            if has_overflowed and scaler.get_scale() >= 1.0:
                 return False
         self.bad_steps += 1
         self.bad_batches.append(self.batch(step))
         return False
 
+    def _measure(self, loss: float) -> None:
+        """Set the z-score of a loss, and remember it if it is finite."""
+        self.zscore = None
+        if not math.isfinite(loss):
+            return
+        if len(self.losses) >= WINDOW // 2:
+            spread = statistics.stdev(self.losses)
+            if spread > 0:
+                self.zscore = (loss - statistics.fmean(self.losses)) / spread
+        self.losses.append(loss)
+
     @property
     def spiked(self) -> bool:
+        """Whether the newest loss is a spike."""
         return self.zscore is not None and self.zscore > self.recipe.spike_zscore
 
     @property
     def gives_up(self) -> bool:
-        """Whether so many steps in a row were bad that the model itself may be."""
+        """Whether so many steps in a row were bad that the weights may be broken: time for a rollback."""
         return len(self.bad_batches) >= self.recipe.max_bad_steps
 
-    def roll_back(self, state: dict) -> None:
-        """Take the state of the checkpoint, but leave out the batches that were bad, if they come after it."""
+    def roll_back(self, state: dict[str, Any]) -> None:
+        """Restore the state of a checkpoint, but skip the bad batches that come after it."""
         left_out = sorted({*self.left_out, *self.bad_batches} - {*state["bad_batches"]})
         bad_steps, rollbacks = self.bad_steps, self.rollbacks + 1
-        self.load_state_dict(state | {"left_out": left_out, "bad_steps": bad_steps, "rollbacks": rollbacks})
+        self.load_state_dict(state)
+        self.bad_steps, self.rollbacks = bad_steps, rollbacks
+        self.left_out = left_out
         self.bad_batches = []
 
-    def state_dict(self) -> dict:
+    def state_dict(self) -> dict[str, Any]:
         return {
             "losses": list(self.losses),
             "bad_steps": self.bad_steps,
@@ -90,7 +103,7 @@ class Guard:
             "rollbacks": self.rollbacks,
         }
 
-    def load_state_dict(self, state: dict) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         self.losses = deque(state["losses"], maxlen=WINDOW)
         self.bad_steps, self.rollbacks = state["bad_steps"], state["rollbacks"]
         self.bad_batches, self.left_out = list(state["bad_batches"]), list(state["left_out"])

@@ -1,4 +1,14 @@
-"""Optimizers: AdamW as the GPT-2 reproductions use it, and Muon for the matrices of the blocks."""
+"""Optimizers by name: AdamW as the GPT-2 reproductions use it, and Muon for the matrices of the blocks.
+
+To add one, write a function like `adamw` and give it a name, which the recipe's `optimizer` field then accepts:
+
+    OPTIMIZERS["adamw_two_rates"] = adamw_two_rates
+
+benchmarks/muon.py does this from outside the package.
+"""
+
+import difflib
+from collections.abc import Callable, Iterable
 
 import torch
 from accelerate import Accelerator, DistributedType
@@ -7,60 +17,101 @@ from gpt2repro.recipe import Recipe
 
 
 def build_optimizers(model: torch.nn.Module, recipe: Recipe) -> list[torch.optim.Optimizer]:
-    """The optimizers that together update the model, with their peak learning rates.
-
-    `adamw`: one fused AdamW, which decays only tensors with two or more dimensions, i.e. matrices and embeddings, not
-    biases and LayerNorms. Source: build-nanogpt train_gpt2.py, configure_optimizers; GPT-3 paper, appendix B.
-
-    `muon`: the matrices of the blocks have Muon, whose step is the momentum, made nearly orthogonal; embeddings, biases
-    and LayerNorms have AdamW as above. Source: https://kellerjordan.github.io/posts/muon/; torch.optim.Muon.
+    """The optimizers that together update the model, at their peak learning rates.
 
     Args:
         model: a GPT2ReproForCausalLM, neither wrapped nor sharded.
     """
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    matrices = []
-    if recipe.optimizer == "muon":
-        matrices = [p for p in model.transformer.h.parameters() if p.requires_grad and p.dim() == 2]
-    of_muon = set(matrices)
-    others = [p for p in parameters if p not in of_muon]
+    return OPTIMIZERS[recipe.optimizer](model, recipe)
+
+
+def adamw(model: torch.nn.Module, recipe: Recipe) -> list[torch.optim.Optimizer]:
+    """One AdamW for all weights.
+
+    Source: build-nanogpt train_gpt2.py, configure_optimizers; GPT-3 paper, appendix B.
+    """
+    return [adamw_for(model.parameters(), recipe)]
+
+
+def muon(model: torch.nn.Module, recipe: Recipe) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices of the blocks, whose step is the nearly orthogonalized momentum; AdamW for the rest.
+
+    Source: https://kellerjordan.github.io/posts/muon/; torch.optim.Muon.
+    """
+    matrices = block_matrices(model)
+    in_muon = set(matrices)
+    others = [p for p in model.parameters() if p not in in_muon]
+    group = {"params": matrices, "lr_ratio": recipe.muon_learning_rate / recipe.learning_rate}
+    return [
+        adamw_for(others, recipe),
+        torch.optim.Muon(
+            [group],
+            lr=recipe.muon_learning_rate,
+            momentum=recipe.muon_momentum,
+            weight_decay=recipe.muon_weight_decay,
+        ),
+    ]
+
+
+OptimizerBuilder = Callable[[torch.nn.Module, Recipe], list[torch.optim.Optimizer]]
+OPTIMIZERS: dict[str, OptimizerBuilder] = {"adamw": adamw, "muon": muon}
+
+
+def adamw_for(parameters: Iterable[torch.nn.Parameter], recipe: Recipe) -> torch.optim.AdamW:
+    """A fused AdamW that decays only tensors with 2 or more dimensions: matrices and embeddings, not biases and
+    LayerNorms."""
+    trained = [p for p in parameters if p.requires_grad]
     groups = [
-        {"params": [p for p in others if p.dim() >= 2], "weight_decay": recipe.weight_decay},
-        {"params": [p for p in others if p.dim() < 2], "weight_decay": 0.0},
+        {"params": [p for p in trained if p.dim() >= 2], "weight_decay": recipe.weight_decay},
+        {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0},
     ]
     betas = (recipe.adam_beta1, recipe.adam_beta2)
-    adamw = torch.optim.AdamW(groups, lr=recipe.learning_rate, betas=betas, eps=recipe.adam_epsilon, fused=True)
-    if not matrices:
-        return [adamw]
-    muon = torch.optim.Muon(
-        [{"params": matrices, "lr_ratio": recipe.muon_learning_rate / recipe.learning_rate}],
-        lr=recipe.muon_learning_rate,
-        momentum=recipe.muon_momentum,
-        weight_decay=recipe.muon_weight_decay,
-    )
-    return [adamw, muon]
+    return torch.optim.AdamW(groups, lr=recipe.learning_rate, betas=betas, eps=recipe.adam_epsilon, fused=True)
+
+
+def block_matrices(model: torch.nn.Module) -> list[torch.nn.Parameter]:
+    """The trained two-dimensional weights of the transformer blocks."""
+    return [p for p in model.transformer.h.parameters() if p.requires_grad and p.dim() == 2]
+
+
+def set_lr(optimizers: Iterable[torch.optim.Optimizer], lr: float) -> float:
+    """Set the scheduled learning rate; a parameter group with an `lr_ratio`, such as Muon's, gets that multiple of it.
+
+    Returns:
+        lr
+    """
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = lr * group.get("lr_ratio", 1.0)
+    return lr
+
+
+# ---- checks ----
+
+
+def optimizer_problems(recipe: Recipe) -> list[str]:
+    """Whether the recipe names a known optimizer; recipe.py cannot tell, because the registry imports torch."""
+    if recipe.optimizer in OPTIMIZERS:
+        return []
+    problem = f"optimizer={recipe.optimizer} is not one of {', '.join(OPTIMIZERS)}"
+    nearest = difflib.get_close_matches(recipe.optimizer, OPTIMIZERS, n=1)
+    return [f"{problem}; did you mean {nearest[0]}?" if nearest else problem]
 
 
 def launch_problems(recipe: Recipe, accelerator: Accelerator) -> list[str]:
-    """What of the recipe cannot be right with the precision and the distribution of the launch."""
+    """What in the recipe is incompatible with the launch's precision or distribution."""
     deepspeed = accelerator.distributed_type == DistributedType.DEEPSPEED
     problems = []
     if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
-        problems.append("mixed_precision=fp16 would be float32 on the CPU; use bf16 or no")
+        problems.append("mixed_precision=fp16 would run as float32 on the CPU; use bf16 or no")
     if recipe.optimizer == "muon" and accelerator.mixed_precision == "fp16":
-        # accelerate steps and updates the one GradScaler for each optimizer in turn: the second one's gradients are
-        # divided by the scale twice, and an overflow that only one of them has stops only that one.
+        # accelerate steps and updates its one GradScaler for each optimizer in turn: the second optimizer's gradients
+        # are unscaled twice, and an overflow that only one of them sees skips only that one's step.
         problems.append("optimizer=muon is two optimizers, which accelerate scales wrongly in fp16; use bf16 or adamw")
     if recipe.optimizer == "muon" and deepspeed:
-        problems.append("optimizer=muon is two optimizers, of which DeepSpeed takes one; use FSDP2 or adamw")
+        problems.append("optimizer=muon is two optimizers, but DeepSpeed takes only one; use FSDP2 or adamw")
     if recipe.batch_ramp_start and deepspeed:
         problems.append(
-            f"batch_ramp_start={recipe.batch_ramp_start} changes the accumulation, as DeepSpeed cannot; use FSDP2"
+            f"batch_ramp_start={recipe.batch_ramp_start} varies the accumulation, which DeepSpeed cannot; use FSDP2"
         )
     return problems
-
-
-def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Set the learning rate to `lr`, as the schedule has it for AdamW; Muon's stays in proportion."""
-    for group in optimizer.param_groups:
-        group["lr"] = lr * group.get("lr_ratio", 1.0)

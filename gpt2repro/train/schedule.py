@@ -6,10 +6,11 @@ from gpt2repro.recipe import Recipe
 
 
 def lr_at(step: int, recipe: Recipe) -> float:
-    """Learning rate of step `step`, counted from 0: linear warm-up, then as recipe.lr_schedule says.
+    """Learning rate of step `step`, counted from 0: linear warm-up, then recipe.lr_schedule.
 
-    The first step has learning_rate / warmup_steps, not 0, and the minimum would be reached at step max_steps, as in
-    build-nanogpt's get_lr (train_gpt2.py).
+    The first step uses learning_rate / warmup_steps, not 0, and the minimum would be reached at step max_steps.
+
+    Source: build-nanogpt train_gpt2.py, get_lr.
     """
     if step < recipe.warmup_steps:
         return recipe.learning_rate * (step + 1) / recipe.warmup_steps
@@ -19,15 +20,15 @@ def lr_at(step: int, recipe: Recipe) -> float:
     if recipe.lr_schedule == "wsd":
         decay_start = recipe.max_steps * (1 - recipe.decay_fraction)
     progress = max(0.0, (step - decay_start) / (recipe.max_steps - decay_start))
-    share = _remaining(recipe, progress)
-    return recipe.min_learning_rate + share * (recipe.learning_rate - recipe.min_learning_rate)
+    peak_above_minimum = recipe.learning_rate - recipe.min_learning_rate
+    return recipe.min_learning_rate + decay_factor(progress, recipe) * peak_above_minimum
 
 
-def _remaining(recipe: Recipe, progress: float) -> float:
-    """What the decay has left, 1 to 0, of the way from the peak to the minimum after `progress`, 0 to 1.
+def decay_factor(progress: float, recipe: Recipe) -> float:
+    """The part of the way from the minimum to the peak that is left after `progress` (0 to 1) of the decay, 1 to 0.
 
-    Source of wsd: MiniCPM (Hu et al. 2024), section 4; of its 1-sqrt shape: Hägele et al., "Scaling Laws and
-    Compute-Optimal Training Beyond Fixed Training Durations" (2024), section 3.
+    Source: MiniCPM (Hu et al. 2024), section 4, for wsd; Hägele et al., "Scaling Laws and Compute-Optimal Training
+    Beyond Fixed Training Durations" (2024), section 3, for its 1-sqrt shape.
     """
     if recipe.lr_schedule == "cosine":
         return 0.5 * (1 + math.cos(math.pi * progress))

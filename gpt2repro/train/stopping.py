@@ -1,4 +1,4 @@
-"""Stopping a run from outside, without losing anything."""
+"""Stopping a run from outside without losing anything: signals, a time limit, or a launcher that has died."""
 
 import math
 import os
@@ -7,20 +7,20 @@ import time
 from types import FrameType
 
 
-EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: what is not finished is saved; the same command goes on with it
+EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: not finished, but saved; the same command resumes it
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-PASSED_ON = 2.0  # seconds within which a signal comes again that the launcher passes on
+FORWARDING_SECONDS = 2.0  # within which a launcher forwards a signal that the process has already received
 
 
 class StopRequest:
-    """Whether this process is to stop after its current step: for one of SIGNALS, because its time is over, or because
-    the launcher that started it is gone.
+    """Whether this process must stop after its current step: because of one of SIGNALS, because its time is up, or
+    because the launcher that started it is gone.
 
-    A second signal ends it at once; torchrun and accelerate pass on what the terminal has sent to all processes, so it
-    counts as a second one only after PASSED_ON.
+    A second signal ends it at once. torchrun and accelerate forward what the terminal has sent to every process
+    already, so a signal counts as a second one only after FORWARDING_SECONDS.
 
     Args:
-        max_hours: from now; 0: no limit.
+        max_hours: from now on; 0: no limit.
     """
 
     def __init__(self, max_hours: float):
@@ -30,10 +30,10 @@ class StopRequest:
         launched = "ACCELERATE_MIXED_PRECISION" in os.environ or "TORCHELASTIC_RUN_ID" in os.environ
         self.launcher = os.getppid() if launched else None
         for number in SIGNALS:
-            signal.signal(number, self._note)
+            signal.signal(number, self._handle)
 
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        if time.monotonic() > self.signalled_at + PASSED_ON:
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if time.monotonic() > self.signalled_at + FORWARDING_SECONDS:
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
         if self.signal is None:
@@ -41,7 +41,7 @@ class StopRequest:
 
     @property
     def reason(self) -> str | None:
-        """Why it is to stop; None: it is not."""
+        """Why to stop; None: go on."""
         if self.signal is not None:
             return self.signal.name
         if time.monotonic() > self.deadline:

@@ -1,8 +1,8 @@
-"""HellaSwag accuracy as an `evaluate` metric, without a network:
+"""HellaSwag accuracy as an `evaluate` metric that needs no network:
 `evaluate.load("gpt2repro/evaluation/metrics/hellaswag")`.
 
-`evaluate` copies this file into its module cache and runs the copy. So the file imports installed packages only, one
-import a line, because `evaluate` reads the import lines with a regular expression.
+`evaluate` copies this file into its module cache and runs the copy. The file therefore imports installed packages only,
+one per line, because `evaluate` parses the import lines with a regular expression.
 """
 
 import datasets
@@ -11,9 +11,9 @@ import numpy as np
 
 
 DESCRIPTION = """
-Each item is a context with several endings, one of them true. A language model chooses the ending that it finds
-likeliest: acc compares the endings' summed negative log-likelihoods, acc_norm the means per token, which do not
-punish an ending for being long.
+Each item is a context with several endings, one of which is true. A language model chooses the likeliest ending: acc
+compares the summed negative log-likelihoods of the endings, acc_norm the means per token, which do not penalize long
+endings.
 """
 
 INPUTS = """
@@ -22,7 +22,7 @@ Args:
     ending_tokens: for each item, the number of tokens of each ending.
     references: for each item, the index of the true ending.
 Returns:
-    acc: share of items whose true ending has the lowest sum. Among equals the first ending wins.
+    acc: share of items whose true ending has the lowest sum. The first ending wins a tie.
     acc_norm: share of items whose true ending has the lowest mean per token.
     acc_stderr, acc_norm_stderr: standard errors of the two shares; None for a single item.
     n: number of items.
@@ -59,8 +59,8 @@ class Hellaswag(evaluate.Metric):
         if not np.isfinite(summed_nll).all() or not (ending_tokens > 0).all():
             raise ValueError("every ending needs a finite summed_nll and at least one token")  # argmin would pick a NaN
         mean_nll = summed_nll / ending_tokens
-        acc, acc_stderr = share_of(summed_nll.argmin(axis=1) == references)
-        acc_norm, acc_norm_stderr = share_of(mean_nll.argmin(axis=1) == references)
+        acc, acc_stderr = mean_and_stderr(summed_nll.argmin(axis=1) == references)
+        acc_norm, acc_norm_stderr = mean_and_stderr(mean_nll.argmin(axis=1) == references)
         return {
             "acc": acc,
             "acc_norm": acc_norm,
@@ -70,11 +70,14 @@ class Hellaswag(evaluate.Metric):
         }
 
 
-def share_of(correct):
+def mean_and_stderr(correct):
     """The share of True in `correct`, (n,) bool, and its standard error from the sample variance.
 
-    The sample variance of n zeros and ones with mean p is p (1 - p) n / (n - 1); the mean's is 1/n of that.
+    The sample variance of n zeros and ones with mean p is p (1 - p) n / (n - 1); that of their mean is 1/n of it.
     Source: lm-evaluation-harness lm_eval/api/metrics.py, mean_stderr.
     """
-    n, p = len(correct), float(np.mean(correct))
-    return p, (p * (1 - p) / (n - 1)) ** 0.5 if n > 1 else None
+    n = len(correct)
+    p = float(np.mean(correct))
+    if n < 2:
+        return p, None
+    return p, (p * (1 - p) / (n - 1)) ** 0.5

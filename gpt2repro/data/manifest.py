@@ -1,0 +1,293 @@
+"""The manifest of a directory of tokens: what it holds, where that comes from, and the hashes that prove it.
+
+manifest.json is written last and atomically, so a directory without one is unfinished. A folder with another trainer's
+tokens has no such file; its manifest is made up from what its files tell.
+"""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gpt2repro.data.foreign_tokens import GPT2_VOCAB_SIZE, ForeignTokens, TokenFile, foreign_format, read_foreign_tokens
+from gpt2repro.data.shards import SPLITS, Shard, Split, has_tokens, require, token_dtype
+from gpt2repro.errors import UserError, first_line
+from gpt2repro.files import file_problem, write_json
+
+
+MANIFEST = "manifest.json"
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class TokenizerRecord:
+    """Which tokenizer made the tokens.
+
+    name: as `prepare_data.py --tokenizer` names it.
+    vocab_size: number of token ids, end-of-text included.
+    eot_id: id of `<|endoftext|>`; None if the tokenizer has none.
+    sha256: of tokenizer.json; None: the directory brings no tokenizer along.
+    """
+
+    name: str
+    vocab_size: int
+    eot_id: int | None
+    sha256: str | None
+
+    @classmethod
+    def from_dict(cls, content: dict[str, Any]) -> "TokenizerRecord":
+        """Raises KeyError or TypeError for a key that is missing or has another type."""
+        return cls(
+            name=require(content, "name", str),
+            vocab_size=require(content, "vocab_size", int),
+            eot_id=require(content, "eot_id", int | None),
+            sha256=require(content, "sha256", str | None),
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    def is_same_as(self, other: "TokenizerRecord") -> bool:
+        """By definition; by name and size if one of the two directories brings no tokenizer along."""
+        if self.sha256 and other.sha256:
+            return self.sha256 == other.sha256
+        return (self.name, self.vocab_size) == (other.name, other.vocab_size)
+
+    def __str__(self) -> str:
+        definition = f", sha256 {self.sha256[:8]}..." if self.sha256 else ""
+        return f"{self.name} ({self.vocab_size} ids{definition})"
+
+
+GPT2_TOKENIZER = TokenizerRecord("gpt2", GPT2_VOCAB_SIZE, GPT2_VOCAB_SIZE - 1, sha256=None)
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a directory of tokens holds.
+
+    corpus: its name and origin (Hub id, configuration, commit; or files and their sizes).
+    tokenizer: which made the tokens.
+    splits: "train" and "val".
+    preparation: what else prepare_data.py records, by its keys in manifest.json: tokenizer_files, deduplication,
+        split, settings, repaired_documents, skipped_documents. Empty for another trainer's tokens.
+    sha256: the hash of itself that the file carries (see `seal`); None: it carries none.
+    fingerprint: the identity of the data, by which a run recognises it: the sha256 of manifest.json, or for another
+        trainer's tokens that of the names, sizes and ends of their files.
+    """
+
+    corpus: dict[str, Any]
+    tokenizer: TokenizerRecord
+    splits: dict[str, Split]
+    preparation: dict[str, Any] = field(default_factory=dict)
+    sha256: str | None = None
+    fingerprint: str = ""
+
+    @classmethod
+    def from_dict(cls, content: dict[str, Any], fingerprint: str = "") -> "Manifest":
+        """The manifest in the content of a manifest.json.
+
+        Raises:
+            KeyError, TypeError or AttributeError: a key is missing, or a value is of another type.
+        """
+        known = {"format_version", "corpus", "tokenizer", "splits", "sha256"}
+        return cls(
+            corpus=content["corpus"],
+            tokenizer=TokenizerRecord.from_dict(content["tokenizer"]),
+            splits={name: Split.from_dict(content["splits"][name]) for name in SPLITS},
+            preparation={key: value for key, value in content.items() if key not in known},
+            sha256=content.get("sha256"),
+            fingerprint=fingerprint,
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """The content of manifest.json."""
+        content = {
+            "format_version": FORMAT_VERSION,
+            "corpus": self.corpus,
+            "tokenizer": self.tokenizer.to_dict(),
+            **self.preparation,
+            "splits": {name: split.to_dict() for name, split in self.splits.items()},
+        }
+        if self.sha256 is not None:
+            content["sha256"] = self.sha256
+        return content
+
+    def content_sha256(self) -> str:
+        """The hash of all that manifest.json says but its own hash."""
+        content = dataclasses.replace(self, sha256=None).to_dict()
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+    def seal(self) -> "Manifest":
+        """The manifest with a hash of its content, so that an edit shows."""
+        return dataclasses.replace(self, sha256=self.content_sha256())
+
+    def write(self, data_dir: Path) -> None:
+        """Write manifest.json, sealed."""
+        write_json(data_dir / MANIFEST, self.seal().to_dict())
+
+    @classmethod
+    def read(cls, data_dir: str | Path) -> "Manifest":
+        """The manifest of a prepared directory.
+
+        Raises:
+            UserError: the directory is missing or unfinished, its manifest damaged or of another format version.
+        """
+        path = Path(data_dir) / MANIFEST
+        if not path.parent.is_dir():
+            raise UserError(f"data directory {data_dir} does not exist; make it with `python prepare_data.py`")
+        if not path.exists():
+            raise UserError(_why_there_is_none(path.parent))
+        try:
+            data = path.read_bytes()
+            content = json.loads(data)
+            version = content.get("format_version")
+            if version == FORMAT_VERSION:
+                return cls.from_dict(content, fingerprint=hashlib.sha256(data).hexdigest())
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{path} is damaged ({first_line(error)}); {remedy(data_dir)}") from error
+        raise UserError(f"{path} has format version {version}, this program reads {FORMAT_VERSION}; {remedy(data_dir)}")
+
+    @classmethod
+    def open(cls, data_dir: str | Path) -> "Manifest":
+        """The manifest of a prepared directory, or one made up for a folder with another trainer's tokens.
+
+        Raises:
+            UserError: neither of the two, unfinished or damaged.
+        """
+        folder = Path(data_dir)
+        foreign = None if (folder / MANIFEST).exists() else read_foreign_tokens(folder)
+        return cls.read(data_dir) if foreign is None else cls._of_foreign(foreign)
+
+    @classmethod
+    def _of_foreign(cls, tokens: ForeignTokens) -> "Manifest":
+        splits = {"train": _foreign_split(tokens.train), "val": _foreign_split(tokens.val)}
+        return cls({"name": tokens.name}, GPT2_TOKENIZER, splits, fingerprint=tokens.fingerprint)
+
+    @property
+    def shards(self) -> list[Shard]:
+        """Those of all splits."""
+        return [shard for name in SPLITS for shard in self.splits[name].shards]
+
+    # ---- checks ----
+
+    def missing_shards(self, data_dir: str | Path) -> list[str]:
+        """One line for each shard that is missing or has another size, without reading it."""
+        dtype = token_dtype(self.tokenizer.vocab_size)
+        problems = []
+        for shard in self.shards:
+            path = Path(data_dir) / shard.file
+            if not has_tokens(path, shard.tokens, dtype):
+                problems.append(f"{path} is missing or has another size")
+        return problems
+
+    def verify(self, data_dir: str | Path, num_workers: int = 1, progress: Callable = iter) -> None:
+        """Compare every shard and the tokenizer with the manifest, and the manifest with itself.
+
+        Args:
+            data_dir: the directory that it was read from.
+            num_workers: threads; hashing and counting release the GIL.
+            progress: wraps the iterable of shards, e.g. tqdm.
+        Raises:
+            UserError: one line for each file that is missing or damaged.
+        """
+        root = Path(data_dir)
+        if self.sha256 != self.content_sha256():
+            raise UserError(f"{root / MANIFEST} was changed after it was written; {remedy(root)}")
+        with ThreadPoolExecutor(num_workers) as pool:
+            checked = pool.map(lambda shard: self._shard_problem(root, shard), self.shards)
+            problems = [problem for problem in progress(checked) if problem]
+        problems += self._total_problems(root)
+        problems += self._tokenizer_problems(root)
+        if problems:
+            raise UserError("\n".join(f"{problem}; {remedy(root)}" for problem in problems))
+
+    def verify_changed(self, data_dir: str | Path, verified: dict[str, list[int]]) -> dict[str, list[int]]:
+        """Hash the shards that have changed since the last call. Another trainer's files have no hashes, and pass.
+
+        Args:
+            verified: what the last call returned.
+        Returns:
+            Size in bytes and modification time in nanoseconds of each shard, by its path.
+        Raises:
+            UserError: one line for each shard that is missing or not what was prepared.
+        """
+        root = Path(data_dir)
+        found: dict[str, list[int]] = {}
+        to_hash: dict[Path, str] = {}
+        for shard in self.shards:
+            path = root / shard.file
+            if path.exists():
+                status = path.stat()
+                found[str(path)] = [status.st_size, status.st_mtime_ns]
+            is_unchanged = str(path) in found and found[str(path)] == verified.get(str(path))
+            if shard.sha256 and not is_unchanged:
+                to_hash[path] = shard.sha256
+        with ThreadPoolExecutor() as pool:  # hashing releases the GIL
+            checked = pool.map(file_problem, to_hash.keys(), to_hash.values())
+            problems = [problem for problem in checked if problem]
+        if problems:
+            raise UserError("\n".join(f"{problem}; {remedy(root)}" for problem in problems))
+        return found
+
+    def _shard_problem(self, root: Path, shard: Shard) -> str | None:
+        path, vocab_size, eot_id = root / shard.file, self.tokenizer.vocab_size, self.tokenizer.eot_id
+        damage = file_problem(path, shard.sha256)
+        if damage:
+            return damage
+        tokens = np.load(path, mmap_mode="r")
+        if len(tokens) != shard.tokens:
+            return f"{path} holds {len(tokens):,} tokens, the manifest says {shard.tokens:,}"
+        largest = int(tokens.max(initial=0))
+        if largest >= vocab_size:
+            return f"{path} holds token {largest}, above the vocabulary"
+        if eot_id is not None:  # it only ever opens a document: written in a text, <|endoftext|> is ordinary text
+            starts = int(np.count_nonzero(tokens == eot_id))
+            if starts != shard.documents:
+                return f"{path}: {starts:,} documents start there, the manifest says {shard.documents:,}"
+        return None
+
+    def _total_problems(self, root: Path) -> list[str]:
+        problems = []
+        for name, split in self.splits.items():
+            in_shards = {
+                "tokens": (split.tokens, sum(shard.tokens for shard in split.shards)),
+                "documents": (split.documents, sum(shard.documents or 0 for shard in split.shards)),
+            }
+            for unit, (stated, total) in in_shards.items():
+                if stated != total:
+                    problems.append(f"{root / MANIFEST}: {name} has {stated:,} {unit}, its shards have {total:,}")
+        return problems
+
+    def _tokenizer_problems(self, root: Path) -> list[str]:
+        hashes = self.preparation.get("tokenizer_files", {"tokenizer.json": self.tokenizer.sha256})
+        checked = [file_problem(root / "tokenizer" / name, sha256) for name, sha256 in hashes.items()]
+        return [problem for problem in checked if problem]
+
+
+def remedy(data_dir: str | Path) -> str:
+    """What to do about damaged data."""
+    return f"prepare the data again: delete {data_dir} and repeat the `python prepare_data.py` command that made it"
+
+
+def _why_there_is_none(folder: Path) -> str:
+    trainer = foreign_format(folder)
+    if trainer:
+        return (
+            f"{folder} holds {trainer}'s tokens, which have no {MANIFEST} that describes them; train on them as they "
+            "are, or prepare the text with `python prepare_data.py`"
+        )
+    return (
+        f"data directory {folder} has no {MANIFEST}, so its preparation is unfinished; repeat the "
+        "`python prepare_data.py` command that started it"
+    )
+
+
+def _foreign_split(files: list[TokenFile]) -> Split:
+    shards = [Shard(file.path.name, file.tokens, None, None, file.offset) for file in files if file.tokens]
+    return Split(sum(shard.tokens for shard in shards), documents=None, bytes=None, shards=tuple(shards))

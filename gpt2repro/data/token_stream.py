@@ -1,0 +1,144 @@
+"""A split's shards as one long sequence of tokens, read through memory maps."""
+
+import dataclasses
+import errno
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from pathlib import Path
+
+import numpy as np
+
+from gpt2repro.data.manifest import Manifest, remedy
+from gpt2repro.errors import UserError, first_line
+
+
+MAPPED_SHARDS = 128  # memory maps that a stream keeps at a time: each holds a file open, and 1024 is a usual limit
+
+
+@dataclass(frozen=True)
+class TokenStream:
+    """The shards of one split, memory-mapped as they are read.
+
+    offsets: the byte at which the tokens of a raw uint16 file begin; None: an .npy file.
+    """
+
+    paths: tuple[Path, ...]
+    lengths: tuple[int, ...]
+    offsets: tuple[int | None, ...]
+    vocab_size: int
+
+    @classmethod
+    def open(cls, data_dir: str | Path, split: str, manifest: Manifest | None = None) -> "TokenStream":
+        """The `split` ("train" or "val") of a prepared directory or of another trainer's folder.
+
+        Args:
+            manifest: of that directory, if it is at hand.
+        Raises:
+            UserError: the directory is unfinished, or a shard is missing or has another number of tokens.
+        """
+        manifest = manifest or Manifest.open(data_dir)
+        shards = manifest.splits[split].shards
+        stream = cls(
+            tuple(Path(data_dir) / shard.file for shard in shards),
+            tuple(shard.tokens for shard in shards),
+            tuple(shard.offset for shard in shards),
+            manifest.tokenizer.vocab_size,
+        )
+        for path, expected, tokens in zip(stream.paths, stream.lengths, stream.arrays()):
+            if len(tokens) != expected:
+                raise UserError(
+                    f"{path} holds {len(tokens):,} tokens, the manifest says {expected:,}; {remedy(data_dir)}"
+                )
+        return stream
+
+    def arrays(self) -> Iterator[np.ndarray]:
+        """The shards, one after another."""
+        return map(map_shard, self.paths, self.offsets, self.lengths)
+
+    @cached_property
+    def _mapped(self) -> Callable[[Path, int | None, int], np.ndarray]:
+        return lru_cache(MAPPED_SHARDS)(map_shard)
+
+    @cached_property
+    def _ends(self) -> np.ndarray:
+        return np.cumsum(self.lengths)
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def __getstate__(self) -> dict:
+        fields = dataclasses.fields(self)  # not the memory maps: a worker process makes its own
+        return {field.name: getattr(self, field.name) for field in fields}
+
+    def read(self, start: int, length: int) -> np.ndarray:
+        """Tokens start ... start + length - 1, across shard borders if need be.
+
+        Returns:
+            (length,) int64.
+        Raises:
+            UserError: one of them is not an id of the vocabulary.
+        """
+        out = np.empty(length, np.int64)
+        done = 0
+        shard = int(np.searchsorted(self._ends, start, side="right"))
+        while done < length:
+            offset = start + done - (int(self._ends[shard]) - self.lengths[shard])
+            tokens = self._mapped(self.paths[shard], self.offsets[shard], self.lengths[shard])
+            part = tokens[offset : offset + length - done]
+            out[done : done + len(part)] = part
+            done += len(part)
+            shard += 1
+        largest = out.max(initial=0)
+        if largest >= self.vocab_size:
+            path = self.paths[np.searchsorted(self._ends, start + out.argmax(), side="right")]
+            raise UserError(
+                f"{path} holds token {largest}, but its tokenizer has the ids 0 to {self.vocab_size - 1}: it is "
+                f"damaged or was made by another tokenizer; {remedy(path.parent)}"
+            )
+        return out
+
+    def counts(self, vocab_size: int) -> np.ndarray:
+        """(vocab_size,) int64: how often each token occurs."""
+        counts = np.zeros(vocab_size, np.int64)
+        for tokens in self.arrays():
+            for first in range(0, len(tokens), 2**24):  # bincount copies its argument to int64
+                counts += np.bincount(tokens[first : first + 2**24], minlength=vocab_size)[:vocab_size]
+        return counts
+
+
+def map_shard(path: Path, offset: int | None, tokens: int) -> np.ndarray:
+    """The tokens of an .npy file, or `tokens` raw uint16 from byte `offset` on, memory-mapped.
+
+    Raises:
+        UserError: the file cannot be opened.
+    """
+    try:
+        return np.load(path, mmap_mode="r") if offset is None else np.memmap(path, "<u2", "r", offset, tokens)
+    except (OSError, ValueError, EOFError) as error:
+        what_to_do = remedy(path.parent) if offset is None else "copy it again"
+        if getattr(error, "errno", None) == errno.EMFILE:
+            what_to_do = "allow this process more open files with `ulimit -n`"
+        raise UserError(f"shard {path} cannot be opened ({first_line(error)}); {what_to_do}") from error
+
+
+def unigram_entropy(counts: np.ndarray) -> float:
+    """Entropy in nats per token of text whose tokens are drawn independently: the loss of a model that has learned
+    nothing but the frequency of each token.
+
+    Args:
+        counts: (V,) int64 or float64, how often each token occurs, or its share.
+    """
+    p = counts[counts > 0] / counts.sum()
+    return float(-(p * np.log(p)).sum())
+
+
+def bits_per_byte(loss: float, tokens: int, text_bytes: int | None) -> float | None:
+    """The loss of a split in bits per byte of its text, which does not depend on the tokenizer.
+
+    Args:
+        loss: nats per token.
+        tokens, text_bytes: of the split; None bytes are unknown, as of another trainer's tokens or a mixture.
+    """
+    return loss / math.log(2) * tokens / text_bytes if text_bytes else None

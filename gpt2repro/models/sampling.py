@@ -1,0 +1,65 @@
+"""Continuing a prompt with a model."""
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from gpt2repro.errors import UserError
+
+
+DEFAULTS = {"do_sample": True, "top_k": 50}
+
+
+def prompt_text(prompt: str, tokenizer: PreTrainedTokenizerBase) -> str:
+    """The prompt; for an empty one the text that begins a document."""
+    return prompt or tokenizer.bos_token or "\n"
+
+
+def encode_prompt(prompt: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
+    """(1, T) int64 token ids on the model's device; an empty prompt is the start of a document.
+
+    Raises:
+        UserError: the tokenizer has no token for the prompt, or the prompt leaves no position for a new token.
+    """
+    ids = tokenizer(prompt_text(prompt, tokenizer), return_tensors="pt").input_ids.to(model.device)
+    positions = getattr(model.config, "max_position_embeddings", None)
+    if not ids.numel():
+        raise UserError(f"the tokenizer has no token for the prompt {prompt!r}; use characters of its corpus")
+    if positions and ids.shape[1] >= positions:
+        raise UserError(f"the prompt has {ids.shape[1]} tokens, the model only {positions} positions; shorten it")
+    return ids.long()
+
+
+@torch.no_grad()
+def generate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: str,
+    max_new_tokens: int,
+    seed: int,
+    **options,
+) -> str:
+    """The prompt and its continuation, which ends at the model's last position at the latest.
+
+    The random state of training is left untouched.
+
+    Args:
+        options: arguments of model.generate that override DEFAULTS.
+    Raises:
+        UserError: see `encode_prompt`.
+    """
+    was_training = model.training
+    model.eval()
+    ids = encode_prompt(prompt, model, tokenizer)
+    positions = getattr(model.config, "max_position_embeddings", None) or ids.shape[1] + max_new_tokens
+    cuda_devices = [model.device] if model.device.type == "cuda" else []
+    with torch.random.fork_rng(cuda_devices):
+        torch.manual_seed(seed)
+        output = model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=min(max_new_tokens, positions - ids.shape[1]),
+            pad_token_id=tokenizer.eos_token_id,
+            **{**DEFAULTS, **options},
+        )
+    model.train(was_training)
+    return tokenizer.decode(output[0], skip_special_tokens=True)

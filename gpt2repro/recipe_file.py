@@ -1,0 +1,262 @@
+"""Reading recipes: defaults, then the YAML file, then the flags. All mistakes are reported together."""
+
+import argparse
+import dataclasses
+import difflib
+import math
+import typing
+from collections.abc import Iterable
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any, Literal
+
+import yaml
+
+from gpt2repro.errors import Parser, UserError
+from gpt2repro.recipe import Recipe
+
+
+def parse_recipe(argv: list[str], default_config: Path, config_class: type) -> tuple[Recipe, list[str]]:
+    """The recipe of a command line, and the mistakes in the fields' names and types.
+
+    Args:
+        argv: `--config FILE`, and `--field value` or `--model.field value`, which override it.
+        default_config: the recipe to use without --config.
+        config_class: the model's configuration class; its annotated fields are those that `model` may set.
+    Returns:
+        The recipe, with the default in place of each invalid value; and one line per mistake: an unknown field with
+        the nearest known name, or a value of the wrong type.
+    Raises:
+        UserError: the recipe file cannot be read.
+    """
+    types = field_types(config_class)
+    namespace, unrecognized = build_parser(types).parse_known_args(argv)
+    flags = {name: value for name, value in vars(namespace).items() if name != "config" and value is not None}
+    in_file, model_problems = flatten_model(read_yaml(Path(namespace.config or default_config)))
+
+    problems = argument_problems(unrecognized, types) + model_problems
+    if sets_data_twice(in_file) or sets_data_twice(flags):
+        problems.append("data and data_dir are both given; list every directory in data, and remove data_dir")
+    if "data_dir" in flags:
+        in_file.pop("data", None)  # the flag replaces the file's mixture
+    fields, value_problems = convert_fields(in_file | flags, types)
+    if fields.get("data"):
+        fields["data_dir"] = ""  # a mixture does not read it
+    return Recipe(**fields), problems + value_problems
+
+
+def differences(recipe: Recipe, recorded: dict) -> list[str]:
+    """The fields in which a recorded recipe, as read from recipe.yaml, would train another model than `recipe`."""
+    differing = []
+    for field in dataclasses.fields(Recipe):
+        there, here = recorded.get(field.name, default_of(field)), getattr(recipe, field.name)
+        if not field.metadata["changeable"] and there != here:
+            differing.append(f"{field.name}={there} there, {here} here")
+    return differing
+
+
+def default_of(field: dataclasses.Field) -> Any:
+    """The default of a dataclass field, made by its factory if it has one."""
+    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+
+
+def unknown_field(name: str, known: Iterable[str]) -> str:
+    """The message about a field that does not exist, with the nearest one that does."""
+    nearest = difflib.get_close_matches(name, known, n=1)
+    remedy = f"did you mean {nearest[0]}?" if nearest else "see --help"
+    return f"unknown recipe field {name}; {remedy}"
+
+
+# ---- flags ----
+
+
+def field_types(config_class: type) -> dict[str, Any]:
+    """The type of each field by name; those of the model's configuration are called `model.NAME`."""
+    model_types = {f"model.{name}": hint for name, hint in config_class.__annotations__.items()}
+    return typing.get_type_hints(Recipe) | model_types
+
+
+def build_parser(types: dict[str, Any]) -> argparse.ArgumentParser:
+    """A flag for each field, in the groups of the recipe. All values stay text: they are converted as YAML's are."""
+    parser = Parser("Train GPT-2. Flags override the recipe file; --model.FIELD flags set fields of the model.")
+    parser.add_argument("--config", help="recipe file, one of recipes/ or your own")
+    fields = dataclasses.fields(Recipe)
+    titles = dict.fromkeys(field.metadata["group"] for field in fields)  # in order, each once
+    groups = {title: parser.add_argument_group(title) for title in titles}
+    for field in fields:
+        add_flag(groups[field.metadata["group"]], field, types[field.name])
+    for name, hint in types.items():
+        if name.startswith("model."):
+            parser.add_argument(f"--{name}", help=argparse.SUPPRESS, **bare_flag(hint))
+    return parser
+
+
+def add_flag(group: argparse._ArgumentGroup, field: dataclasses.Field, hint: Any) -> None:
+    """Add the field's flag to its group of --help, or describe there a table that only the recipe file can set."""
+    help = f"{field.metadata['help']} (default: {default_of(field)})"
+    if field.name == "data":
+        group.add_argument("--data", nargs="+", metavar="DIR=WEIGHT", help=help)
+    elif is_table(hint):
+        group.description = f"{field.name} (in the recipe file): {help}"
+    else:
+        group.add_argument(f"--{field.name}", metavar="VALUE", help=help, **bare_flag(hint))
+
+
+def bare_flag(hint: Any) -> dict[str, Any]:
+    """The arguments of add_argument with which a yes-or-no flag needs no value."""
+    return {"nargs": "?", "const": "true"} if hint is bool else {}
+
+
+def argument_problems(unrecognized: list[str], types: dict[str, Any]) -> list[str]:
+    """What is wrong with the words of the command line that no flag took."""
+    known = [f"--{name}" for name in types]
+    problems = [unknown_field(word, known) for word in unrecognized if word.startswith("-")]
+    for previous, word in zip(["", *unrecognized], unrecognized):
+        is_value_of_unknown_flag = previous.startswith("-")
+        if not word.startswith("-") and not is_value_of_unknown_flag:
+            problems.append(f"unexpected argument {word!r}; flags are --field value")
+    return problems
+
+
+# ---- the file ----
+
+
+def read_yaml(path: Path) -> dict:
+    try:
+        content = yaml.safe_load(path.read_text()) or {}
+    except OSError as error:
+        raise UserError(
+            f"--config {path} cannot be read ({error.strerror}); recipes/ has the recipes that ship"
+        ) from error
+    except yaml.YAMLError as error:
+        one_line = " ".join(str(error).split())
+        raise UserError(f"--config {path} is not valid YAML: {one_line}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"--config {path} must be a table of `field: value` lines")
+    return content
+
+
+def flatten_model(values: dict) -> tuple[dict, list[str]]:
+    """`model: {n_layer: 6}` as `model.n_layer: 6`, like the flags; and a line if `model` is not a table."""
+    flat = {name: value for name, value in values.items() if name != "model"}
+    model = values.get("model") or {}
+    if not isinstance(model, dict):
+        return flat, [f"model={model!r} is not a table of the model's fields"]
+    flat.update({f"model.{name}": value for name, value in model.items()})
+    return flat, []
+
+
+def sets_data_twice(values: dict) -> bool:
+    return bool(values.get("data")) and "data_dir" in values
+
+
+# ---- values ----
+
+
+def convert_fields(values: dict, types: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """The arguments of Recipe, with each value converted to its field's type; and a line for each that cannot be."""
+    fields: dict[str, Any] = {"model": {}}
+    problems = []
+    for key, value in values.items():
+        name = str(key)
+        if name not in types:
+            problems.append(unknown_field(name, types))
+            continue
+        try:
+            converted = convert(value, types[name])
+        except (AttributeError, TypeError, ValueError, OverflowError):
+            problems.append(f"{name}={value!r} is not {describe(types[name])}")
+            continue
+        if name.startswith("model."):
+            fields["model"][name.removeprefix("model.")] = converted
+        else:
+            fields[name] = converted
+    return fields, problems
+
+
+def convert(value: Any, hint: Any) -> Any:
+    """The value as the field's type. Flags are always text, and YAML 1.1 reads even 6e-4 as text.
+
+    Raises:
+        AttributeError, TypeError, ValueError or OverflowError: the value is not of that type.
+    """
+    choices = typing.get_args(hint)  # of a union, a list or a Literal
+    if isinstance(hint, UnionType):
+        is_none = str(value).lower() in ("none", "null")
+        return None if is_none and NoneType in choices else convert(value, choices[0])
+    if typing.get_origin(hint) is list:
+        items = value if isinstance(value, list) else [value]
+        return [convert(item, choices[0]) for item in items]
+    if typing.get_origin(hint) is Literal:
+        if value not in choices:
+            raise ValueError(value)
+        return value
+    if is_table(hint):
+        return table_of_numbers(value)
+    if hint is bool:
+        return boolean(value)
+    if value is None or isinstance(value, bool | dict | list):
+        raise TypeError(value)
+    return str(value) if hint is str else finite_number(value, hint)
+
+
+def is_table(hint: Any) -> bool:
+    return typing.get_origin(hint) is dict
+
+
+def boolean(value: Any) -> bool:
+    """True of true, False of false, as YAML or a flag has them.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    text = str(value).lower()
+    if text not in ("true", "false"):
+        raise ValueError(value)
+    return text == "true"
+
+
+def table_of_numbers(value: Any) -> dict[str, float]:
+    """{name: number} of a YAML table, or of the NAME=NUMBER words of a flag.
+
+    Raises:
+        AttributeError, TypeError or ValueError: it is neither, or a name appears twice.
+    """
+    if isinstance(value, list):
+        pairs = [word.rsplit("=", 1) for word in value]
+        value = dict(pairs)
+        if len(value) < len(pairs):
+            raise ValueError(pairs)
+    return {str(name): float(number) for name, number in value.items()}
+
+
+def finite_number(value: Any, kind: type) -> int | float:
+    """The value as an int or a float, whichever `kind` is; 1e3 is a whole number, too.
+
+    Raises:
+        TypeError, ValueError or OverflowError: it is not one.
+    """
+    number = float(value)
+    if not math.isfinite(number) or (kind is int and not number.is_integer()):
+        raise ValueError(value)
+    return kind(number)
+
+
+def describe(hint: Any) -> str:
+    """What a value of this type is called in an error message."""
+    parts = typing.get_args(hint)
+    if isinstance(hint, UnionType):
+        return " or ".join(describe(part) for part in parts)
+    if typing.get_origin(hint) is Literal:
+        return "one of " + ", ".join(parts)
+    if typing.get_origin(hint) is list:
+        return f"a list of {describe(parts[0])}"
+    names = {
+        int: "a whole number",
+        float: "a finite number",
+        bool: "true or false",
+        str: "text",
+        NoneType: "none",
+        dict[str, float]: "a table of name: number",
+    }
+    return names[hint]

@@ -1,0 +1,104 @@
+"""The output directory of a run: what lies where, and how it is written.
+
+recipe.yaml                 the resolved recipe, with versions and git commit; written at the first start
+metrics.jsonl               one JSON object per row, appended and never rewritten
+loss.png                    training and validation loss
+checkpoints/step_00001000/  complete or absent
+model/                      what from_pretrained opens; complete or absent
+.lock                       held by the process that writes here
+.verified.json              sizes and times of the shards whose hashes were checked, so that a resume is quick
+"""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import yaml
+from filelock import FileLock
+
+from gpt2repro.files import acquire_lock, write_json, write_text
+
+
+MODEL_FOLDER = "model"
+LOCK_TIMEOUT = 60.0  # seconds, in which a run whose launcher was killed saves and ends
+CHECKPOINT_NAME = re.compile(r"step_\d{8}")
+
+
+class RunFolder:
+    """The output directory of a run; making the object touches nothing."""
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        self.recipe = self.path / "recipe.yaml"
+        self.metrics = self.path / "metrics.jsonl"
+        self.picture = self.path / "loss.png"
+        self.checkpoints = self.path / "checkpoints"
+        self.model = self.path / MODEL_FOLDER
+        self.lock_file = self.path / ".lock"
+        self.verified = self.path / ".verified.json"
+
+    @classmethod
+    def around(cls, folder: Path) -> "RunFolder | None":
+        """The run in which a checkpoint or an exported model lies; None if there is no record of one."""
+        folder = folder.resolve()
+        is_checkpoint = CHECKPOINT_NAME.fullmatch(folder.name) is not None
+        if not is_checkpoint and folder.name != MODEL_FOLDER:
+            return None
+        run = cls(folder.parents[1] if is_checkpoint else folder.parent)
+        return run if run.recipe.is_file() and run.metrics.is_file() else None
+
+    @property
+    def name(self) -> str:
+        return self.path.name
+
+    def is_untouched(self) -> bool:
+        """Whether it is absent, or holds nothing but what an interrupted start left."""
+        leftovers = {self.lock_file.name, f"{self.recipe.name}.tmp"}
+        if not self.path.exists():
+            return True
+        return self.path.is_dir() and {path.name for path in self.path.iterdir()} <= leftovers
+
+    # ---- checkpoints ----
+
+    def checkpoint(self, step: int) -> Path:
+        return self.checkpoints / f"step_{step:08d}"
+
+    def complete_checkpoints(self) -> list[Path]:
+        """Oldest first. What is being written or deleted, or was found damaged, has another name."""
+        found = self.checkpoints.glob("step_*")
+        return sorted(path for path in found if CHECKPOINT_NAME.fullmatch(path.name))
+
+    def latest_checkpoint(self) -> Path | None:
+        return next(reversed(self.complete_checkpoints()), None)
+
+    # ---- records ----
+
+    def read_record(self) -> dict[str, Any]:
+        """What recipe.yaml says."""
+        return yaml.safe_load(self.recipe.read_text())
+
+    def write_record(self, record: dict[str, Any]) -> None:
+        write_text(self.recipe, yaml.safe_dump(record, sort_keys=False))
+
+    def read_verified(self) -> dict[str, list[int]]:
+        """What the last `write_verified` got; empty at the first start."""
+        return json.loads(self.verified.read_text()) if self.verified.exists() else {}
+
+    def write_verified(self, verified: dict[str, list[int]]) -> None:
+        write_json(self.verified, verified)
+
+    def lock(self) -> FileLock:
+        """Keep other runs out of the directory, which is made if it is absent.
+
+        Raises:
+            UserError: another run keeps writing to it.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        busy = f"another run is writing to {self.path}; wait for it, or choose another --output_dir"
+        return acquire_lock(self.lock_file, busy, LOCK_TIMEOUT)
+
+
+def checkpoint_step(checkpoint: Path) -> int:
+    """The step of checkpoints/step_00001000 is 1000."""
+    return int(checkpoint.name.removeprefix("step_"))

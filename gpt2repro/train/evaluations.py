@@ -1,0 +1,82 @@
+"""What the loop evaluates as it trains: validation loss, HellaSwag, samples. Each knows when it is due."""
+
+import torch
+from accelerate import Accelerator
+from transformers import PreTrainedModel
+
+from gpt2repro.evaluation.hellaswag import ENDINGS, EncodedItem, encode_item, evaluate_hellaswag, load_items
+from gpt2repro.evaluation.validation import validation_losses
+from gpt2repro.models.sampling import generate
+from gpt2repro.train.preflight import Plan
+from gpt2repro.train.run_state import RunState
+from gpt2repro.train.telemetry import Telemetry
+
+
+class Evaluations:
+    """The evaluations of a run; every rank makes the same calls, as a sharded model needs them all.
+
+    Args:
+        hellaswag: what `load_hellaswag` returned.
+        model: as accelerator.prepare returned it.
+        raw_model: neither wrapped nor compiled, for HellaSwag and samples, which have a new shape in nearly every call.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        hellaswag: list[EncodedItem],
+        accelerator: Accelerator,
+        model: torch.nn.Module,
+        raw_model: PreTrainedModel,
+        telemetry: Telemetry,
+    ):
+        self.recipe, self.tokenizer, self.val_data = plan.recipe, plan.tokenizer, plan.data.val
+        self.hellaswag, self.accelerator, self.telemetry = hellaswag, accelerator, telemetry
+        self.model, self.raw_model = model, raw_model
+
+    def run_due(self, run: RunState) -> None:
+        """Make the evaluations that are due after the step that was just made, and log them."""
+        if run.is_due(self.recipe.validate_every):
+            self.validate(run)
+        if self.hellaswag and run.is_due(self.recipe.hellaswag_every):
+            self.score_hellaswag(run.step)
+        if run.is_due(self.recipe.sample_every):
+            self.sample(run.step)
+
+    def validate(self, run: RunState) -> None:
+        losses = validation_losses(self.model, self.val_data, self.recipe, self.accelerator)
+        run.note_validation(losses["val_loss"])
+        self.telemetry.log(run.step, **losses)
+        self.telemetry.say(f"step {run.step:,}: validation loss {losses['val_loss']:.4f}")
+
+    def score_hellaswag(self, step: int) -> None:
+        items_per_batch = max(1, self.recipe.micro_batch_size // ENDINGS)  # each ending is a row
+        scores, _ = evaluate_hellaswag(self.raw_model, self.hellaswag, self.accelerator, items_per_batch)
+        self.telemetry.log(step, **scores)
+        self.telemetry.say(f"step {step:,}: HellaSwag acc_norm {scores['hellaswag_acc_norm']:.4f}")
+
+    def sample(self, step: int) -> None:
+        """Continue each of the recipe's prompts. The seed is fixed: samples of two steps differ by what was learned."""
+        recipe = self.recipe
+        with self.accelerator.autocast():
+            samples = [
+                generate(
+                    self.raw_model,
+                    self.tokenizer,
+                    prompt,
+                    recipe.sample_tokens,
+                    recipe.seed,
+                    temperature=recipe.sample_temperature,
+                )
+                for prompt in recipe.sample_prompts
+            ]
+        self.telemetry.log(step, samples=samples)
+
+
+def load_hellaswag(plan: Plan, accelerator: Accelerator) -> list[EncodedItem]:
+    """The encoded HellaSwag items; none if the recipe does not ask for them."""
+    if not plan.recipe.hellaswag_every:
+        return []
+    with accelerator.main_process_first():  # the other ranks find in the cache what the first has downloaded
+        items = load_items(plan.recipe.hellaswag_data)
+    return [encode_item(item, plan.tokenizer, plan.config.n_positions) for item in items]

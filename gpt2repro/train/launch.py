@@ -1,0 +1,108 @@
+"""Starting the processes of a run: the Accelerator, and the records and locks of the output directory."""
+
+import dataclasses
+import re
+from datetime import timedelta
+from pathlib import Path
+from uuid import uuid4
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType, GradientAccumulationPlugin, InitProcessGroupKwargs
+from filelock import FileLock
+from torch.distributed.fsdp import MixedPrecisionPolicy
+
+from gpt2repro.data.mixture import RunData
+from gpt2repro.errors import UserError
+from gpt2repro.processes import cpu_asked, device_name, on_main, use_all_cores, world_size
+from gpt2repro.recipe import Recipe
+from gpt2repro.run_folder import RunFolder
+from gpt2repro.train.optimizers import launch_problems
+from gpt2repro.train.report import provenance
+from gpt2repro.train.tracker import start_tracker
+
+
+def build_accelerator(recipe: Recipe) -> Accelerator:
+    """The processes, their device and precision, as the launcher and its config have them.
+
+    Raises:
+        UserError: the launch cannot run this recipe.
+    """
+    accumulation = recipe.accumulation(world_size(), step=0)
+    accelerator = Accelerator(
+        cpu=cpu_asked(),
+        # The other ranks wait while the main process hashes the data or writes a large checkpoint. NCCL gives up after
+        # 10 minutes.
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=1))],
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=accumulation, sync_with_dataloader=False),
+        dynamo_backend="inductor" if recipe.compile else None,
+        log_with=None if recipe.report_to == "none" else recipe.report_to,
+        project_dir=recipe.output_dir,
+    )
+    if accelerator.num_processes != world_size():
+        raise UserError(
+            f"WORLD_SIZE is {world_size()}, but accelerate runs {accelerator.num_processes} process(es); "
+            "start the processes with `accelerate launch` or torchrun"
+        )
+    problems = launch_problems(recipe, accelerator)
+    if problems:
+        raise UserError("\n".join(problems))
+    if accelerator.device.type == "cpu":
+        use_all_cores()
+    torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in float32
+    if accelerator.is_fsdp2:  # float32 weights and autocast, as with DDP; accelerate's own policy has a 16-bit loss
+        accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy()
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:  # it accumulates and clips by itself
+        accelerator.state.deepspeed_plugin.deepspeed_config.update(
+            train_micro_batch_size_per_gpu=recipe.micro_batch_size,
+            gradient_accumulation_steps=accumulation,
+            gradient_clipping=recipe.max_grad_norm,
+        )
+    return accelerator
+
+
+def begin_run(recipe: Recipe, data: RunData, accelerator: Accelerator) -> FileLock | None:
+    """Verify the data, lock the output directory, write recipe.yaml at the first start, and start the tracker.
+
+    Returns:
+        The lock that keeps other runs out, on the main process; None on the others.
+    Raises:
+        SharedError: a shard was changed, another run has the directory, or the tracker does not start.
+    """
+    accelerator.wait_for_everyone()  # every rank has checked the directory before one writes to it
+    hardware = f"{accelerator.num_processes} x {device_name(accelerator.device)}"
+    locks = []
+
+    def begin() -> None:
+        folder = RunFolder(recipe.output_dir)
+        verified = data.verify_changed(folder.read_verified())
+        locks.append(folder.lock())
+        if not folder.recipe.exists():
+            _report_assumed_tokenizers(data)
+            folder.write_record(run_record(recipe, data, hardware))
+        folder.write_verified(verified)
+        start_tracker(recipe, folder.read_record().get("run_id"), accelerator)
+
+    on_main(begin)
+    return locks[0] if locks else None
+
+
+def run_record(recipe: Recipe, data: RunData, hardware: str) -> dict:
+    """What recipe.yaml records of a run: the resolved recipe, and what it ran with."""
+    output_dir = Path(recipe.output_dir)
+    is_local = recipe.init_from == "scratch" or Path(recipe.init_from).exists()
+    plain_name = re.sub(r"[^\w.-]", "-", output_dir.name)
+    return {
+        **dataclasses.asdict(recipe),
+        "base_model": None if is_local else recipe.init_from,  # a Hub id
+        "data": data.record(),
+        "hardware": hardware,
+        "versions": provenance(),
+        "run_id": f"{plain_name}-{uuid4().hex[:8]}",
+    }
+
+
+def _report_assumed_tokenizers(data: RunData) -> None:
+    for source in data.sources:
+        if not source.manifest.tokenizer.sha256:
+            print(f"{source.directory} brings no tokenizer along; GPT-2's is assumed", flush=True)

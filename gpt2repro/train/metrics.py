@@ -1,0 +1,79 @@
+"""metrics.jsonl: the rows of a run, appended once and never rewritten."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from gpt2repro.train.early_stopping import best_first
+
+
+ROW_KINDS = ("loss", "val_loss", "hellaswag_acc", "samples")  # the key that tells what a row is
+CLOCK_KEYS = ("tokens_per_second", "data_wait", "hours", "hours_left")  # they differ between two equal runs
+
+
+class Metrics:
+    """The writer of a metrics.jsonl.
+
+    A resumed run repeats steps that were logged before it was stopped; their rows are skipped. After a rollback they
+    are logged again, as the steps differ. A last row that a crash cut off is dropped.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.last_step = dict.fromkeys(ROW_KINDS, -1)
+        self.size = 0  # bytes of whole rows
+        self.unwritten = b""  # rows that did not fit on the disk
+        if path.exists():
+            self.size = path.read_bytes().rfind(b"\n") + 1
+            for row in _rows(path):  # after a rollback the last row is not the latest step
+                self.last_step[_kind(row)] = row["step"]
+
+    def roll_back(self, step: int) -> None:
+        """Steps after `step` will be logged again."""
+        self.last_step = {kind: min(last, step) for kind, last in self.last_step.items()}
+
+    def add(self, row: dict[str, Any]) -> bool:
+        """Queue a row, unless its step has one of this kind already; returns whether it is new."""
+        kind = _kind(row)
+        if row["step"] <= self.last_step[kind]:
+            return False
+        self.last_step[kind] = row["step"]
+        self.unwritten += json.dumps(row).encode() + b"\n"
+        return True
+
+    def write(self) -> None:
+        """Append the queued rows.
+
+        Raises:
+            OSError: that failed, e.g. because the disk is full. The rows stay queued.
+        """
+        with self.path.open("ab") as file:
+            file.truncate(self.size)  # drop what a crash or a full disk cut off
+            file.write(self.unwritten)
+        self.size += len(self.unwritten)
+        self.unwritten = b""
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The rows of a metrics.jsonl, without one that a crash cut off; the newest of a step that a rollback repeated."""
+    newest = {(_kind(row), row["step"]): row for row in _rows(path)}
+    return list(newest.values())
+
+
+def exported_step(rows: list[dict[str, Any]], record: dict[str, Any]) -> int:
+    """The step whose weights a run exports: its last, or the best validated one if its recipe has `patience`."""
+    if not record.get("patience"):
+        return rows[-1]["step"]
+    val_losses = {row["step"]: row["val_loss"] for row in rows if "val_loss" in row}
+    return best_first(val_losses)[0]
+
+
+def _kind(row: dict[str, Any]) -> str:
+    return next(kind for kind in ROW_KINDS if kind in row)
+
+
+def _rows(path: Path) -> Iterator[dict[str, Any]]:
+    text = path.read_text()
+    whole_rows = text[: text.rfind("\n") + 1]
+    return map(json.loads, whole_rows.splitlines())

@@ -1,0 +1,87 @@
+"""What a run says when it ends: the picture of its loss, the software that made it, and where everything lies."""
+
+import contextlib
+import platform
+import subprocess
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from gpt2repro.data.mixture import RunData
+from gpt2repro.data.token_stream import bits_per_byte, unigram_entropy
+from gpt2repro.run_folder import RunFolder
+
+
+LINE_COLORS = ("gray", "tab:green", "tab:red", "tab:purple", "tab:brown")
+
+
+def provenance() -> dict[str, Any]:
+    """The software that runs: versions and, in a git checkout, the commit."""
+    root = Path(__file__).resolve().parents[2]
+    commit = None
+    if (root / ".git").exists():  # an installed copy may lie inside somebody else's checkout
+        git = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40"]
+        with contextlib.suppress(OSError):  # no git on this machine
+            commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or None
+    packages = ("torch", "transformers", "accelerate", "datasets")
+    versions = {package: version(package) for package in packages}
+    return {"python": platform.python_version(), **versions, "git_commit": commit}
+
+
+def baseline_loss(data: RunData) -> float:
+    """The training split's unigram entropy, nats per token: what a model reaches that knows only how frequent each
+    token is."""
+    return unigram_entropy(data.train.frequencies(data.tokenizer.vocab_size))
+
+
+def plot_losses(metrics: list[dict[str, Any]], lines: dict[str, float], path: Path, title: str) -> None:
+    """Draw training and validation loss over steps, with a horizontal line for each named reference loss."""
+    import matplotlib
+
+    matplotlib.use("Agg")  # works without a screen
+    from matplotlib import pyplot
+
+    train = [(row["step"], row["loss"]) for row in metrics if "loss" in row]
+    val = [(row["step"], row["val_loss"]) for row in metrics if "val_loss" in row]
+    figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
+    axes.plot(*zip(*train), color="tab:blue", alpha=0.5, linewidth=1, label="training")
+    if val:
+        last = val[-1][1]
+        axes.plot(*zip(*val), color="tab:orange", marker="o", markersize=4, label=f"validation, last {last:.4f}")
+    for (name, loss), color in zip(lines.items(), LINE_COLORS):
+        axes.axhline(loss, linestyle="--", color=color, linewidth=1, label=f"{name}, {loss:.4f}")
+    axes.set(xlabel="step", ylabel="loss, nats per token", title=title)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
+def losses_text(val_loss: float, baseline: float, data: RunData, at_step: str) -> str:
+    """The validation loss beside the baseline.
+
+    Args:
+        val_loss, baseline: nats per token.
+        at_step: which step it is of, where that is not the last one; or "".
+    """
+    val = data.totals("val")
+    bits = bits_per_byte(val_loss, val.tokens, val.bytes)
+    in_bits = "" if bits is None else f" = {bits:.4f} bits per byte"
+    return (
+        f"validation loss {val_loss:.4f} nats per token{in_bits}{at_step}\n"
+        f"a model that knows only how frequent each token is: {baseline:.4f} nats per token (unigram entropy)"
+    )
+
+
+def files_text(folder: RunFolder) -> str:
+    """Where everything lies, and how to load the model."""
+    return (
+        f"metrics     {folder.metrics}\n"
+        f"picture     {folder.picture}\n"
+        f"checkpoint  {folder.latest_checkpoint()}\n"
+        f"model       {folder.model}\n"
+        "\n"
+        "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
+        f'model = AutoModelForCausalLM.from_pretrained("{folder.model}", trust_remote_code=True)\n'
+        f'tokenizer = AutoTokenizer.from_pretrained("{folder.model}", trust_remote_code=True)'
+    )

@@ -1,0 +1,109 @@
+"""Where a run is: all that a checkpoint holds besides weights and optimizer states."""
+
+from typing import Any
+
+from gpt2repro.errors import SharedError
+from gpt2repro.recipe import Recipe
+from gpt2repro.train.checkpoint import Checkpoints
+from gpt2repro.train.early_stopping import BestValidation
+from gpt2repro.train.guard import Guard
+from gpt2repro.train.telemetry import Telemetry
+
+
+class RunState:
+    """The state of a run between two steps. All ranks have the same.
+
+    Attributes:
+        step: optimizer steps that were made, skipped updates included.
+        guard: judges steps, and knows which batches are left out.
+        best: the best validation.
+        telemetry: its sums since the last row of metrics.jsonl are part of the state.
+        val_loss: the validation loss at this very step; None if there was no validation.
+        stopping: why the run must stop before its end; None: it need not.
+    """
+
+    def __init__(self, recipe: Recipe, telemetry: Telemetry):
+        self.recipe, self.telemetry = recipe, telemetry
+        self.step = 0
+        self.guard = Guard(recipe)
+        self.best = BestValidation(recipe.patience)
+        self.val_loss: float | None = None
+        self.stopping: str | None = None
+
+    @property
+    def finished(self) -> bool:
+        """Whether the loop ends: after max_steps, by early stopping, or because it was told to stop."""
+        return self.is_last_step or self.stopping is not None
+
+    @property
+    def is_last_step(self) -> bool:
+        return self.step >= self.recipe.max_steps or self.best.patience_exhausted
+
+    def is_due(self, every: int) -> bool:
+        """Whether something is due that happens every so many steps (0: never), and in any case after the last."""
+        return self.is_last_step or (every > 0 and self.step % every == 0)
+
+    @property
+    def checkpoint_due(self) -> bool:
+        is_new_best = self.recipe.patience > 0 and self.best.step == self.step
+        return self.is_due(self.recipe.checkpoint_every) or is_new_best or self.stopping is not None
+
+    def advance(self) -> None:
+        """One more step was made."""
+        self.step += 1
+        self.val_loss = None
+
+    def note_validation(self, val_loss: float) -> None:
+        self.val_loss = val_loss
+        self.best.note(self.step, val_loss)
+
+    # ---- saved and restored ----
+
+    def state_dict(self) -> dict[str, Any]:
+        """JSON, written as trainer_state.json."""
+        return {
+            "step": self.step,
+            "val_loss": self.val_loss,
+            "guard": self.guard.state_dict(),
+            "best": self.best.state_dict(),
+            "telemetry": self.telemetry.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.step, self.val_loss = state["step"], state["val_loss"]
+        self.guard.load_state_dict(state["guard"])
+        self.best.load_state_dict(state["best"])
+        self.telemetry.load_state_dict(state["telemetry"])
+
+    def resume(self, checkpoints: Checkpoints) -> None:
+        """Resume from the newest checkpoint, if there is one, and start the clock."""
+        state = checkpoints.restore()
+        if state is not None:
+            self.load_state_dict(state)
+            self.telemetry.say(f"resuming after step {self.step:,} of {self.recipe.max_steps:,}")
+        self.telemetry.start(self.step)
+
+    def roll_back(self, checkpoints: Checkpoints) -> None:
+        """Go back to the newest checkpoint; the batches that were bad after it are skipped from now on.
+
+        Raises:
+            SharedError: there is no checkpoint, or max_rollbacks are used up.
+        """
+        seen = f"{self.recipe.max_bad_steps} bad steps in a row, at batches {self.guard.bad_batches}"
+        remedy = "start another run with a lower learning_rate or max_grad_norm, or in float32"
+        if self.guard.rollbacks >= self.recipe.max_rollbacks:
+            raise SharedError(f"{seen}, after {self.guard.rollbacks} rollbacks; {remedy}")
+        state = checkpoints.restore()
+        if state is None:
+            raise SharedError(f"{seen}, and there is no checkpoint to roll back to; {remedy}")
+        self.step, self.val_loss = state["step"], state["val_loss"]
+        self.guard.roll_back(state["guard"])
+        self.best.load_state_dict(state["best"])
+        self.telemetry.roll_back(self.step, state["telemetry"])
+        self.telemetry.say(f"{seen}: rolled back to step {self.step:,}, skipping them")
+
+    def take_best(self, checkpoints: Checkpoints) -> None:
+        """End with the best validated weights, if the recipe has `patience` and the run was not interrupted."""
+        if self.recipe.patience and self.stopping is None:
+            state = checkpoints.restore(best=True)
+            self.step = self.step if state is None else state["step"]
