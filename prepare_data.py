@@ -66,6 +66,7 @@ def main(argv: list[str]) -> None:
 
 
 def say_if_prepared(directory: OutputDirectory, request: Request) -> bool:
+    """Whether there is nothing to do."""
     manifest = directory.already_prepared(request)
     if manifest is None:
         return False
@@ -74,7 +75,7 @@ def say_if_prepared(directory: OutputDirectory, request: Request) -> bool:
 
 
 def prepare(directory: OutputDirectory, request: Request, execution: Execution) -> None:
-    """Start the preparation, or resume it."""
+    """Start or resume: open the corpus, deduplicate it, build the tokenizer, tokenize all parts, write the manifest."""
     corpus = directory.open_corpus(request)
     val_split = request.validation_split(corpus)
     check_space(directory, corpus, expected_vocab_size(request.tokenizer_of(corpus)), request)
@@ -83,7 +84,7 @@ def prepare(directory: OutputDirectory, request: Request, execution: Execution) 
     replace(unfinished, tokenizer=tokenizer).write(directory.unfinished)
 
     report = None
-    if request.dedup:
+    if request.dedup_methods:
         report = run_deduplication(directory, corpus, request, execution)
         if report is None:
             print("Slurm has the jobs; repeat this command when they are done, to tokenize what is kept")
@@ -106,11 +107,7 @@ def prepare(directory: OutputDirectory, request: Request, execution: Execution) 
     quota = Quota(val_split.get("val_tokens", 0), request.max_tokens, request.max_documents)
     with Progress(corpus, execution.num_workers) as progress:
         records = workers.prepare_parts(corpus.parts(), job, quota, execution.num_workers, progress.show)
-    try:
-        refuse_empty_splits(records, val_split, corpus, request)
-    except UserError:
-        directory.discard_parts()  # so that the same directory takes another split
-        raise
+    refuse_empty_splits(directory, records, val_split, corpus, request)
 
     notes = count_notes(records, report)
     manifest = Manifest(
@@ -137,8 +134,7 @@ def run_deduplication(
     """Write the documents to keep to directory.deduplicated; returns the statistics, None while Slurm is at work."""
     if corpus.single_text or not all(piece.path for piece in corpus.pieces):
         raise UserError(f"--dedup {request.dedup}: {request.corpus} is not many documents in files; leave it out")
-    methods = tuple(str(request.dedup).split(","))
-    options = DedupOptions(methods, request.text_column, request.url_column)
+    options = DedupOptions(request.dedup_methods, request.text_column, request.url_column)
     return deduplicate(corpus.pieces, directory.deduplicated, options, execution)
 
 
@@ -154,7 +150,7 @@ def build_and_save_tokenizer(directory: OutputDirectory, corpus: Corpus, request
 
 
 def count_notes(records: list[PartRecord], report: dict | None) -> dict[str, int]:
-    """Notes of all documents: those that the deduplication read, and those that the parts were made from."""
+    """note -> documents, over all parts and what the deduplication read."""
     counted = [record.notes for record in records]
     if report:
         counted.append(report["notes"])

@@ -1,16 +1,17 @@
-"""What deduplication finds of duplicates that were planted in real text, beside what MinHash's formula predicts.
+"""How many of the duplicates planted in real text deduplication finds, and how many MinHash's formula predicts.
 
     python benchmarks/deduplication.py
     python benchmarks/deduplication.py --source FOLDER_OF_TXT --num_workers 8 --output benchmarks/results/NAME.json
 
-Text: the documentation that the machine's Python packages carry (docstrings of 30 words or more, CPython's topics), and
-passages of 250 words of --source. Of --pool such documents those that a first run keeps are the corpus, so that few
-natural duplicates are left in it. Behind them stand, in files of their own, copies of --pairs documents at each level:
-with the same URL, written otherwise; and with a passage replaced by one of another document, as long as gives the
-Jaccard similarity wanted. Similarities are measured on datatrove's own normalised 5-grams.
+The text is the documentation in the machine's Python packages (docstrings of 30 words or more, CPython's topics) and
+passages of 250 words from --source. A first run deduplicates --pool such documents; what it keeps is the corpus, so
+that few natural duplicates remain. After it, in files of their own, come copies of --pairs documents at each level:
+with the same URL in another form, and with a passage replaced by one from another document, of the length that gives
+the desired Jaccard similarity. Similarities are measured on datatrove's own normalized 5-grams.
 
-Recall: pairs whose two documents end in one cluster. Precision: of the copies removed, those that share the cluster
-with their original; of the other documents removed, those whose cluster holds one of similarity --duplicate or more.
+Recall: pairs whose two documents end up in one cluster. Precision: of the copies removed, those that share a cluster
+with their original; of the other documents removed, those whose cluster holds a document of similarity --duplicate or
+more.
 """
 
 import argparse
@@ -71,7 +72,7 @@ def main() -> None:
         cost = {
             "bytes": found["bytes"]["in"],
             "seconds": time.perf_counter() - began,
-            "cpu_seconds": time.process_time() - cpu,  # of this process: all, where --num_workers is 1
+            "cpu_seconds": time.process_time() - cpu,  # of this process: everything if --num_workers is 1
             "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,  # the benchmark's own lists included
         }
         rows = {
@@ -84,10 +85,10 @@ def main() -> None:
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--source", help="file or folder of .txt, cut into passages, besides the packages' documentation"
+        "--source", help="file or folder of .txt, cut into passages, in addition to the packages' documentation"
     )
     parser.add_argument("--pool", type=int, default=28_000, help="documents before the first run")
-    parser.add_argument("--pairs", type=int, default=900, help="planted at each level")
+    parser.add_argument("--pairs", type=int, default=900, help="planted duplicates at each level")
     parser.add_argument("--duplicate", type=float, default=0.5, help="Jaccard similarity of a true duplicate")
     parser.add_argument("--num_workers", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
@@ -99,7 +100,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def texts(source: str | None) -> list[str]:
-    """Different documents, in an order that the machine's packages fix."""
+    """Distinct documents, in an order determined by the machine's packages."""
     found = itertools.chain(python_docs(), docstrings(Path(sysconfig.get_path("purelib"))))
     if source:
         paths = sorted(Path(source).rglob("*.txt")) if Path(source).is_dir() else [Path(source)]
@@ -112,7 +113,7 @@ def docstrings(root: Path):
     for path in sorted(root.rglob("*.py")):
         try:
             tree = ast.parse(path.read_bytes())
-        except (SyntaxError, ValueError):  # some packages carry files that are broken on purpose
+        except (SyntaxError, ValueError):  # some packages contain files that are broken on purpose
             continue
         for node in ast.walk(tree):
             if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
@@ -127,7 +128,7 @@ def passages(text: str):
 
 
 def write_files(folder: Path, documents: list[dict], name: str = "") -> None:
-    """Several files of equal length; those of another name come behind in corpus order."""
+    """Several files of equal length; those with a `name` come later in corpus order."""
     folder.mkdir(exist_ok=True)
     for number in range(FILES):
         share = documents[len(documents) * number // FILES : len(documents) * (number + 1) // FILES]
@@ -145,7 +146,7 @@ def refuse_too_few(originals: list[dict], pairs: int) -> None:
 
 
 def plant(corpus: list[dict], pairs: int, rng: random.Random) -> dict[str, list[tuple[dict, dict, float]]]:
-    """level -> (original, copy, true Jaccard similarity); no original is taken twice."""
+    """level -> (original, copy, true Jaccard similarity); no original is used twice."""
     shingles = shingler()
     originals = [document for document in corpus if len(shingles(document["text"])) >= MIN_SHINGLES]
     refuse_too_few(originals, pairs)
@@ -174,7 +175,7 @@ def shingler():
 
 
 def variant(url: str, rng: random.Random) -> str:
-    """The same address, written otherwise."""
+    """The same address in another form."""
     path = url.removeprefix("https://example.org")
     return rng.choice(
         [
@@ -188,8 +189,9 @@ def variant(url: str, rng: random.Random) -> str:
 
 
 def near_copy(text: str, donor: str, jaccard: float, rng: random.Random) -> str:
-    """`text` with a run of words replaced by the donor's. Of n 5-grams w words spoil w + 4, which leaves a similarity
-    of (n - w - 4) / (n + w + 4); words here are those between blanks, datatrove's tokens are a few more."""
+    """`text` with a run of words replaced by the donor's. Replacing w words changes w + 4 of the n 5-grams, which
+    leaves a similarity of (n - w - 4) / (n + w + 4). Words are split at blanks; datatrove's tokenizer finds a few more.
+    """
     words, others = text.split(), donor.split()
     run = max(1, round((len(words) - 4) * (1 - jaccard) / (1 + jaccard)) - 4)
     start = rng.randrange(len(words) - run + 1)
@@ -260,7 +262,7 @@ def report(args: argparse.Namespace, planted: dict, rows: dict, documents: dict,
 
 
 def other_precision(rows: dict, copies: set[str], duplicate: float) -> list[bool]:
-    """For each document removed by MinHash that was not planted: whether its cluster holds a true duplicate of it."""
+    """For each document that MinHash removed and that was not planted: whether its cluster holds a true duplicate."""
     shingles = shingler()
     clusters = defaultdict(list)
     for row in rows["documents"] + rows["removed/minhash"]:

@@ -1,17 +1,17 @@
-"""Tokens per second of prepare_data.py, beside the limit and beside the usual way.
+"""Tokens per second of prepare_data.py, next to the upper limit and to the usual approach.
 
-    python benchmarks/prepare.py                     # text that this machine carries: the sources of Python packages
+    python benchmarks/prepare.py                     # the source code of the installed Python packages
     python benchmarks/prepare.py --source my.parquet
 
-Compared in one run, in turn, several times; the table shows medians:
+All variants run in turn, several times; the table shows medians:
 
-    raw           tiktoken's encode_ordinary over the same documents, already in memory, one core: the limit
-    pool          one process reads, a multiprocessing.Pool of all cores returns arrays of tokens to it, and it writes
-                  them: the usual way (build-nanogpt)
+    raw           tiktoken's encode_ordinary on the same documents, already in memory, on one core: the upper limit
+    pool          one process reads, a multiprocessing.Pool on all cores returns arrays of tokens to it, and it writes
+                  them: the usual approach (build-nanogpt)
     1, 2 workers  the processes of prepare_data.py, which read, tokenize, hash and write to disk
 
-The clock runs while documents are worked on; the start of processes, a few seconds whatever the corpus, is left out of
-all of them. Memory is the largest resident set that a process reached, shared libraries included.
+The clock runs only while documents are processed: no variant includes process start-up, a few seconds for any corpus.
+Memory is the peak resident set of a process, shared libraries included.
 """
 
 import argparse
@@ -70,17 +70,19 @@ def main() -> None:
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--source", help="a parquet file with a column text (default: sources of Python packages)")
-    parser.add_argument("--megabytes", type=int, default=200, help="of the default text (default: %(default)s)")
+    parser.add_argument(
+        "--source", help="a Parquet file with a column `text` (default: source code of Python packages)"
+    )
+    parser.add_argument("--megabytes", type=int, default=200, help="size of the default text (default: %(default)s)")
     parser.add_argument("--num_workers", type=int, nargs="+", default=[1, 2], help="(default: 1 2)")
-    parser.add_argument("--rounds", type=int, default=3, help="of all variants in turn (default: %(default)s)")
-    parser.add_argument("--output", type=Path, help="write all numbers as JSON")
+    parser.add_argument("--rounds", type=int, default=3, help="repetitions of all variants (default: %(default)s)")
+    parser.add_argument("--output", type=Path, help="JSON file for every number")
     parser.add_argument("--variant", help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
 def own_text(path: Path, megabytes: int) -> Path:
-    """Python sources of the installed packages, in a parquet file."""
+    """Write the source code of the installed Python packages to a Parquet file."""
     size, documents = 0, []
     for file in sorted(Path(site.getsitepackages()[0]).rglob("*.py")):
         text = file.read_text(encoding="utf-8", errors="ignore")
@@ -114,7 +116,7 @@ _peaks: dict[int, float] = {}  # process id -> MiB
 
 
 def note_memory() -> None:
-    """The peak of each process that works: the children, or this one where there are none."""
+    """Record the peak memory of each working process: the children, or this one if it has none."""
     for pid in [child.pid for child in multiprocessing.active_children()] or [os.getpid()]:
         with contextlib.suppress(OSError):  # it has ended
             status = Path(f"/proc/{pid}/status").read_text()
@@ -134,11 +136,11 @@ def _tokenize(text: str) -> np.ndarray:
 
 
 def usual_way(source: Path, out: Path) -> tuple[int, float]:
-    """All cores tokenize; this process writes shards of 100M tokens from an array in memory."""
+    """Tokens and seconds. All cores tokenize; this process writes shards of 100M tokens from an array in memory."""
     total, filled, number = 0, 0, 0
     shard = np.empty(100_000_000, np.uint16)
     with multiprocessing.Pool(os.cpu_count(), _start) as pool:
-        pool.map(_tokenize, [END_OF_TEXT] * 8)  # the processes are up
+        pool.map(_tokenize, [END_OF_TEXT] * 8)  # wait until the processes are up
         began = time.perf_counter()
         for tokens in pool.imap(_tokenize, open_corpus("files", str(source)).texts(), chunksize=16):
             if filled + len(tokens) > len(shard):
@@ -152,10 +154,10 @@ def usual_way(source: Path, out: Path) -> tuple[int, float]:
 
 
 def our_way(source: Path, out: Path, num_workers: int) -> tuple[int, float]:
-    """From the first batch that a process reports to the last shard on disk."""
+    """Tokens and seconds from the first batch that a process reports to the last shard on disk."""
     job = Job(OutputDirectory(out), "gpt2", EOT + 1, EOT, 100_000_000)
     pieces: list[Piece] = open_corpus("files", str(source)).pieces
-    # Enough parts for all processes to end at about the same time, as they do in a large corpus.
+    # Enough parts for all processes to finish at about the same time, as with a large corpus.
     groups = range(pieces[0].start, pieces[-1].stop)
     parts = [(Piece("parquet", str(source), start=group, stop=group + 1),) for group in groups]
     began: list[tuple[float, int]] = []
@@ -175,16 +177,22 @@ def report(args: argparse.Namespace, runs: dict[str, list[dict]]) -> None:
     rates = {name: [run["tokens"] / run["seconds"] for run in results] for name, results in runs.items()}
     medians = {name: statistics.median(values) for name, values in rates.items()}
     print(f"\n{platform.machine()}, {os.cpu_count()} cores, {datetime.date.today()}\n")
-    print("| | tokens/s | beside raw, a process | beside the pool | peak memory of a process, MiB |")
+    print("| | tokens/s | relative to raw, per process | relative to the pool | peak memory per process, MiB |")
     print("| --- | ---: | ---: | ---: | ---: |")
     for name, rate in medians.items():
-        processes = os.cpu_count() if name == "pool" else 1 if name == "raw" else int(name.split()[0])
+        processes = process_count(name)
         memory = max(run["peak_mib"] for run in runs[name])
-        beside = f"{rate / processes / medians['raw']:.2f} | {rate / medians['pool']:.2f}"
-        print(f"| {name} | {rate:,.0f} | {beside} | {memory:,.0f} |")
+        relative = f"{rate / processes / medians['raw']:.2f} | {rate / medians['pool']:.2f}"
+        print(f"| {name} | {rate:,.0f} | {relative} | {memory:,.0f} |")
     if args.output:
         facts = {"date": str(datetime.date.today()), "cores": os.cpu_count(), "versions": provenance()}
         args.output.write_text(json.dumps(facts | {"runs": runs, "median_tokens_per_second": medians}, indent=2) + "\n")
+
+
+def process_count(variant: str) -> int:
+    if variant == "raw":
+        return 1
+    return (os.cpu_count() or 1) if variant == "pool" else int(variant.split()[0])
 
 
 if __name__ == "__main__":

@@ -5,6 +5,9 @@ import gzip
 import hashlib
 import json
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pyarrow
@@ -18,6 +21,7 @@ from gpt2repro.prepare.prepared import OutputDirectory, check_space
 
 
 EOT = 50_256
+ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -508,3 +512,14 @@ def test_disk_space_is_said_for_ids_of_four_bytes_and_for_deduplication(tmp_path
             check_space(OutputDirectory(tmp_path), corpus, vocab_size, prepare_data.request_of(args))
         said.append(capsys.readouterr().out.split(" GB")[0])
     assert said == [f"needs about {need}" for need in ("2.0", "4.0", "5.0")]
+
+
+# ---- the start of a process ----
+
+
+@pytest.mark.slow
+def test_a_worker_process_imports_neither_torch_nor_transformers():
+    """Every worker imports prepare_data.py, and would take seconds longer to start."""
+    code = "import sys, prepare_data; print({'torch', 'transformers', 'datasets'} & sys.modules.keys())"
+    printed = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert printed.stdout == "set()\n"

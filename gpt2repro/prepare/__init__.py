@@ -1,5 +1,6 @@
 """From a corpus to token shards, for prepare_data.py alone.
 
-Read corpora and readers (where documents come from), parts (tokenizing in parallel), prepared (the directory that is
-made), deduplication with its executors and report, describe.
+Read request (what is asked for), corpora and readers (where documents come from; also built_in and retries), prepared
+(the output directory), plan, parts and workers (tokenizing in parallel), deduplication (with executors,
+deduplication_report and urls), describe.
 """

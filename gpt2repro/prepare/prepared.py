@@ -239,7 +239,7 @@ class OutputDirectory:
                 self.path.rmdir()  # if nothing was written
 
     def discard_parts(self) -> None:
-        """Forget the finished parts, so that the same directory takes other settings."""
+        """Delete the finished parts."""
         shutil.rmtree(self.parts, ignore_errors=True)
 
     def tidy(self) -> None:
@@ -282,7 +282,7 @@ def check_space(directory: OutputDirectory, corpus: Corpus, vocab_size: int, req
     bytes_per_token = 1 if request.tokenizer_of(corpus) == "char" else 4  # English has 4.2 to 4.8 with GPT-2's
     tokens = min(text_bytes // bytes_per_token, request.max_tokens or math.inf)
     # The deduplication keeps the text, compressed to a half or less, and 952 bytes per document of a few thousand.
-    for_deduplication = 0.75 * text_bytes if request.dedup else 0
+    for_deduplication = 0.75 * text_bytes if request.dedup_methods else 0
     needed = (tokens * token_dtype(vocab_size).itemsize + for_deduplication) / 1e9
     written = sum(path.stat().st_size for path in directory.path.rglob("*") if path.is_file())
     free = (shutil.disk_usage(directory.path).free + written) / 1e9
@@ -295,10 +295,14 @@ def check_space(directory: OutputDirectory, corpus: Corpus, vocab_size: int, req
         )
 
 
-def refuse_empty_splits(records: list[PartRecord], val_split: dict, corpus: Corpus, request: Request) -> None:
-    """Raise UserError if a split has no tokens."""
+def refuse_empty_splits(
+    directory: OutputDirectory, records: list[PartRecord], val_split: dict, corpus: Corpus, request: Request
+) -> None:
+    """Raise UserError if a split has no tokens; then the parts are discarded, so that the same directory takes other
+    settings."""
     for name in SPLITS:
         if not any(record.splits[name].tokens for record in records):
+            directory.discard_parts()
             raise UserError(f"the {name} split got no document ({val_split}); {_more_documents(corpus, request)}")
 
 
@@ -319,6 +323,6 @@ def summary(directory: str | Path, manifest: Manifest) -> str:
     ]
     skipped = sum(manifest.preparation.get("skipped_documents", {}).values())
     if skipped:
-        sentences.append(f"{skipped:,} rows without text skipped")
+        sentences.append(f"{skipped:,} rows skipped (no text or no JSON)")
     tokenizer = manifest.tokenizer
     return f"{directory}: {'; '.join(sentences)}; tokenizer {tokenizer.name}, {tokenizer.vocab_size:,} ids"

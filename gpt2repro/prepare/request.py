@@ -39,6 +39,10 @@ class Request:
         names = ("corpus", "source", "text_column", "hub_config", "split", "revision", "dedup", "url_column")
         return {name: getattr(self, name) for name in names}
 
+    @property
+    def dedup_methods(self) -> tuple[str, ...]:
+        return tuple(self.dedup.split(",")) if self.dedup else ()
+
     def tokenizer_of(self, corpus: Corpus) -> str:
         """The name of the tokenizer, as build_tokenizer understands it."""
         return self.tokenizer or corpus.default_tokenizer
