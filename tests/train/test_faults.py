@@ -23,7 +23,7 @@ from gpt2repro.train.metrics import CLOCK_KEYS, read_metrics
 from gpt2repro.train.stopping import EXIT_CODE
 
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 RECIPE = """
 max_steps: 24
 warmup_steps: 2
