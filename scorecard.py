@@ -19,7 +19,7 @@ from accelerate import Accelerator
 from gpt2repro.errors import Parser, UserError, run_script
 from gpt2repro.evaluation.compare import as_table, compare_models
 from gpt2repro.models.folder import open_model
-from gpt2repro.prepare.corpora import python_docs
+from gpt2repro.prepare.built_in import python_docs
 from gpt2repro.processes import cpu_asked
 
 

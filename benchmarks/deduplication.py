@@ -36,8 +36,10 @@ import pyarrow.parquet
 
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from gpt2repro.prepare.corpora import python_docs
-from gpt2repro.prepare.deduplication import deduplicate, match_probability
+from gpt2repro.prepare.built_in import python_docs
+from gpt2repro.prepare.deduplication import DedupOptions, deduplicate
+from gpt2repro.prepare.deduplication_report import match_probability
+from gpt2repro.prepare.request import Execution
 
 
 LEVELS = {0.95: 0.02, 0.8: 0.03, 0.5: 0.03}  # Jaccard similarity -> half the width of its bin
@@ -55,7 +57,8 @@ def main() -> None:
         pool = pool[: args.pool]
         refuse_too_few([document for document in pool if len(document["text"].split()) > MIN_SHINGLES + 3], args.pairs)
         write_files(work / "pool", pool)
-        deduplicate(work / "pool", work / "corpus", ["minhash"], num_workers=args.num_workers)
+        execution = Execution(args.num_workers)
+        deduplicate(work / "pool", work / "corpus", DedupOptions(("minhash",)), execution)
         kept = pyarrow.parquet.read_table(work / "corpus" / "documents", columns=["text"])["text"].to_pylist()
         corpus = [{"text": text, "url": f"https://example.org/{number}"} for number, text in enumerate(kept)]
 
@@ -64,7 +67,7 @@ def main() -> None:
         for level, pairs in planted.items():
             write_files(work / "input", [copy for _, copy, _ in pairs], name=f"z{level}")
         began, cpu = time.perf_counter(), time.process_time()
-        found = deduplicate(work / "input", work / "output", num_workers=args.num_workers)
+        found = deduplicate(work / "input", work / "output", DedupOptions(), execution)
         cost = {
             "bytes": found["bytes"]["in"],
             "seconds": time.perf_counter() - began,

@@ -38,7 +38,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import train_accelerate
 from gpt2repro.errors import run_script
-from gpt2repro.prepare.corpora import python_docs
+from gpt2repro.prepare.built_in import python_docs
 from gpt2repro.recipe import Recipe
 from gpt2repro.train.metrics import read_metrics
 from gpt2repro.train.optimizers import OPTIMIZERS, adamw_for, block_matrices

@@ -38,8 +38,12 @@ import pyarrow
 import pyarrow.parquet
 
 from gpt2repro.data.tokenization import END_OF_TEXT, gpt2_encoding
-from gpt2repro.prepare import parts as preparation
-from gpt2repro.prepare.corpora import Piece, open_corpus
+from gpt2repro.prepare.corpora import open_corpus
+from gpt2repro.prepare.parts import Counts, Job, put_together
+from gpt2repro.prepare.plan import Quota
+from gpt2repro.prepare.prepared import OutputDirectory
+from gpt2repro.prepare.readers import Piece
+from gpt2repro.prepare.workers import prepare_parts
 from gpt2repro.train.report import provenance
 
 
@@ -149,22 +153,21 @@ def usual_way(source: Path, out: Path) -> tuple[int, float]:
 
 def our_way(source: Path, out: Path, num_workers: int) -> tuple[int, float]:
     """From the first batch that a process reports to the last shard on disk."""
-    (out / "parts").mkdir()
-    settings = preparation.Settings(out, "gpt2", EOT + 1, EOT, 100_000_000)
+    job = Job(OutputDirectory(out), "gpt2", EOT + 1, EOT, 100_000_000)
     pieces: list[Piece] = open_corpus("files", str(source)).pieces
     # Enough parts for all processes to end at about the same time, as they do in a large corpus.
     groups = range(pieces[0].start, pieces[-1].stop)
     parts = [(Piece("parquet", str(source), start=group, stop=group + 1),) for group in groups]
     began: list[tuple[float, int]] = []
 
-    def progress(documents: int, tokens: int, text_bytes: int) -> None:
-        if tokens and not began:
-            began.append((time.perf_counter(), tokens))
+    def progress(counts: Counts) -> None:
+        if counts.tokens and not began:
+            began.append((time.perf_counter(), counts.tokens))
         note_memory()
 
-    records = preparation.prepare_parts(parts, settings, preparation.Quota(), num_workers, progress)
-    preparation.put_together(records, settings)
-    tokens = sum(split["tokens"] for record in records for split in record["splits"].values())
+    records = prepare_parts(parts, job, Quota(), num_workers, progress)
+    put_together(records, job)
+    tokens = sum(record.total("tokens") for record in records)
     return tokens - began[0][1], time.perf_counter() - began[0][0]
 
 

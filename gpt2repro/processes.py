@@ -5,7 +5,9 @@ torch and accelerate are imported where they are used: the processes that prepar
 
 import os
 import platform
+import threading
 from collections.abc import Callable
+from multiprocessing.process import BaseProcess
 from typing import TYPE_CHECKING, Any
 
 from gpt2repro.errors import SharedError, UserError
@@ -89,3 +91,16 @@ def use_all_cores() -> None:
     if launched and not sized_by_accelerate and os.environ.get("OMP_NUM_THREADS") == "1":
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+
+
+# ---- worker processes ----
+
+
+def end_with_parent(parent: BaseProcess) -> None:
+    """End this process when `parent` ends, even if it is killed; a daemon thread waits for it."""
+
+    def wait_and_end() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=wait_and_end, daemon=True).start()

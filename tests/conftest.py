@@ -11,7 +11,7 @@ import tiktoken
 from fork_server import ForkServer
 
 from gpt2repro.data.tokenization import Tokenizer, build_tokenizer, gpt2_encoding
-from gpt2repro.prepare import corpora
+from gpt2repro.prepare import built_in
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -59,7 +59,7 @@ def texts(topics):
 
 @pytest.fixture(scope="session")
 def python_docs() -> list[str]:
-    return list(corpora.python_docs())
+    return list(built_in.python_docs())
 
 
 @pytest.fixture(scope="session")

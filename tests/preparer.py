@@ -16,9 +16,7 @@ IMPORTS = """
 import json
 import datasets, fsspec, pyarrow.parquet
 import prepare_data
-from gpt2repro.prepare import corpora
-from gpt2repro.prepare import parts as preparation
-from gpt2repro.data import shards
+from gpt2repro.prepare import corpora, readers, retries
 """
 
 
@@ -33,7 +31,7 @@ class Preparer(ForkServer):
         """Start a command.
 
         Args:
-            before: Python that its process runs first; corpora, preparation and shards are imported.
+            before: Python that its process runs first; corpora, readers and retries are imported.
         """
         self.commands += 1
         output = self.folder / f"{self.commands}.txt"

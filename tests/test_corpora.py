@@ -16,7 +16,7 @@ import pyarrow.parquet
 import pytest
 
 from gpt2repro.errors import UserError
-from gpt2repro.prepare import corpora
+from gpt2repro.prepare import built_in, corpora, readers
 from gpt2repro.prepare.corpora import open_corpus
 
 
@@ -87,7 +87,7 @@ def test_python_docs_hold_the_documentation_strings(python_docs):
 
 def test_python_docs_are_the_same_in_another_process(python_docs):
     """Whatever the order of its sets: PYTHONHASHSEED differs."""
-    code = "import hashlib; from gpt2repro.prepare.corpora import python_docs as docs; "
+    code = "import hashlib; from gpt2repro.prepare.built_in import python_docs as docs; "
     code += "print(hashlib.sha256('\\x00'.join(docs()).encode()).hexdigest())"
     command = [sys.executable, "-W", "ignore", "-c", code]
     other = subprocess.check_output(command, text=True, cwd=ROOT, env=os.environ | {"PYTHONHASHSEED": "7"})
@@ -185,7 +185,7 @@ def test_a_column_is_measured_behind_a_column_of_structs(tmp_path, monkeypatch):
     rows = [{"meta": {"a": 1, "b": 2, "c": 3}, "text": "".join(map(chr, range(n, n + 2000)))} for n in range(300, 320)]
     table = pyarrow.Table.from_pylist(rows)
     write_files(tmp_path, {"a.parquet": parquet_of(table, row_group_size=2, use_dictionary=False)})
-    monkeypatch.setattr(corpora, "PART_BYTES", 20_000)
+    monkeypatch.setattr(readers, "PART_BYTES", 20_000)
     pieces = open_corpus("files", str(tmp_path)).pieces
     text_bytes = sum(len(row["text"].encode()) for row in rows)
     assert sum(piece.bytes for piece in pieces) == pytest.approx(text_bytes, rel=0.1)
@@ -208,10 +208,10 @@ UNREADABLE = {
     "mostly broken lines": (
         "a.jsonl",
         b'{"text": "x"}\n{"text": "y"\n{"text": "z"\n',
-        ["a.jsonl: 2 lines are no JSON and 1 are", "the line at byte 14", "Expecting ',' delimiter", "mend the file"],
+        ["a.jsonl: 2 lines are not JSON and 1 are", "the line at byte 14", "Expecting ',' delimiter", "fix the file"],
     ),
     "no UTF-8": ("a.jsonl", b'{"text": "x\xff"}\n', ["a.jsonl", "utf-8"]),
-    "cut list": ("a.json", b'[{"text": "x"}, {"te', ["cannot read", "a.json", "mend the file"]),
+    "cut list": ("a.json", b'[{"text": "x"}, {"te', ["cannot read", "a.json", "fix the file"]),
     "two columns of text": (
         "a.parquet",
         parquet_of(pyarrow.table([["x"], ["y"]], names=["text", "text"])),
@@ -338,6 +338,6 @@ def test_another_text_is_not_shakespeare(tmp_path, content):
 
 def test_shakespeare_that_cannot_be_had(tmp_path, monkeypatch):
     assert "--source FILE" in mistake("shakespeare", str(tmp_path / "missing.txt"))
-    monkeypatch.setattr(corpora, "SHAKESPEARE_URL", "http://127.0.0.1:9/input.txt")
+    monkeypatch.setattr(built_in, "SHAKESPEARE_URL", "http://127.0.0.1:9/input.txt")
     line = mistake("shakespeare-char")
     assert "http://127.0.0.1:9/input.txt" in line and "--source FILE" in line

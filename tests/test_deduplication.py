@@ -1,5 +1,6 @@
 """Deduplication on real paragraphs in which duplicates are planted; every executor, interruptions, mistakes."""
 
+import dataclasses
 import gzip
 import importlib.util
 import json
@@ -18,7 +19,10 @@ import pytest
 
 from gpt2repro.errors import UserError
 from gpt2repro.prepare import deduplication
-from gpt2repro.prepare.deduplication import deduplicate, match_probability, normalized_url
+from gpt2repro.prepare.deduplication import METHODS, DedupOptions
+from gpt2repro.prepare.deduplication_report import match_probability
+from gpt2repro.prepare.request import Execution
+from gpt2repro.prepare.urls import normalized_url
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -26,6 +30,16 @@ installed = pytest.mark.skipif(
     any(importlib.util.find_spec(package) is None for package in ("datatrove", "spacy", "orjson")),
     reason='deduplication needs pip install "gpt2repro[dedup]"',
 )
+
+
+EXECUTION = {field.name for field in dataclasses.fields(Execution)}
+
+
+def deduplicate(source, output_dir, methods=METHODS, **options):
+    """With options of how it is run as well as of what comes out."""
+    execution = {name: options.pop(name) for name in EXECUTION & options.keys()}
+    options = DedupOptions(tuple(methods), **options)
+    return deduplication.deduplicate(source, output_dir, options, Execution(**execution))
 
 
 def five_grams(text):
@@ -222,8 +236,9 @@ def test_ray_on_one_machine_gives_the_same(source, tmp_path):
     files = [source / "b.parquet", source / "c.jsonl"]
     expected = deduplicate(files, tmp_path / "local", ["minhash"], num_buckets=2)
     code = (
-        "import sys; from gpt2repro.prepare.deduplication import deduplicate; "
-        "deduplicate(sys.argv[2:], sys.argv[1], ['minhash'], executor='ray', num_workers=2, num_buckets=2)"
+        "import sys; from gpt2repro.prepare.deduplication import DedupOptions, deduplicate; "
+        "from gpt2repro.prepare.request import Execution; "
+        "deduplicate(sys.argv[2:], sys.argv[1], DedupOptions(('minhash',), num_buckets=2), Execution(2, 'ray'))"
     )
     command = [sys.executable, "-c", code, tmp_path / "ray", *files]
     process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
@@ -315,7 +330,8 @@ def test_slurm_is_not_asked_twice(source, slurm, tmp_path, capsys):
 DIE = """
 import os, signal, sys
 from datatrove.io import DataFolder
-from gpt2repro.prepare.deduplication import deduplicate
+from gpt2repro.prepare.deduplication import DedupOptions, deduplicate
+from gpt2repro.prepare.request import Execution
 
 original, number = DataFolder.open, int(sys.argv[2])
 
@@ -331,7 +347,7 @@ def dying(self, path, mode="rb", *args, **kwargs):
     return file
 
 DataFolder.open = dying
-deduplicate(sys.argv[3], sys.argv[4])
+deduplicate(sys.argv[3], sys.argv[4], DedupOptions(), Execution())
 """
 
 
@@ -361,8 +377,9 @@ def test_workers_end_with_a_killed_run(source, tmp_path):
     """They would go on with its tasks, and write the files that the repeated call writes."""
     os.mkfifo(tmp_path / "endless.jsonl")  # who reads it waits for ever
     code = (
-        "import sys; from gpt2repro.prepare.deduplication import deduplicate; "
-        "deduplicate(sys.argv[2:], sys.argv[1], ['url'], num_workers=2)"
+        "import sys; from gpt2repro.prepare.deduplication import DedupOptions, deduplicate; "
+        "from gpt2repro.prepare.request import Execution; "
+        "deduplicate(sys.argv[2:], sys.argv[1], DedupOptions(('url',)), Execution(2))"
     )
     command = [sys.executable, "-c", code, tmp_path / "out", source / "c.jsonl", tmp_path / "endless.jsonl"]
     with (tmp_path / "console").open("w") as console:

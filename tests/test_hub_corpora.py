@@ -34,9 +34,9 @@ http.time = types.SimpleNamespace(**vars(time) | {"sleep": lambda seconds: time.
 datasets.config.STREAMING_READ_MAX_RETRIES = 2
 for name in ("READ_RETRY", "READ_SERVER_UNAVAILABLE_RETRY", "OPEN_RETRY"):
     setattr(datasets.config, f"STREAMING_{name}_INTERVAL", 0.01)
-corpora.FIRST_DELAY = 0.01
-corpora.ATTEMPTS = 3
-corpora.PART_BYTES = 1500
+retries.FIRST_DELAY = 0.01
+retries.ATTEMPTS = 3
+readers.PART_BYTES = 1500
 """
 CLIENT_TRIES = 6  # http_backoff of huggingface_hub gives up after so many
 

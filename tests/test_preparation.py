@@ -10,6 +10,7 @@ import random
 import shutil
 import signal
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import fsspec
@@ -21,16 +22,19 @@ import tokenizers
 from preparer import Preparer, alive, contents, documents_of, manifest_of, tokens_of, until
 
 import prepare_data
-from gpt2repro.data import shards
+from gpt2repro.data.shards import Split
 from gpt2repro.errors import UserError
-from gpt2repro.prepare import corpora
-from gpt2repro.prepare import parts as preparation
-from gpt2repro.prepare.corpora import Piece, open_corpus
-from gpt2repro.prepare.parts import Quota, plan
+from gpt2repro.prepare import readers, retries
+from gpt2repro.prepare.corpora import open_corpus
+from gpt2repro.prepare.parts import Counts, Job
+from gpt2repro.prepare.plan import PartRecord, Quota, plan
+from gpt2repro.prepare.prepared import OutputDirectory
+from gpt2repro.prepare.readers import Piece
+from gpt2repro.prepare.workers import prepare_parts
 
 
 PART_BYTES = 10_000
-SMALL_PARTS = f"corpora.PART_BYTES = {PART_BYTES}"
+SMALL_PARTS = f"readers.PART_BYTES = {PART_BYTES}"
 
 
 @pytest.fixture(scope="module")
@@ -103,13 +107,18 @@ def take(documents, quota):
     return taken, True
 
 
+@dataclass(frozen=True)
+class FakeRecord(PartRecord):
+    taken: list
+
+
 def fake_record(documents, quota):
     taken, complete = take(documents, quota)
     splits = {
-        split: {"tokens": sum(n for s, n in taken if s == split), "documents": sum(s == split for s, _ in taken)}
+        split: Split(sum(n for s, n in taken if s == split), sum(s == split for s, _ in taken), 0)
         for split in ("train", "val")
     }
-    return {"quota": vars(quota), "complete": complete, "splits": splits, "taken": taken}
+    return FakeRecord(quota, complete, {}, splits, [], taken)
 
 
 def random_case(generator):
@@ -126,7 +135,7 @@ def random_case(generator):
 
 def check_end(parts, quota, records, used):
     expected, _ = take(list(itertools.chain.from_iterable(parts)), quota)
-    assert [document for number in range(used) for document in records[number]["taken"]] == expected
+    assert [document for number in range(used) for document in records[number].taken] == expected
 
 
 @pytest.mark.parametrize("num_workers", [1, 2, 3, 8])
@@ -202,7 +211,7 @@ def test_while_validation_takes_the_beginning_the_end_is_made():
 
 @pytest.fixture
 def small_parts(monkeypatch):
-    monkeypatch.setattr(corpora, "PART_BYTES", PART_BYTES)
+    monkeypatch.setattr(readers, "PART_BYTES", PART_BYTES)
 
 
 @pytest.fixture(scope="module")
@@ -260,7 +269,8 @@ def test_limits_take_a_beginning_of_the_corpus(source, tokenizer, texts, lengths
         assert sorted(val + train) == sorted(texts[:count]) and not set(val) & set(train)
         assert train == [text for text in texts if text in set(train)]  # in their order
         assert val == [text for text in texts if text in set(val)]
-    manifest = prepare_data.shards.verify(tmp_path / "out")
+    prepare("--verify", tmp_path / "out")
+    manifest = manifest_of(tmp_path / "out")
     assert sum(split["documents"] for split in manifest["splits"].values()) == count
     assert sum(split["bytes"] for split in manifest["splits"].values()) == len("".join(texts[:count]).encode())
 
@@ -286,7 +296,7 @@ NASTY = [
 
 def test_tokens_are_tiktokens_one_by_one(topics, encoding, tmp_path, monkeypatch):
     """On real and on nasty text, position by position."""
-    monkeypatch.setattr(corpora, "PART_BYTES", 500_000)
+    monkeypatch.setattr(readers, "PART_BYTES", 500_000)
     documents = NASTY[:8] + topics[:20] + NASTY[8:]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
     assert len(open_corpus("files", str(tmp_path / "a.jsonl")).parts()) == 3
@@ -316,7 +326,8 @@ def test_characters_over_several_parts(source, texts, tmp_path, small_parts):
         *("files", "--source", source, "--output_dir", tmp_path / "out", "--tokenizer", "char"),
         *("--val_fraction", 0.3, "--shard_tokens", 500),
     )
-    manifest = prepare_data.shards.verify(tmp_path / "out")
+    prepare("--verify", tmp_path / "out")
+    manifest = manifest_of(tmp_path / "out")
     assert sum(split["documents"] for split in manifest["splits"].values()) == len(texts)
     assert sum(split["tokens"] for split in manifest["splits"].values()) == sum(map(len, texts))
     val = manifest["splits"]["val"]["shards"]
@@ -326,15 +337,16 @@ def test_characters_over_several_parts(source, texts, tmp_path, small_parts):
 def test_a_part_of_empty_documents_only(tmp_path, monkeypatch):
     """Without an end-of-text token nothing is left of them."""
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in ["ab"] * 50 + [""] * 500))
-    monkeypatch.setattr(corpora, "PART_BYTES", 1000)
+    monkeypatch.setattr(readers, "PART_BYTES", 1000)
     out = tmp_path / "out"
     prepare("files", "--source", tmp_path / "a.jsonl", "--output_dir", out, "--tokenizer", "char", "--val_tokens", 9)
-    assert shards.verify(out)["splits"]["train"]["tokens"] == 90
+    prepare("--verify", out)
+    assert manifest_of(out)["splits"]["train"]["tokens"] == 90
 
 
 def test_merged_validation_is_what_one_part_writes(source, command, tmp_path, monkeypatch):
     for name, part_bytes in (("one", 2**28), ("many", 2000)):
-        monkeypatch.setattr(corpora, "PART_BYTES", part_bytes)
+        monkeypatch.setattr(readers, "PART_BYTES", part_bytes)
         prepare(*command, "--output_dir", tmp_path / name)
     one, many = (manifest_of(tmp_path / name)["splits"] for name in ("one", "many"))
     assert one["val"] == many["val"]
@@ -349,7 +361,7 @@ def test_a_part_whose_shard_is_gone_is_made_again(
     source, command, uninterrupted, tmp_path, monkeypatch, renamed, damage
 ):
     """Before the shards have their final names, and while they are given them."""
-    monkeypatch.setattr(corpora, "PART_BYTES", PART_BYTES)
+    monkeypatch.setattr(readers, "PART_BYTES", PART_BYTES)
     output_dir, replace, names = tmp_path / "out", Path.replace, []
 
     def stopping(path, target):
@@ -398,7 +410,7 @@ def test_each_line_is_read_once_wherever_the_file_is_cut(tmp_path, end):
 
 @pytest.mark.parametrize("part_bytes", [1, 2, 7, 16, 50, 1000])
 def test_lines_are_read_once_whatever_the_size_of_a_part(tmp_path, monkeypatch, part_bytes):
-    monkeypatch.setattr(corpora, "PART_BYTES", part_bytes)
+    monkeypatch.setattr(readers, "PART_BYTES", part_bytes)
     (tmp_path / "a.jsonl").write_bytes(LINES)
     corpus = open_corpus("files", str(tmp_path / "a.jsonl"))
     assert len(corpus.pieces) == -(-len(LINES) // part_bytes)
@@ -411,7 +423,7 @@ def test_row_groups_are_read_once(tmp_path, monkeypatch, row_group_size, part_by
     texts = [f"document {number} " + "word " * (number % 5) for number in range(40)]
     table = pyarrow.table({"id": list(range(40)), "text": texts})
     pyarrow.parquet.write_table(table, tmp_path / "a [1].parquet", row_group_size=row_group_size)
-    monkeypatch.setattr(corpora, "PART_BYTES", part_bytes)
+    monkeypatch.setattr(readers, "PART_BYTES", part_bytes)
     corpus = open_corpus("files", str(tmp_path))
     assert list(corpus.texts()) == texts
     groups = -(-40 // row_group_size)
@@ -448,8 +460,8 @@ def large(topics, tokenizer, tmp_path_factory):
 
 
 LARGE = """
-corpora.PART_BYTES = 1  # each file is a part, which is not cut
-corpora._pieces_of_file = lambda path, column: [corpora.Piece("json lines", str(path), 2, column=column, start=0)]
+readers.PART_BYTES = 1  # each file is a part, which is not cut
+readers.cut_file = lambda path, column: [readers.Piece("json lines", str(path), 2, column=column, start=0)]
 """
 
 
@@ -476,7 +488,7 @@ def test_processes_that_are_killed(preparer, large, large_contents, tmp_path):
         assert run.wait() == (2 if killed == "process" else -signal.SIGKILL)
         assert not (output_dir / "manifest.json").exists()
     (line,) = [line for line in run.lines if not line.startswith("needs about ")]
-    assert line.startswith("error: a process was ended from outside") and "--num_workers" in line
+    assert line.startswith("error: a process was killed") and "--num_workers" in line
 
     run = preparer.run(*large, "--output_dir", output_dir, before=LARGE)
     assert run.status == 0, run.lines
@@ -549,7 +561,7 @@ def kill_before_each_change(preparer, source, tokenizer, tmp_path, after):
     """Kill a small preparation before the first, the second, ... file or name that it makes, renames or removes;
     `after` (or before) there is a manifest. Yields the directories that the same command then finishes."""
     command = ["files", "--source", source, "--tokenizer", tokenizer, "--val_fraction", 0.3]
-    small = f"corpora.PART_BYTES = {2 * PART_BYTES}\n"
+    small = f"readers.PART_BYTES = {2 * PART_BYTES}\n"
     preparer.run(*command, "--output_dir", tmp_path / "expected", before=small)
     for number in itertools.count(1):
         output_dir = tmp_path / f"{number}"
@@ -717,28 +729,28 @@ class Flaky:
         for number, text in enumerate(self.texts):
             if number == 2 and self.failures:
                 self.failures -= 1
-                raise corpora.SourceError("the line is dead")
+                raise retries.RemoteError("the line is dead")
             yield {"text": text}
 
 
-@pytest.mark.parametrize("failures", [0, 1, corpora.ATTEMPTS - 1, corpora.ATTEMPTS])
+@pytest.mark.parametrize("failures", [0, 1, retries.ATTEMPTS - 1, retries.ATTEMPTS])
 def test_a_part_is_tried_again(monkeypatch, tmp_path, tokenizer, failures):
     delays, shown = [], []
-    monkeypatch.setattr(corpora.time, "sleep", delays.append)
-    monkeypatch.setitem(corpora.READERS, "flaky", Flaky(failures, ["one", "two", "three", "four"]))
-    settings = preparation.Settings(tmp_path, str(tokenizer), 400, 399, 1000)
+    monkeypatch.setattr(retries.time, "sleep", delays.append)
+    monkeypatch.setitem(readers.READERS, "flaky", Flaky(failures, ["one", "two", "three", "four"]))
+    job = Job(OutputDirectory(tmp_path), str(tokenizer), 400, 399, 1000)
     shutil.copytree(tokenizer, tmp_path / "tokenizer")
 
     def make():
-        return preparation.prepare_parts([(Piece("flaky"),)], settings, Quota(3), 1, lambda *done: shown.append(done))
+        return prepare_parts([(Piece("flaky"),)], job, Quota(3), 1, shown.append)
 
-    if failures == corpora.ATTEMPTS:
+    if failures == retries.ATTEMPTS:
         with pytest.raises(UserError, match=rf"the line is dead; tried {failures} times.*repeat the command"):
             make()
         assert not list((tmp_path / "parts").iterdir())
         (record,) = make()
     else:
         (record,) = make()
-    assert delays == [corpora.FIRST_DELAY * 2**n for n in range(min(failures, corpora.ATTEMPTS - 1))]
-    assert record["splits"]["train"]["documents"] + record["splits"]["val"]["documents"] == 4
-    assert shown[-1] == tuple(sum(split[unit] for split in record["splits"].values()) for unit in preparation.UNITS)
+    assert delays == [retries.FIRST_DELAY * 2**n for n in range(min(failures, retries.ATTEMPTS - 1))]
+    assert record.total("documents") == 4
+    assert shown[-1] == tuple(record.total(unit) for unit in Counts._fields)

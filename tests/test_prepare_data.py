@@ -12,10 +12,9 @@ import pyarrow.parquet
 import pytest
 
 import prepare_data
-from gpt2repro.data import shards
 from gpt2repro.errors import UserError
-from gpt2repro.prepare import corpora
-from gpt2repro.prepare import parts as preparation
+from gpt2repro.prepare import built_in, corpora, parts, readers, retries, workers
+from gpt2repro.prepare.prepared import OutputDirectory, check_space
 
 
 EOT = 50_256
@@ -129,7 +128,7 @@ def test_a_document_keeps_its_split_when_the_corpus_grows(texts, encoding, tmp_p
 
 def test_python_docs(python_docs, tmp_path, monkeypatch):
     """The demo's corpus, with its own tokenizer; `--verify` accepts it."""
-    monkeypatch.setattr(corpora, "python_docs", lambda: iter(python_docs))  # it takes seconds to collect them again
+    monkeypatch.setattr(built_in, "python_docs", lambda: iter(python_docs))  # it takes seconds to collect them again
     prepare("python-docs", "--output_dir", tmp_path / "out")
     manifest, tokens = load(tmp_path / "out", "train")
     assert manifest["tokenizer"]["name"] == "bpe:2048" and manifest["tokenizer"]["eot_id"] == 2047
@@ -240,7 +239,7 @@ def test_a_mistake_that_made_nothing_is_mended_in_the_same_directory(source, tmp
     command = ["files", "--source", source, "--tokenizer", "bpe:400", "--output_dir", tmp_path / "out"]
     assert words in mistake(*command, *wrong)
     prepare(*command, "--shard_tokens", 500)
-    shards.verify(tmp_path / "out")
+    prepare("--verify", tmp_path / "out")
 
 
 @pytest.mark.parametrize("name", ["notes.txt", "train_00000.npy", "manifest.json", "tokenizer/tokenizer.json"])
@@ -376,19 +375,19 @@ def dataset(folder, texts):
 @pytest.mark.parametrize("kind", ["files", "dataset"])
 def test_a_corpus_that_changes_is_noticed(tmp_path, monkeypatch, kind):
     """While it is prepared also where the sizes of the files stay; afterwards by the sizes."""
-    monkeypatch.setattr(corpora, "PART_BYTES", 100)
+    monkeypatch.setattr(readers, "PART_BYTES", 100)
     texts = [f"document {n:02d} " + "word " * 9 for n in range(20)]
     folder = dataset(tmp_path / "source", texts)
     corpus = ["files", "--source", folder] if kind == "files" else [folder]
     command = [*corpus, "--output_dir", tmp_path / "out", "--val_tokens", 9]
     with monkeypatch.context() as patch:
-        patch.setattr(preparation, "put_together", None)  # all parts are made, then it fails
+        patch.setattr(parts, "put_together", None)  # all parts are made, then it fails
         with pytest.raises(TypeError):
             prepare(*command)
     before = (folder / "data" / "train-0.parquet").stat()
     dataset(folder, [text.replace("word", "work") for text in texts])
     assert (folder / "data" / "train-0.parquet").stat().st_size == before.st_size
-    assert "its times of change changed" in mistake(*command)
+    assert "its modification times changed" in mistake(*command)
     dataset(folder, texts)
     os.utime(folder / "data" / "train-0.parquet", ns=(before.st_atime_ns, before.st_mtime_ns))
     prepare(*command)
@@ -441,7 +440,7 @@ def test_the_tokenizer_is_kept_for_a_resume(command, tmp_path, monkeypatch):
     monkeypatch.setattr(prepare_data, "build_tokenizer", lambda *args: built.append(1) or build(*args))
     out = tmp_path / "out"
     with monkeypatch.context() as patch:
-        patch.setattr(preparation, "prepare_parts", None)  # fails when the tokenizer is there
+        patch.setattr(workers, "prepare_parts", None)  # fails when the tokenizer is there
         for change, count in (([], 1), ([], 1), (["--shard_tokens", 700], 2), ([], 3)):
             with pytest.raises(TypeError):
                 prepare(*command, *change, "--output_dir", out)
@@ -452,18 +451,18 @@ def test_the_tokenizer_is_kept_for_a_resume(command, tmp_path, monkeypatch):
         assert len(built) == 4
     prepare(*command, "--output_dir", out)
     assert len(built) == 4
-    shards.verify(out)
+    prepare("--verify", out)
 
 
 def test_a_source_that_fails_while_the_tokenizer_is_trained(command, tmp_path, monkeypatch):
     """Or while the footers of its tables are read: it is tried again."""
-    failures, row_groups, texts = [1, 1], corpora._row_groups, corpora.Corpus.texts
-    monkeypatch.setattr(corpora.time, "sleep", lambda seconds: None)
+    failures, cut_parquet, texts = [1, 1], readers.cut_parquet, corpora.Corpus.texts
+    monkeypatch.setattr(retries.time, "sleep", lambda seconds: None)
 
     def fail():
         if failures:
             failures.pop()
-            raise corpora.SourceError("the line is dead")
+            raise retries.RemoteError("the line is dead")
 
     def failing(corpus):
         for text in texts(corpus):
@@ -474,7 +473,7 @@ def test_a_source_that_fails_while_the_tokenizer_is_trained(command, tmp_path, m
     prepare(*command, "--output_dir", tmp_path / "out")
     assert not failures
     failures += [1, 1]
-    monkeypatch.setattr(corpora, "_row_groups", lambda *args: fail() or row_groups(*args))
+    monkeypatch.setattr(readers, "cut_parquet", lambda *args: fail() or cut_parquet(*args))
     prepare(dataset(tmp_path / "source", ["one", "two"]), "--output_dir", tmp_path / "tables", "--val_tokens", 1)
     assert not failures
 
@@ -496,17 +495,16 @@ def test_remedies_that_help(tmp_path, texts, shared):
     assert line.endswith("allow more than --max_tokens 1000")
     (tmp_path / "a.txt").write_bytes(b"\xff")
     line = mistake("files", "--source", tmp_path / "a.txt", "--output_dir", tmp_path / "out2")
-    assert "network" not in line and "mend the file" in line
+    assert "network" not in line and "fix the file" in line
 
 
 def test_disk_space_is_said_for_ids_of_four_bytes_and_for_deduplication(tmp_path, capsys):
-    corpus = corpora.Corpus([corpora.Piece("text", bytes=4 * 10**9)], {})
+    corpus = corpora.Corpus([readers.Piece("text", bytes=4 * 10**9)], {})
     said = []
     for vocab_size, dedup in ((65_536, None), (65_537, None), (65_536, "url")):
-        args = prepare_data.parse_arguments(
-            ["x/y", "--output_dir", str(tmp_path), *(["--dedup", dedup] if dedup else [])]
-        )
+        options = ["--dedup", dedup] if dedup else []
+        args = prepare_data.parse_arguments(["x/y", "--output_dir", str(tmp_path), *options])
         with contextlib.suppress(UserError):
-            prepare_data.check_space(tmp_path, corpus, vocab_size, args)
+            check_space(OutputDirectory(tmp_path), corpus, vocab_size, prepare_data.request_of(args))
         said.append(capsys.readouterr().out.split(" GB")[0])
     assert said == [f"needs about {need}" for need in ("2.0", "4.0", "5.0")]

@@ -1,5 +1,6 @@
 """Shards against the arrays they were made from, their manifest against a recount, `verify` against each damage."""
 
+import dataclasses
 import errno
 import hashlib
 import json
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 
 from gpt2repro.data import shards
-from gpt2repro.data.manifest import Manifest, TokenizerRecord
+from gpt2repro.data.manifest import Manifest
 from gpt2repro.data.shards import ShardWriter, Split
 from gpt2repro.data.token_stream import TokenStream, unigram_entropy
 from gpt2repro.data.tokenization import build_tokenizer
@@ -45,7 +46,7 @@ def write_prepared(directory, shard_tokens=50):
         "val": write(directory, make_documents()[:3], shard_tokens, "val"),
     }
     tokenizer.fast.save_pretrained(directory / "tokenizer")
-    record = TokenizerRecord(**tokenizer.describe() | {"eot_id": EOT})
+    record = dataclasses.replace(tokenizer.describe(), eot_id=EOT)
     Manifest({"name": "files"}, record, splits).write(directory)
     return directory
 

@@ -1,6 +1,7 @@
-"""Imports go one way: scripts -> gpt2repro -> libraries; nothing imports a script."""
+"""The house rules of imports: scripts -> rooms of gpt2repro, strictly downward and without a cycle -> libraries."""
 
 import ast
+import graphlib
 import sys
 from pathlib import Path
 
@@ -8,32 +9,89 @@ import pytest
 
 
 ROOT = Path(__file__).resolve().parents[1]
-SCRIPTS = {path.stem for path in ROOT.glob("*.py")} - {"modeling_gpt2repro"}
+PACKAGE = ROOT / "gpt2repro"
+MODEL = "modeling_gpt2repro"  # on the ground floor: it imports nothing of ours
+SCRIPTS = {path.stem for path in ROOT.glob("*.py")} - {MODEL}
+GROUND = "ground"
+ROOMS = {  # room -> the rooms that it may import from, besides itself
+    GROUND: set(),
+    "data": {GROUND},
+    "prepare": {GROUND, "data"},
+    "models": {GROUND, "data"},
+    "evaluation": {GROUND, "data", "models"},
+    "train": {GROUND, "data", "models", "evaluation"},
+    "hub": {GROUND, "data", "models", "evaluation", "train"},
+}
+MODULES = {
+    ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
+    for path in sorted(PACKAGE.rglob("*.py"))
+    if "metrics" not in path.relative_to(PACKAGE).parts  # a script that `evaluate` copies and runs
+}
 
 
-def imported(path: Path) -> set[str]:
-    """Top-level names of all modules that a file imports, wherever in it."""
+def imports(path: Path, at_module_level: bool = False) -> set[str]:
+    """The dotted names that a file imports, wherever in it or only at module level."""
+    tree = ast.parse(path.read_text())
     names = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in tree.body if at_module_level else ast.walk(tree):
         if isinstance(node, ast.Import):
-            names |= {alias.name.split(".")[0] for alias in node.names}
+            names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            names.add((node.module or "").split(".")[0])
+            submodules = {f"{node.module}.{alias.name}" for alias in node.names} & MODULES.keys()
+            names |= submodules or {node.module or ""}
     return names
+
+
+def top_level(names: set[str]) -> set[str]:
+    return {name.split(".")[0] for name in names}
+
+
+def room_of(module: str) -> str:
+    room = module.split(".")[1] if "." in module else GROUND
+    return room if room in ROOMS else GROUND
+
+
+def our_imports(module: str) -> set[str]:
+    return imports(MODULES[module]) & MODULES.keys()
 
 
 @pytest.mark.parametrize("path", sorted(ROOT.glob("*.py")), ids=lambda path: path.name)
 def test_no_script_imports_a_script(path):
-    assert not imported(path) & SCRIPTS
+    assert not top_level(imports(path)) & SCRIPTS
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "gpt2repro").rglob("*.py")), ids=lambda path: path.name)
-def test_the_package_imports_neither_scripts_nor_the_model(path):
-    """Models come in as arguments or through the Auto classes; only what opens or converts models and what settles a
-    run names the model's classes."""
-    allowed = {"modeling_gpt2repro"} if path.name in ("folder.py", "openai_weights.py", "preflight.py") else set()
-    assert not imported(path) & (SCRIPTS | {"modeling_gpt2repro"}) - allowed
+@pytest.mark.parametrize("module", MODULES)
+def test_a_room_imports_from_the_rooms_below_it_only(module):
+    room = room_of(module)
+    allowed = ROOMS[room] | {room}
+    assert {room_of(imported) for imported in our_imports(module)} <= allowed
+    assert not top_level(imports(MODULES[module])) & SCRIPTS
+
+
+def test_imports_have_no_cycle():
+    graph = {module: our_imports(module) for module in MODULES}
+    assert len(list(graphlib.TopologicalSorter(graph).static_order())) == len(MODULES)
+
+
+def test_every_file_stands_in_a_room_that_says_what_lives_there():
+    rooms = {path.name for path in PACKAGE.iterdir() if path.is_dir() and path.name != "__pycache__"}
+    assert rooms == ROOMS.keys() - {GROUND}
+    for room in rooms:
+        text = ast.get_docstring(ast.parse((PACKAGE / room / "__init__.py").read_text()))
+        missing = [path.stem for path in (PACKAGE / room).glob("*.py") if path.stem not in (text or "")]
+        assert missing in (["__init__"], []), f"{room}/__init__.py does not mention {missing}"
+
+
+@pytest.mark.parametrize("module", ["gpt2repro.errors", "gpt2repro.recipe"])
+def test_what_every_start_imports_needs_the_standard_library_only(module):
+    assert top_level(imports(MODULES[module])) <= sys.stdlib_module_names
+
+
+@pytest.mark.parametrize("module", [module for module in MODULES if room_of(module) == "prepare"])
+def test_preparation_starts_without_torch_and_transformers(module):
+    """Each of its processes imports it anew."""
+    assert not top_level(imports(MODULES[module], at_module_level=True)) & {"torch", "transformers", "accelerate"}
 
 
 def test_the_model_file_needs_torch_and_transformers_only():
-    assert imported(ROOT / "modeling_gpt2repro.py") - sys.stdlib_module_names == {"torch", "transformers"}
+    assert top_level(imports(ROOT / f"{MODEL}.py")) - sys.stdlib_module_names == {"torch", "transformers"}

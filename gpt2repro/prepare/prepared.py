@@ -1,0 +1,324 @@
+"""The directory that prepare_data.py makes: what lies where, whether it is what was asked for, and who may write there.
+
+    manifest.json, train_*.npy, val_*.npy, tokenizer/    the result; see gpt2repro/data/manifest.py
+    deduplicated/                                        with --dedup: what was kept and removed
+
+and while it is unfinished
+
+    preparing.json       what is being prepared (Unfinished)
+    parts/               finished parts: part_00003.json and the shards that it names
+    .lock                held by the process that is preparing it
+"""
+
+import contextlib
+import dataclasses
+import errno
+import json
+import math
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from gpt2repro.data.manifest import MANIFEST, Manifest, TokenizerRecord, remedy
+from gpt2repro.data.shards import SPLITS, token_dtype
+from gpt2repro.errors import UserError, first_line
+from gpt2repro.files import file_problem, write_json
+from gpt2repro.prepare.corpora import Corpus, open_corpus
+from gpt2repro.prepare.plan import PartRecord
+from gpt2repro.prepare.request import Request
+
+
+FACT_NAMES = {"files": "list of files", "modified": "modification times"}  # in messages; other facts have flags' names
+
+
+@dataclass(frozen=True)
+class SavedTokenizer:
+    """The tokenizer in the output directory.
+
+    record: of the manifest.
+    files: sha256 of each of its files, by name.
+    """
+
+    record: TokenizerRecord
+    files: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Unfinished:
+    """preparing.json: what an unfinished directory is being made into.
+
+    settings: of the request.
+    corpus_facts, modified: of the corpus, which must be the same when the preparation resumes.
+    tokenizer: None until it is built and saved.
+    """
+
+    settings: dict
+    corpus_facts: dict
+    modified: list[int] | None
+    tokenizer: SavedTokenizer | None = None
+
+    @classmethod
+    def read(cls, path: Path) -> "Unfinished | None":
+        """None if there is no such file of ours."""
+        try:
+            settings = dict(json.loads(path.read_text()))
+        except (OSError, ValueError, TypeError):
+            return None
+        corpus_facts, modified = settings.pop("corpus_facts", {}), settings.pop("modified", None)
+        record, files = settings.pop("tokenizer_facts", None), settings.pop("tokenizer_files", None)
+        tokenizer = SavedTokenizer(TokenizerRecord.from_dict(record), files) if files else None
+        return cls(settings, corpus_facts, modified, tokenizer)
+
+    def write(self, path: Path) -> None:
+        content = self.settings | {"corpus_facts": self.corpus_facts, "modified": self.modified}
+        if self.tokenizer:
+            content |= {"tokenizer_facts": self.tokenizer.record.to_dict(), "tokenizer_files": self.tokenizer.files}
+        write_json(path, content)
+
+
+@dataclass(frozen=True)
+class OutputDirectory:
+    """The directory of a preparation."""
+
+    path: Path
+
+    @property
+    def manifest(self) -> Path:
+        return self.path / MANIFEST
+
+    @property
+    def unfinished(self) -> Path:
+        return self.path / "preparing.json"
+
+    @property
+    def lock(self) -> Path:
+        return self.path / ".lock"
+
+    @property
+    def parts(self) -> Path:
+        return self.path / "parts"
+
+    @property
+    def tokenizer(self) -> Path:
+        return self.path / "tokenizer"
+
+    @property
+    def deduplicated(self) -> Path:
+        return self.path / "deduplicated"
+
+    def part_records(self) -> list[Path]:
+        """The records of finished parts, in order."""
+        return sorted(self.parts.glob("part_*.json"))
+
+    # ---- what was asked for, and what is there ----
+
+    def already_prepared(self, request: Request) -> Manifest | None:
+        """The manifest if the directory already holds exactly what is asked for; None if the preparation can start or
+        resume here.
+
+        Raises:
+            UserError: the directory holds something else, which is never overwritten; or its files are damaged.
+        """
+        if self._is_empty():
+            return None
+        recorded = self._manifest_settings()
+        if recorded is not None:
+            self._refuse_other_settings(recorded, request.settings())
+            return self._finished_manifest(request)
+        unfinished = Unfinished.read(self.unfinished)
+        if unfinished is not None:
+            self._refuse_other_settings(unfinished.settings, self._fixed_settings(request))
+            return None
+        raise UserError(f"{self.path} exists and was not made by prepare_data.py; choose another --output_dir")
+
+    def _is_empty(self) -> bool:
+        """Whether the directory is missing, or was left before its first file was written."""
+        if not self.path.exists():
+            return True
+        leftovers = {self.unfinished.name + ".tmp", self.lock.name}
+        return self.path.is_dir() and {path.name for path in self.path.iterdir()} <= leftovers
+
+    def _manifest_settings(self) -> dict | None:
+        """The settings that the manifest records; None if there is no manifest of ours."""
+        try:
+            return dict(json.loads(self.manifest.read_text())["settings"])
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
+    def _fixed_settings(self, request: Request) -> dict:
+        """The settings that finished work depends on; the others can still change."""
+        if self.part_records():
+            return request.settings()
+        return request.deduplication_settings() if self.deduplicated.exists() else {}
+
+    def _refuse_other_settings(self, recorded: dict, asked: dict) -> None:
+        differences = [key for key in asked if key in recorded and recorded[key] != asked[key]]
+        if differences:
+            raise UserError(
+                f"{self.path} holds data prepared with other settings ({', '.join(differences)}); "
+                "choose another --output_dir, or delete it"
+            )
+
+    def _finished_manifest(self, request: Request) -> Manifest:
+        """The manifest, after a quick check of the files and, if it is local, of the corpus."""
+        if request.corpus == "files" or Path(request.corpus).is_dir():
+            self.open_corpus(request)
+        manifest = Manifest.read(self.path)
+        damaged = manifest.missing_shards(self.path)
+        if damaged:
+            raise UserError("\n".join(f"{problem}; {remedy(self.path)}" for problem in damaged))
+        self.tidy()  # in case it was killed just before
+        return manifest
+
+    def open_corpus(self, request: Request) -> Corpus:
+        """The corpus that is asked for. A preparation that resumes reads the Hub commit that it started with.
+
+        Raises:
+            UserError: the corpus is unavailable, or differs from the one that the directory was started with.
+        """
+        recorded = self._recorded_corpus()
+        revision = request.revision or recorded.get("revision")
+        corpus = open_corpus(
+            request.corpus, request.source, request.text_column, request.hub_config, request.split, revision
+        )
+        facts = dict(corpus.facts)
+        if "modified" in recorded:
+            facts["modified"] = corpus.modified
+        changed = [name for name in facts if recorded and recorded.get(name) != facts[name]]
+        if changed:
+            names = " and ".join(FACT_NAMES.get(name, name) for name in changed)
+            raise UserError(
+                f"the corpus is not the one that {self.path} was started with: its {names} changed; "
+                "choose another --output_dir, or delete it"
+            )
+        return corpus
+
+    def _recorded_corpus(self) -> dict:
+        """The facts of the corpus that work in this directory came from; {} if there is none yet."""
+        if self.manifest.exists():
+            return Manifest.read(self.path).corpus
+        unfinished = Unfinished.read(self.unfinished)
+        if unfinished is None or not (self.deduplicated.exists() or self.part_records()):
+            return {}
+        return unfinished.corpus_facts | {"modified": unfinished.modified}
+
+    def saved_tokenizer(self, unfinished: Unfinished) -> SavedTokenizer | None:
+        """The tokenizer that an earlier attempt at the same preparation saved, if it is intact."""
+        earlier = Unfinished.read(self.unfinished)
+        if earlier is None or earlier.tokenizer is None:
+            return None
+        if dataclasses.replace(earlier, tokenizer=None) != unfinished:
+            return None
+        for name, sha256 in earlier.tokenizer.files.items():
+            if file_problem(self.tokenizer / name, sha256):
+                return None
+        return earlier.tokenizer
+
+    # ---- writing to it ----
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Create the directory and lock it against other preparations; the lock of a killed process is released."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(self.lock, blocking=False)
+        try:
+            lock.acquire()
+        except Timeout as error:
+            raise UserError(
+                f"{self.path} is being prepared by another process; wait for it, or choose another --output_dir"
+            ) from error
+        try:
+            yield
+        finally:
+            self.lock.unlink(missing_ok=True)
+            lock.release()
+            with contextlib.suppress(OSError):
+                self.path.rmdir()  # if nothing was written
+
+    def discard_parts(self) -> None:
+        """Forget the finished parts, so that the same directory takes other settings."""
+        shutil.rmtree(self.parts, ignore_errors=True)
+
+    def tidy(self) -> None:
+        """Remove what only an unfinished directory needs."""
+        self.discard_parts()
+        temporary = [path.with_name(path.name + ".tmp") for path in (self.unfinished, self.manifest)]
+        for path in (self.unfinished, *temporary, self.lock):
+            path.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def explain_disk_errors(output_dir: Path) -> Iterator[None]:
+    """Turn a full disk, and everything else that prevents writing there, into a UserError."""
+    try:
+        yield
+    except Exception as error:
+        number = getattr(error, "errno", None)
+        in_rust = f"(os error {errno.ENOSPC})" in str(error)  # tokenizers raises no OSError
+        if in_rust or number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise UserError(
+                f"no space is left for {output_dir}; finished parts are kept: make space, repeat the command"
+            ) from error
+        if isinstance(error, OSError) and str(getattr(error, "filename", None)).startswith(str(output_dir)):
+            raise UserError(
+                f"{output_dir} cannot be written ({first_line(error)}); fix that, or choose another --output_dir"
+            ) from error
+        raise
+
+
+# ---- refusals, before and after the work ----
+
+
+def check_space(directory: OutputDirectory, corpus: Corpus, vocab_size: int, request: Request) -> None:
+    """Print how much disk the preparation needs.
+
+    Raises:
+        UserError: there is less.
+    """
+    text_bytes = sum(piece.bytes for piece in corpus.pieces)
+    bytes_per_token = 1 if request.tokenizer_of(corpus) == "char" else 4  # English has 4.2 to 4.8 with GPT-2's
+    tokens = min(text_bytes // bytes_per_token, request.max_tokens or math.inf)
+    # The deduplication keeps the text, compressed to a half or less, and 952 bytes per document of a few thousand.
+    for_deduplication = 0.75 * text_bytes if request.dedup else 0
+    needed = (tokens * token_dtype(vocab_size).itemsize + for_deduplication) / 1e9
+    written = sum(path.stat().st_size for path in directory.path.rglob("*") if path.is_file())
+    free = (shutil.disk_usage(directory.path).free + written) / 1e9
+    if tokens:
+        print(f"needs about {needed:,.1f} GB of disk, {free:,.1f} GB are free", flush=True)
+    if needed > free:
+        raise UserError(
+            f"{directory.path} needs about {needed:,.1f} GB, but only {free:,.1f} GB are free; choose another disk, or "
+            "fewer tokens with --max_tokens"
+        )
+
+
+def refuse_empty_splits(records: list[PartRecord], val_split: dict, corpus: Corpus, request: Request) -> None:
+    """Raise UserError if a split has no tokens."""
+    for name in SPLITS:
+        if not any(record.splits[name].tokens for record in records):
+            raise UserError(f"the {name} split got no document ({val_split}); {_more_documents(corpus, request)}")
+
+
+def _more_documents(corpus: Corpus, request: Request) -> str:
+    other_split = "choose another --val_tokens or --val_fraction"
+    limits = {"max_tokens": request.max_tokens, "max_documents": request.max_documents}
+    given = " and ".join(f"--{name} {limit}" for name, limit in limits.items() if limit)
+    if not given:
+        return other_split
+    return f"allow more than {given}" if corpus.single_text else f"allow more than {given}, or {other_split}"
+
+
+def summary(directory: str | Path, manifest: Manifest) -> str:
+    """One line about a prepared directory."""
+    sentences = [
+        f"{name} {split.tokens:,} tokens, {split.documents:,} documents, {len(split.shards)} shards"
+        for name, split in manifest.splits.items()
+    ]
+    skipped = sum(manifest.preparation.get("skipped_documents", {}).values())
+    if skipped:
+        sentences.append(f"{skipped:,} rows without text skipped")
+    tokenizer = manifest.tokenizer
+    return f"{directory}: {'; '.join(sentences)}; tokenizer {tokenizer.name}, {tokenizer.vocab_size:,} ids"

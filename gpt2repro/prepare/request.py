@@ -1,0 +1,74 @@
+"""What the user asks prepare_data.py for."""
+
+import dataclasses
+from dataclasses import dataclass
+
+from gpt2repro.errors import UserError
+from gpt2repro.prepare.corpora import Corpus
+
+
+EXECUTORS = ("local", "slurm", "ray")
+
+
+@dataclass(frozen=True)
+class Request:
+    """The flags that the result depends on, by their own names; None where the corpus decides or nothing limits."""
+
+    corpus: str
+    source: str | None
+    tokenizer: str | None
+    shard_tokens: int
+    val_tokens: int | None
+    val_fraction: float | None
+    text_column: str
+    hub_config: str | None
+    split: str
+    revision: str | None
+    max_tokens: int | None
+    max_documents: int | None
+    tokenizer_documents: int
+    dedup: str | None
+    url_column: str
+
+    def settings(self) -> dict:
+        """The manifest's record of the request, under "settings"."""
+        return dataclasses.asdict(self)
+
+    def deduplication_settings(self) -> dict:
+        """The part of it that the deduplication depends on."""
+        names = ("corpus", "source", "text_column", "hub_config", "split", "revision", "dedup", "url_column")
+        return {name: getattr(self, name) for name in names}
+
+    def tokenizer_of(self, corpus: Corpus) -> str:
+        """The name of the tokenizer, as build_tokenizer understands it."""
+        return self.tokenizer or corpus.default_tokenizer
+
+    def validation_split(self, corpus: Corpus) -> dict:
+        """How validation is split off: {"val_tokens": N} or {"val_fraction": F}.
+
+        Raises:
+            UserError: val_tokens, which counts documents from the start, of a corpus that is one document.
+        """
+        if self.val_tokens is None and self.val_fraction is None:
+            return corpus.default_split
+        if self.val_fraction is not None:
+            return {"val_fraction": self.val_fraction}
+        if corpus.single_text:
+            raise UserError(f"--val_tokens {self.val_tokens}: one long text is split by position; use --val_fraction F")
+        return {"val_tokens": self.val_tokens}
+
+
+@dataclass(frozen=True)
+class Execution:
+    """How the work is run, which changes nothing in the result.
+
+    num_workers: processes; tasks at a time on a cluster.
+    executor: one of EXECUTORS, for the deduplication. Ray joins the cluster of RAY_ADDRESS, or starts one on this
+        machine.
+    slurm_partition, slurm_time: Slurm's --partition and --time of each task.
+    """
+
+    num_workers: int = 1
+    executor: str = "local"
+    slurm_partition: str | None = None
+    slurm_time: str = "24:00:00"

@@ -1,0 +1,516 @@
+"""GPT-2 (Radford et al. 2019, "Language Models are Unsupervised Multitask Learners") as a transformers model.
+
+The file is self-contained (torch and transformers only) because `save_pretrained` and `push_to_hub` copy it beside
+the weights, where `from_pretrained(..., trust_remote_code=True)` runs it. Read it bottom-up in the order it is
+written: loss, attention, MLP, block, trunk, language model.
+
+Shapes in comments: B batch, T positions of this call, S cached + new positions, D = n_embd, H = n_head,
+hs = D / H head size, V = vocab_size (rows of the embedding, padding included), N = B * T tokens.
+"""
+
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    initialization,
+)
+from transformers.activations import ACT2FN
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.configuration_utils import PreTrainedConfig
+from transformers.generation import GenerationMixin
+from transformers.loss.loss_utils import fixed_cross_entropy
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_layers import GenericForSequenceClassification, GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
+from transformers.utils import can_return_tuple
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+
+IGNORE_INDEX = -100  # the label that carries no loss, as everywhere in torch and transformers
+LOGITS_PER_CHUNK = 2**27  # elements of the loss's logits that exist at once: 0.5 GiB in float32
+
+
+class GPT2ReproConfig(PreTrainedConfig):
+    """Configuration of GPT-2 under its own field names; the defaults are GPT-2 124M without dropout.
+
+    vocab_size is the number of embedding rows, padded to a multiple of 64 for matrix-product speed;
+    unpadded_vocab_size is the number of real tokens. Padding is invisible: see `GPT2ReproForCausalLM`.
+
+    Raises:
+        ValueError: a value is out of its range, or the sizes contradict each other.
+    """
+
+    model_type = "gpt2repro"
+    keys_to_ignore_at_inference = ["past_key_values"]
+    attribute_map = {
+        "hidden_size": "n_embd",
+        "max_position_embeddings": "n_positions",
+        "num_attention_heads": "n_head",
+        "num_hidden_layers": "n_layer",
+    }
+
+    vocab_size: int = 50304
+    unpadded_vocab_size: int = 50257
+    n_positions: int = 1024
+    n_embd: int = 768
+    n_layer: int = 12
+    n_head: int = 12
+    n_inner: int | None = None  # width of the MLP; None means 4 * n_embd
+    activation_function: str = "gelu_new"  # the tanh approximation of GELU
+    resid_pdrop: float = 0.0
+    embd_pdrop: float = 0.0
+    attn_pdrop: float = 0.0
+    layer_norm_epsilon: float = 1e-5
+    initializer_range: float = 0.02
+    bias: bool = True  # biases of the projections and LayerNorms; False is nanoGPT's option
+    use_cache: bool = True
+    bos_token_id: int | None = 50256
+    eos_token_id: int | list[int] | None = 50256
+    pad_token_id: int | None = None
+    tie_word_embeddings: bool = True
+
+    def __post_init__(self, **kwargs):
+        for name in ("n_positions", "n_embd", "n_layer", "n_head"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        for name in ("resid_pdrop", "embd_pdrop", "attn_pdrop"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 0 and below 1")
+        if self.activation_function not in ACT2FN:
+            raise ValueError(f"activation_function={self.activation_function!r} is unknown; GPT-2's is gelu_new")
+        if self.n_embd % self.n_head:
+            raise ValueError(f"n_embd={self.n_embd} is not a multiple of n_head={self.n_head}")
+        if not 0 < self.unpadded_vocab_size <= self.vocab_size:
+            raise ValueError(
+                f"unpadded_vocab_size={self.unpadded_vocab_size} must lie between 1 and vocab_size={self.vocab_size}, "
+                "the number of embedding rows"
+            )
+        # register_for_auto_class, at the end of this file, names only the class that is saved; Hub users need them all.
+        kwargs.setdefault(
+            "auto_map",
+            {
+                "AutoConfig": "modeling_gpt2repro.GPT2ReproConfig",
+                "AutoModel": "modeling_gpt2repro.GPT2ReproModel",
+                "AutoModelForCausalLM": "modeling_gpt2repro.GPT2ReproForCausalLM",
+                "AutoModelForSequenceClassification": "modeling_gpt2repro.GPT2ReproForSequenceClassification",
+            },
+        )
+        super().__post_init__(**kwargs)
+
+
+class _ChunkedLinearCrossEntropy(torch.autograd.Function):
+    """Summed cross-entropy of `hidden @ weight.T`, whose logits exist one chunk of rows at a time.
+
+    The gradients are computed in the forward pass, while each chunk's softmax is at hand (the idea of Liger-Kernel's
+    fused linear cross-entropy), so the logits are neither kept nor computed twice.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, weight, labels, unpadded_vocab_size, dtype, with_gradients):
+        ctx.hidden_dtype, ctx.weight_dtype = hidden.dtype, weight.dtype
+        x, w = hidden.to(dtype), weight.to(dtype)
+        chunk_rows = max(1, LOGITS_PER_CHUNK // len(w))
+        loss = torch.zeros((), dtype=torch.float32, device=x.device)
+        grad_x = torch.empty_like(x) if with_gradients else None
+        with_weight = with_gradients and ctx.needs_input_grad[1]  # not where adapters are trained around it
+        grad_w = torch.zeros_like(w, dtype=torch.float32) if with_weight else None
+        for chunk in range(-(-len(x) // chunk_rows)):  # torch.compile then assumes the chunks' number, not len(x)
+            rows = slice(chunk * chunk_rows, (chunk + 1) * chunk_rows)
+            logits = x[rows] @ w.T
+            logits[:, unpadded_vocab_size:] = -torch.inf
+            log_probs = F.log_softmax(logits, dim=-1, dtype=torch.float32)
+            counted = (labels[rows] != IGNORE_INDEX)[:, None]
+            target = labels[rows][:, None].where(counted, 0)
+            # gather sees the real tokens only, so that any other label is its error and not a silent loss
+            loss -= (log_probs[:, :unpadded_vocab_size].gather(1, target) * counted).sum()
+            if with_gradients:  # d loss / d logits = softmax - one_hot(target)
+                grad_logits = log_probs.exp_().scatter_add_(1, target, -torch.ones_like(target, dtype=torch.float32))
+                grad_logits = grad_logits.mul_(counted).to(dtype)
+                grad_x[rows] = grad_logits @ w
+                if with_weight:
+                    grad_w += grad_logits.T @ x[rows]
+        if with_gradients:
+            ctx.save_for_backward(grad_x, grad_w)
+        return loss
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_loss):
+        grad_x, grad_w = ctx.saved_tensors
+        grad_hidden = (grad_x * grad_loss).to(ctx.hidden_dtype)
+        grad_weight = None if grad_w is None else (grad_w * grad_loss).to(ctx.weight_dtype)
+        return grad_hidden, grad_weight, None, None, None, None
+
+
+def linear_cross_entropy(hidden, weight, labels, unpadded_vocab_size, num_items_in_batch=None):
+    """Cross-entropy of the next token over the real vocabulary, without ever holding all logits.
+
+    Args:
+        hidden: (N, D) float, the trunk's output. Under autocast the products run in the autocast dtype; the softmax,
+            the sum and the weight's gradient are float32 always.
+        weight: (V, D) float, the head's weight with its padding rows.
+        labels: (N,) int64, already shifted; -100 is left out.
+        unpadded_vocab_size: the softmax runs over the first so many of the V rows.
+        num_items_in_batch: divisor of the summed loss; None means the number of labels that count, i.e. the mean.
+    Returns:
+        () float32, nats per token.
+    """
+    device = hidden.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+    total = _ChunkedLinearCrossEntropy.apply(
+        hidden, weight, labels, unpadded_vocab_size, dtype, torch.is_grad_enabled()
+    )
+    if num_items_in_batch is None:
+        num_items_in_batch = (labels != IGNORE_INDEX).sum()
+    return total / num_items_in_batch
+
+
+def eager_attention_forward(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
+    """Attention written out, the reference for the faster kernels.
+
+    Args:
+        query, key, value: (B, H, T, hs), (B, H, S, hs), (B, H, S, hs).
+        attention_mask: (B or 1, 1, T, S) float, added to the scores: 0 where a query may look, the minimum where not.
+    Returns:
+        (B, T, H, hs) the mixed values, and (B, H, T, S) the attention weights.
+    """
+    scores = query @ key.transpose(2, 3) * scaling  # (B, H, T, S)
+    if attention_mask is not None:
+        scores = scores + attention_mask
+    weights = F.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
+    weights = F.dropout(weights, p=dropout, training=module.training)
+    return (weights @ value).transpose(1, 2).contiguous(), weights
+
+
+class GPT2ReproAttention(nn.Module):
+    """Causal multi-head self-attention, dispatched through transformers' attention interface (SDPA by default)."""
+
+    is_causal = True
+
+    def __init__(self, config: GPT2ReproConfig, layer_idx: int):
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.head_dim = config.n_embd // config.n_head
+        self.scaling = self.head_dim**-0.5
+        self.attn_pdrop = config.attn_pdrop
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
+        self.c_proj = residual_projection(config.n_embd, config.n_embd, bias=config.bias)
+        self.resid_dropout = nn.Dropout(config.resid_pdrop)
+
+    def forward(self, hidden_states, attention_mask=None, past_key_values: Cache | None = None, **kwargs):
+        B, T, D = hidden_states.shape
+        qkv = self.c_attn(hidden_states).view(B, T, 3, -1, self.head_dim)
+        query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind()  # each (B, H, T, hs)
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_idx)  # (B, H, S, hs)
+
+        attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        mixed, weights = attention(
+            self,
+            query,
+            key,
+            value,
+            attention_mask,
+            scaling=self.scaling,
+            dropout=self.attn_pdrop if self.training else 0.0,
+            **kwargs,
+        )
+        return self.resid_dropout(self.c_proj(mixed.reshape(B, T, D))), weights
+
+
+class GPT2ReproMLP(nn.Module):
+    def __init__(self, config: GPT2ReproConfig):
+        super().__init__()
+        n_inner = config.n_inner or 4 * config.n_embd
+        self.c_fc = nn.Linear(config.n_embd, n_inner, bias=config.bias)
+        self.c_proj = residual_projection(n_inner, config.n_embd, bias=config.bias)
+        # "gelu_new" is the same function written out in five Python operations; torch's kernel is one.
+        name = config.activation_function
+        self.act = ACT2FN["gelu_pytorch_tanh" if name == "gelu_new" else name]
+        self.dropout = nn.Dropout(config.resid_pdrop)
+
+    def forward(self, hidden_states):
+        return self.dropout(self.c_proj(self.act(self.c_fc(hidden_states))))
+
+
+class GPT2ReproBlock(GradientCheckpointingLayer):
+    """Pre-LayerNorm block: x + attention(ln_1(x)), then x + mlp(ln_2(x))."""
+
+    def __init__(self, config: GPT2ReproConfig, layer_idx: int):
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon, bias=config.bias)
+        self.attn = GPT2ReproAttention(config, layer_idx)
+        self.ln_2 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon, bias=config.bias)
+        self.mlp = GPT2ReproMLP(config)
+
+    def forward(self, hidden_states, attention_mask=None, past_key_values: Cache | None = None, **kwargs):
+        attended, _ = self.attn(self.ln_1(hidden_states), attention_mask, past_key_values, **kwargs)
+        hidden_states = hidden_states + attended
+        return hidden_states + self.mlp(self.ln_2(hidden_states))
+
+
+def residual_projection(in_features: int, out_features: int, bias: bool) -> nn.Linear:
+    """A Linear that writes into the residual stream, marked for its own initialisation.
+
+    The mark sits on the Linear itself: transformers skips the init hook of custom modules without direct parameters.
+    """
+    linear = nn.Linear(in_features, out_features, bias=bias)
+    linear.is_residual_projection = True
+    return linear
+
+
+class GPT2ReproPreTrainedModel(PreTrainedModel):
+    config: GPT2ReproConfig
+    base_model_prefix = "transformer"
+    supports_gradient_checkpointing = True
+    _input_embed_layer = "wte"
+    _no_split_modules = ["GPT2ReproBlock"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    _can_record_outputs = {"hidden_states": GPT2ReproBlock, "attentions": GPT2ReproAttention}
+
+    def _init_weights(self, module):
+        """N(0, initializer_range) for Linear and Embedding, zero biases, LayerNorm 1 and 0; and, GPT-2 paper, 2.3:
+        "We scale the weights of residual layers at initialization by a factor of 1/sqrt(N) where N is the number of
+        residual layers." There are two in each block. Padding rows of the vocabulary are 0 and stay 0: no gradient
+        reaches them."""
+        super()._init_weights(module)
+        if getattr(module, "is_residual_projection", False):
+            std = self.config.initializer_range / math.sqrt(2 * self.config.n_layer)
+            initialization.normal_(module.weight, mean=0.0, std=std)
+        if getattr(module, "has_padding_rows", False) and not getattr(module.weight, "_is_hf_initialized", False):
+            initialization.zeros_(module.weight[self.config.unpadded_vocab_size :])
+
+    def check_length(self, length: int) -> None:
+        """Raise a ValueError for a sequence that has more tokens than there are positions."""
+        if length > self.config.n_positions:
+            raise ValueError(
+                f"a sequence of {length} tokens is longer than the model's n_positions={self.config.n_positions}; "
+                "shorten the prompt or generate fewer new tokens"
+            )
+
+    def resize_token_embeddings(self, new_num_tokens=None, pad_to_multiple_of=None, mean_resizing=True):
+        """As in transformers; the real vocabulary becomes new_num_tokens, the rows that pad_to_multiple_of adds stay
+        padding."""
+        if new_num_tokens is not None:  # padding rows are untrained: no new token may start as one of them
+            super().resize_token_embeddings(min(new_num_tokens, self.config.unpadded_vocab_size), mean_resizing=False)
+        embeddings = super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
+        if new_num_tokens is not None:
+            self.config.unpadded_vocab_size = new_num_tokens
+            for layer in filter(None, (self.get_input_embeddings(), self.get_output_embeddings())):
+                layer.weight.data[new_num_tokens:] = 0
+        return embeddings
+
+
+class GPT2ReproModel(GPT2ReproPreTrainedModel):
+    """The trunk: token and position embeddings, blocks, final LayerNorm."""
+
+    def __init__(self, config: GPT2ReproConfig):
+        super().__init__(config)
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        self.wte.has_padding_rows = True
+        self.wpe = nn.Embedding(config.n_positions, config.n_embd)
+        self.drop = nn.Dropout(config.embd_pdrop)
+        self.h = nn.ModuleList(GPT2ReproBlock(config, i) for i in range(config.n_layer))
+        self.ln_f = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon, bias=config.bias)
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs,
+    ) -> BaseModelOutputWithPast:
+        """Hidden states of the last block after the final LayerNorm.
+
+        Args:
+            input_ids: (B, T) int64; or inputs_embeds: (B, T, D) float. Exactly one of them.
+            attention_mask: (B, S) 1 for real tokens and 0 for padding; None means no padding.
+            position_ids: (B, T) int64, given where positions do not simply count on from the cache.
+            past_key_values: keys and values of earlier positions.
+        Returns:
+            last_hidden_state (B, T, D); past_key_values, hidden_states and attentions where asked for.
+        Raises:
+            ValueError: not exactly one input, or a sequence longer than n_positions.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give exactly one of input_ids and inputs_embeds")
+        if refused := [name for name in ("token_type_ids", "encoder_hidden_states") if kwargs.get(name) is not None]:
+            raise ValueError(f"{' and '.join(refused)}: a language model has no use for that; leave it out")
+        if inputs_embeds is None:
+            inputs_embeds = self.wte(input_ids)
+        if use_cache and past_key_values is None and not self.training:
+            past_key_values = DynamicCache(config=self.config)
+
+        T = inputs_embeds.shape[1]
+        past = 0 if past_key_values is None else past_key_values.get_seq_length()
+        positions = position_ids
+        if positions is None:
+            if isinstance(past, int):  # a static cache counts on the device; `generate` checks beforehand
+                self.check_length(past + T)
+            positions = torch.arange(T, device=inputs_embeds.device)[None] + past
+
+        causal_mask = None
+        # Without padding, packing and cache, SDPA's own is_causal=True is the whole mask. transformers knows that too,
+        # but while torch.compile traces it would build a mask tensor, for our own arange of position_ids as well.
+        only_causal = attention_mask is None and position_ids is None and past_key_values is None
+        if not (only_causal and self.config._attn_implementation == "sdpa"):
+            causal_mask = create_causal_mask(
+                config=self.config,
+                inputs_embeds=inputs_embeds,
+                attention_mask=attention_mask,
+                past_key_values=past_key_values,
+                position_ids=position_ids,
+            )
+        hidden_states = self.drop(inputs_embeds + self.wpe(positions))
+        for block in self.h:
+            hidden_states = block(hidden_states, causal_mask, past_key_values, position_ids=position_ids, **kwargs)
+        return BaseModelOutputWithPast(last_hidden_state=self.ln_f(hidden_states), past_key_values=past_key_values)
+
+
+class GPT2ReproForCausalLM(GPT2ReproPreTrainedModel, GenerationMixin):
+    """GPT-2 with its tied language-model head.
+
+    The padding rows of the vocabulary are invisible: the loss is that of a softmax over the real tokens, and the
+    logits of padded ids leave the model as the dtype's minimum, so no sample, beam or probability ever sees them. (A
+    mean over all logits does, as label smoothing takes it: that needs a model without padding rows.)
+    """
+
+    _tied_weights_keys = {"lm_head.weight": "transformer.wte.weight"}
+
+    def __init__(self, config: GPT2ReproConfig):
+        super().__init__(config)
+        self.transformer = GPT2ReproModel(config)
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.lm_head.has_padding_rows = True
+        self.post_init()
+
+    def prepare_inputs_for_generation(self, input_ids, inputs_embeds=None, position_ids=None, **kwargs):
+        """As in transformers; here a sequence that grows too long is an error with a static cache too, whose length
+        the forward pass cannot see. (`generate` looks for inputs_embeds in this signature.)"""
+        length = input_ids.shape[1] if position_ids is None else position_ids.shape[-1]
+        if position_ids is not None and length > self.config.n_positions:
+            length = int(position_ids.max()) + 1  # left padding takes no position
+        self.check_length(length)
+        return super().prepare_inputs_for_generation(
+            input_ids, inputs_embeds=inputs_embeds, position_ids=position_ids, **kwargs
+        )
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        shift_labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        num_items_in_batch: int | torch.Tensor | None = None,
+        **kwargs,
+    ) -> CausalLMOutputWithPast:
+        """Next-token loss and logits; the arguments not named here are those of `GPT2ReproModel.forward`.
+
+        Args:
+            labels: (B, T) int64 in Hugging Face's convention, e.g. the input_ids themselves: the model shifts them.
+            shift_labels: (B, T) int64, already shifted: position t holds the token that follows input t. In both,
+                -100 is left out of the loss.
+            logits_to_keep: compute logits for only the last so many positions (0: all), or for these indices.
+            num_items_in_batch: divisor of the summed loss, for gradient accumulation; None means the mean.
+        Returns:
+            loss: () float32, nats per token, where labels were given. It always covers all positions.
+            logits: (B, T or fewer, V). None in training with labels: they would be the largest tensor by far.
+        """
+        outputs: BaseModelOutputWithPast = self.transformer(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        hidden_states = outputs.last_hidden_state
+
+        loss = logits = None
+        if shift_labels is None and labels is not None:
+            shift_labels = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
+        if shift_labels is not None:
+            loss = self._loss(hidden_states, shift_labels, num_items_in_batch)
+        if shift_labels is None or not self.training:
+            kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            logits = self.lm_head(hidden_states[:, kept])
+            logits[..., self.config.unpadded_vocab_size :] = torch.finfo(logits.dtype).min
+
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+    def _loss(self, hidden_states, shift_labels, num_items_in_batch):
+        hidden, targets = hidden_states.flatten(0, 1), shift_labels.flatten().to(hidden_states.device)
+        if len(hidden) != len(targets):
+            raise ValueError(f"{len(targets)} labels for {len(hidden)} positions; give one for each input token")
+        real = self.config.unpadded_vocab_size
+        # FSDP2 makes the head a subclass of Linear that computes the same, and has gathered its weight by now: it is
+        # sharded together with the token embedding.
+        if type(self.lm_head).forward is nn.Linear.forward and not hasattr(self.lm_head, "_hf_hook"):
+            return linear_cross_entropy(hidden, self.lm_head.weight, targets, real, num_items_in_batch)
+        # With an adapter (PEFT) or offloaded weights (accelerate), only the head itself knows its logits.
+        return fixed_cross_entropy(self.lm_head(hidden)[:, :real].float(), targets, num_items_in_batch)
+
+
+class GPT2ReproForSequenceClassification(GenericForSequenceClassification, GPT2ReproPreTrainedModel):
+    """A linear layer on the last real token's hidden state, as GPT2ForSequenceClassification."""
+
+    base_model_prefix = "transformer"
+
+    def __init__(self, config: GPT2ReproConfig):
+        # Not the mixin's: that asks AutoModel for the trunk, which AutoModel does not know if this file is remote code.
+        PreTrainedModel.__init__(self, config)
+        self.num_labels = config.num_labels
+        self.transformer = GPT2ReproModel(config)
+        self.score = nn.Linear(config.n_embd, config.num_labels, bias=False)
+        self.post_init()
+
+
+# This makes save_pretrained and push_to_hub put a copy of this file beside the weights.
+GPT2ReproConfig.register_for_auto_class()
+GPT2ReproModel.register_for_auto_class("AutoModel")
+GPT2ReproForCausalLM.register_for_auto_class("AutoModelForCausalLM")
+GPT2ReproForSequenceClassification.register_for_auto_class("AutoModelForSequenceClassification")
+
+
+def register_auto_classes() -> None:
+    """Let the Auto classes open gpt2repro folders with this module, without running the copy in the folder."""
+    AutoConfig.register(GPT2ReproConfig.model_type, GPT2ReproConfig, exist_ok=True)
+    AutoModel.register(GPT2ReproConfig, GPT2ReproModel, exist_ok=True)
+    AutoModelForCausalLM.register(GPT2ReproConfig, GPT2ReproForCausalLM, exist_ok=True)
+    AutoModelForSequenceClassification.register(GPT2ReproConfig, GPT2ReproForSequenceClassification, exist_ok=True)
