@@ -113,7 +113,7 @@ def prepare(directory: OutputDirectory, request: Request, execution: Execution) 
     manifest = Manifest(
         corpus={"name": request.corpus, **corpus.facts},
         tokenizer=tokenizer.record,
-        splits=parts.put_together(records, job),
+        splits=parts.finalize_shards(records, job),
         preparation={
             "tokenizer_files": tokenizer.files,
             "deduplication": report,
@@ -146,7 +146,7 @@ def build_and_save_tokenizer(directory: OutputDirectory, corpus: Corpus, request
     shutil.rmtree(directory.tokenizer, ignore_errors=True)
     tokenizer.fast.save_pretrained(directory.tokenizer)
     hashes = {path.name: file_sha256(path) for path in sorted(directory.tokenizer.iterdir())}
-    return SavedTokenizer(tokenizer.describe(), hashes)
+    return SavedTokenizer(tokenizer.record(), hashes)
 
 
 def count_notes(records: list[PartRecord], report: dict | None) -> dict[str, int]:

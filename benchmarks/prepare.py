@@ -39,7 +39,7 @@ import pyarrow.parquet
 
 from gpt2repro.data.tokenization import END_OF_TEXT, gpt2_encoding
 from gpt2repro.prepare.corpora import open_corpus
-from gpt2repro.prepare.parts import Counts, Job, put_together
+from gpt2repro.prepare.parts import Counts, Job, finalize_shards
 from gpt2repro.prepare.plan import Quota
 from gpt2repro.prepare.prepared import OutputDirectory
 from gpt2repro.prepare.readers import Piece
@@ -168,7 +168,7 @@ def our_way(source: Path, out: Path, num_workers: int) -> tuple[int, float]:
         note_memory()
 
     records = prepare_parts(parts, job, Quota(), num_workers, progress)
-    put_together(records, job)
+    finalize_shards(records, job)
     tokens = sum(record.total("tokens") for record in records)
     return tokens - began[0][1], time.perf_counter() - began[0][0]
 
