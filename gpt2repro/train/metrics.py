@@ -70,7 +70,10 @@ def exported_step(rows: list[dict[str, Any]], record: dict[str, Any]) -> int:
 
 
 def _kind(row: dict[str, Any]) -> str:
-    return next(kind for kind in ROW_KINDS if kind in row)
+    for kind in ROW_KINDS:
+        if kind in row:
+            return kind
+    raise KeyError(f"a row has none of the keys {ROW_KINDS}, by which its kind is known: {list(row)}")
 
 
 def _rows(path: Path) -> Iterator[dict[str, Any]]:
