@@ -1,10 +1,10 @@
 """What an older version wrote still opens: tests/golden was made by commit f3a6540, before the formats had classes.
 
-    data/          prepare_data.py files --source text.jsonl --output_dir data --tokenizer bpe:300 --val_fraction 0.2
-                   --shard_tokens 6000
-    run/           recipe.yaml of this folder, stopped after step 5 with a checkpoint at step 4
-    metrics.jsonl  of the same run, not stopped
-    model/         the model folder that it exported
+data/          prepare_data.py files --source text.jsonl --output_dir data --tokenizer bpe:300 --val_fraction 0.2
+               --shard_tokens 6000
+run/           recipe.yaml of this folder, stopped after step 5 with a checkpoint at step 4
+metrics.jsonl  of the same run, not stopped
+model/         the model folder that it exported
 """
 
 import json
