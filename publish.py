@@ -2,11 +2,11 @@
 
     python publish.py runs/gpt2-124m-fineweb-edu --to owner/name                # weights with our model code
     python publish.py runs/gpt2-124m-fineweb-edu --to owner/name --format gpt2  # plain GPT2LMHeadModel, no remote code
-    python publish.py runs/demo/checkpoints/step_00000500 --to ./exported       # any folder: starts with . or / or ~
+    python publish.py runs/demo/checkpoints/step_00000500 --to ./exported       # a folder, starting with . or / or ~
     python publish.py nanogpt/out/ckpt.pt --to ./converted                      # nanoGPT, build-nanogpt, llm.c
 
-What is published has the weights as safetensors, the tokenizer, generation defaults and a model card that says what the
-run measured. An upload is one commit.
+A published model consists of the weights as safetensors, the tokenizer, generation defaults and a model card with what
+the run measured. An upload is one commit.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from gpt2repro.train.metrics import read_metrics
 from gpt2repro.train.report import plot_losses
 
 
-FOLDER_PREFIXES = (".", "/", "~")  # of --to; anything else is a Hub repository
+FOLDER_PREFIXES = (".", "/", "~")  # of --to; any other value is a Hub repository
 
 
 def main(argv: list[str]) -> None:
@@ -38,7 +38,7 @@ def main(argv: list[str]) -> None:
         folder = Path(args.to).expanduser().resolve()
         name = folder.name
     else:
-        folder = Path("publish") / args.to.replace("/", "--")  # until it is uploaded
+        folder = Path("publish") / args.to.replace("/", "--")  # deleted once it is uploaded
         name = args.to.split("/")[-1]
 
     model = from_gpt2(source)
@@ -46,7 +46,7 @@ def main(argv: list[str]) -> None:
     if len(tokenizer) > model.config.unpadded_vocab_size:
         raise UserError(
             f"the tokenizer has {len(tokenizer)} tokens, the model {model.config.unpadded_vocab_size}; "
-            "give the one that it was trained with as --tokenizer"
+            "pass the one that it was trained with as --tokenizer"
         )
     if not is_folder:
         create_repository(args.to, private=args.private or None, revision=args.revision)
@@ -69,13 +69,13 @@ def main(argv: list[str]) -> None:
 
 
 def checkpoint_step_of(source: Path) -> int | None:
-    """The step of a checkpoint; None for what is not a checkpoint."""
+    """The step of a checkpoint; None if the source is not one."""
     state = source / checkpoint.STATE
     return checkpoint.read_state(source)["step"] if state.is_file() else None
 
 
 def draw_losses(run: RunFolder, last_step: int | None, path: Path, title: str) -> None:
-    """The loss up to a step; None: all of it."""
+    """Draw the loss curve up to last_step; None: all of it."""
     rows = read_metrics(run.metrics)
     if last_step is not None:
         rows = [row for row in rows if row["step"] <= last_step]
@@ -84,8 +84,8 @@ def draw_losses(run: RunFolder, last_step: int | None, path: Path, title: str) -
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser = Parser(__doc__)
-    parser.add_argument("source", help="run, checkpoint, model folder, Hub id, or another trainer's file")
-    parser.add_argument("--to", required=True, metavar="REPO_OR_FOLDER", help="owner/name, or a new folder, ./name")
+    parser.add_argument("source", help="run, checkpoint, model folder, Hub id, or another trainer's checkpoint")
+    parser.add_argument("--to", required=True, metavar="REPO_OR_FOLDER", help="owner/name, or a new folder ./name")
     parser.add_argument(
         "--format",
         choices=("gpt2repro", "gpt2"),
@@ -93,14 +93,14 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
         help="gpt2repro: with our model code; gpt2: transformers' own class, loads anywhere (default: %(default)s)",
     )
     parser.add_argument("--tokenizer", help="folder or Hub id, if SOURCE has none")
-    parser.add_argument("--license", help="of the weights, for the card (default: what the run's recipe says)")
-    parser.add_argument("--private", action="store_true", help="create the repository as a private one")
-    parser.add_argument("--revision", help="branch to push to, created if need be (default: main)")
+    parser.add_argument("--license", help="license of the weights, for the model card (default: the run's recipe's)")
+    parser.add_argument("--private", action="store_true", help="create a private repository")
+    parser.add_argument("--revision", help="branch to push to, created if missing (default: main)")
     args = parser.parse_args(argv)
     if args.to.startswith(FOLDER_PREFIXES):
         folder = Path(args.to).expanduser()
         if args.private or args.revision:
-            raise UserError("--private and --revision are for the Hub; leave them out, or give --to owner/name")
+            raise UserError("--private and --revision are for the Hub; drop them, or pass --to owner/name")
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise UserError(f"--to {args.to} exists already; choose a new folder, or delete it")
     else:

@@ -5,7 +5,7 @@
         --config recipes/gpt2-124m-fineweb-edu.yaml [--field value ...]
 
 The recipe says what to run; the accelerate config says how: device, processes, precision. The same command resumes a
-run that was stopped. gpt2repro/recipe.py lists the fields, gpt2repro/run_folder.py what output_dir gets.
+run that was stopped. gpt2repro/recipe.py lists the recipe's fields, gpt2repro/run_folder.py the files in output_dir.
 """
 
 import dataclasses
@@ -52,14 +52,13 @@ def main(argv: list[str]) -> None:
     if recipe.eval_only:
         return print_losses(plan, accelerator)
 
-    # Build. The raw model and optimizers are those that accelerate wraps: for samples, checkpoints and the export.
+    # Build. Samples, checkpoints and the export use the raw model and optimizers, without accelerate's wrappers.
     hellaswag = load_hellaswag(plan, accelerator)
     raw_model = build_model(plan)
     raw_optimizers = build_optimizers(raw_model, recipe)
     model, *optimizers = accelerator.prepare(raw_model, *raw_optimizers)
     stop_request = StopRequest(recipe.max_hours)
-    if recipe.push_to_hub:
-        on_main(lambda: create_repository(recipe.hub_model_id))
+    check_hub_access(recipe)
     lock = begin_run(recipe, plan.data, accelerator)
 
     # Restore.
@@ -94,7 +93,7 @@ def main(argv: list[str]) -> None:
     checkpoints.close()
     run.take_best(checkpoints)
     trained = unwrapped(raw_model)  # all ranks gather a sharded model
-    # DDP goes before the processes part: it frees their group while it holds Python's lock, for which gloo may wait.
+    # Free DDP while all ranks are still alive: it destroys its process group holding the GIL, which gloo may wait for.
     model, *optimizers = accelerator.free_memory(model, *optimizers)
     telemetry.close()
     if run.stopping:
@@ -117,23 +116,23 @@ def forward_backward(
     recipe: Recipe,
     step: int,
 ) -> tuple[torch.Tensor, float]:
-    """The gradient of one global batch, clipped.
+    """Compute and clip the gradient of one global batch.
 
     Args:
         micro_batches: of this rank, (micro_batch_size, T + 1) int64 each; their number is the gradient accumulation.
         step: counted from 0.
     Returns:
-        The mean loss of this rank, () float32 in nats per token; and the global norm of the gradient before clipping.
+        This rank's mean loss, () float32, nats per token; and the global gradient norm before clipping.
     """
     accelerator.gradient_accumulation_steps = len(micro_batches)
-    accelerator.step = 0  # accelerate's count of micro-batches, by which it recognises the last one of a step
+    accelerator.step = 0  # accelerate counts micro-batches to recognize the last one of a step
     losses = []
     for micro, tokens in enumerate(micro_batches):
         tokens = tokens.to(accelerator.device, non_blocking=True)
-        # Dropout is a function of the position in the run, so a resumed run drops what the uninterrupted one would.
+        # Dropout is a function of step, micro-batch and rank, so a resumed run drops what an uninterrupted one would.
         torch.manual_seed(stateless_seed(recipe.seed, step, micro, accelerator.process_index))
         with accelerator.accumulate(model):
-            with accelerator.autocast():  # prepare arranges it, except with FSDP2
+            with accelerator.autocast():  # accelerator.prepare adds it to the model, except with FSDP2
                 loss = model(input_ids=tokens[:, :-1], shift_labels=tokens[:, 1:], use_cache=False).loss
             accelerator.backward(loss)  # divides by the accumulation
         losses.append(loss.detach())
@@ -142,7 +141,11 @@ def forward_backward(
 
 
 def agree(accelerator: Accelerator, loss: torch.Tensor, stop_request: StopRequest) -> tuple[float, str | None]:
-    """What all ranks must know alike: the mean loss, not finite if one rank's is not; and why to stop, if any must."""
+    """What all ranks must agree on.
+
+    Returns:
+        The loss averaged over ranks, not finite if any rank's is not; and why to stop, if any rank must, else None.
+    """
     must_stop = torch.full_like(loss, stop_request.reason is not None)
     mean_loss, share_of_stops = accelerator.reduce(torch.stack([loss, must_stop]), "mean").tolist()
     if not share_of_stops:
@@ -164,13 +167,13 @@ def zero_grad_all(optimizers: list[AcceleratedOptimizer]) -> None:
 
 
 def silence_libraries() -> None:
-    """Warnings and bars that say nothing about this run."""
+    """Hide warnings and progress bars that say nothing about this run."""
     logging.getLogger("accelerate.utils.other").setLevel(logging.ERROR)  # "Removed shared tensor": the head is tied
-    disable_progress_bar()  # of reading and writing weights; the training bar stays
+    disable_progress_bar()  # transformers' own, for reading and writing weights
 
 
 def build_model(plan: Plan) -> GPT2ReproForCausalLM:
-    """The model to train, in float32, the same on every rank; a resumed run gets its weights from its checkpoint."""
+    """The model to train, in float32, identical on all ranks. A resumed run loads its checkpoint's weights later."""
     set_seed(plan.recipe.seed)
     if plan.pretrained is not None:
         model = plan.pretrained.build(plan.config, dtype=torch.float32)
@@ -181,13 +184,19 @@ def build_model(plan: Plan) -> GPT2ReproForCausalLM:
     return model
 
 
+def check_hub_access(recipe: Recipe) -> None:
+    """With push_to_hub, create the repository now, so that a missing permission ends the run before training."""
+    if recipe.push_to_hub:
+        on_main(lambda: create_repository(recipe.hub_model_id))
+
+
 def print_losses(plan: Plan, accelerator: Accelerator) -> None:
-    """--eval_only: the loss of init_from, trained on this data or not, on equally many tokens of either split."""
+    """--eval_only: print the losses of init_from on equally many tokens of the training and validation splits."""
     data = plan.data
     tokens = plan.recipe.validation_tokens or max(len(stream) for stream in data.val.streams)
     recipe = dataclasses.replace(plan.recipe, validation_tokens=tokens)
     raw_model = build_model(plan)
-    model, *_ = accelerator.prepare(raw_model, *build_optimizers(raw_model, recipe))  # FSDP2 wants both together
+    model, *_ = accelerator.prepare(raw_model, *build_optimizers(raw_model, recipe))  # FSDP2 requires both
     for split, mixture in (("train", data.train), ("val", data.val)):
         for name, loss in validation_losses(model, mixture, recipe, accelerator).items():
             accelerator.print(f"{name.replace('val', split, 1)} {loss:.4f}")
@@ -197,11 +206,11 @@ def print_losses(plan: Plan, accelerator: Accelerator) -> None:
 
 
 def finish(plan: Plan, model: PreTrainedModel, step: int) -> None:
-    """Draw the curve, save the model folder, push it if asked, and say what came out and where it lies.
+    """Draw the loss curve, save the model folder, push it if asked to, and print the results and where they are.
 
     Args:
-        model: plain, with the weights to export.
-        step: that the weights are of: the last one, or with `patience` the best.
+        model: unwrapped, with the weights to export.
+        step: the step of these weights: the last, or with `patience` the one with the best validation loss.
     """
     recipe, data, folder = plan.recipe, plan.data, RunFolder(plan.recipe.output_dir)
     rows = read_metrics(folder.metrics)

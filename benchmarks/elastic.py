@@ -1,11 +1,11 @@
-"""Stop a run, and let it go on with other numbers of processes and other micro-batches: what is read, what is learnt.
+"""Stop a run, and resume it with another world size and other micro-batches: same tokens, same losses?
 
     python benchmarks/elastic.py
 
-A small GPT-2 learns the text that every CPython carries, in one process. From its checkpoints after a third and two
-thirds of the steps it goes on in 1, 2 and 4 processes with several micro-batch sizes. The table has, for each, whether
-all processes together read the same tokens (sha256 over all steps), and the largest difference of a training loss, a
-gradient norm and the last validation loss from those of the run that was not stopped.
+A small GPT-2 trains on the text that every CPython carries, in one process. From its checkpoints after a third and two
+thirds of the steps it resumes in 1, 2 and 4 processes with several micro-batch sizes. For each, the table shows whether
+all ranks together read the same tokens (sha256 over all steps), and by how much training loss, gradient norm and the
+last validation loss differ at most from those of the uninterrupted run.
 """
 
 import argparse
@@ -26,12 +26,15 @@ import torch
 from gpt2repro.data.batches import MicroBatches
 from gpt2repro.data.mixture import RunData
 from gpt2repro.recipe import Recipe
+from gpt2repro.run_folder import checkpoint_step
 from gpt2repro.train.metrics import read_metrics
 from gpt2repro.train.report import provenance
 
 
 ROOT = Path(__file__).resolve().parents[1]
-STEPS, SEQUENCES, T = 30, 16, 64
+STEPS = 30
+SEQUENCES = 16  # per step
+T = 64  # tokens per sequence
 RECIPE = f"""
 max_steps: {STEPS}
 warmup_steps: 5
@@ -48,22 +51,24 @@ keep_last: 3
 num_workers: 0
 model: {{n_layer: 2, n_head: 2, n_embd: 128, n_positions: {T}}}
 """
-LAYOUTS = [(processes, micro) for processes in (1, 2, 4) for micro in (2, 4)]
+LAYOUTS = [(processes, micro) for processes in (1, 2, 4) for micro in (2, 4)]  # micro: sequences per micro-batch
+KINDS = ("loss", "grad_norm", "val_loss")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, help="write the figures as JSON")
+    parser.add_argument("--output", type=Path, help="write the results as JSON")
     args = parser.parse_args()
+    rows = []
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         (root / "recipe.yaml").write_text(RECIPE)
         prepare = [sys.executable, ROOT / "prepare_data.py", "python-docs", "--output_dir", root / "data"]
         subprocess.run([*prepare, "--tokenizer", "bpe:512"], check=True, capture_output=True)
-        whole = root / "whole"
-        train(root, whole, 1, 16)
-        expected, stream = figures(whole), stream_hash(root / "data", 1, 16)
-        rows = []
+        uninterrupted = root / "uninterrupted"
+        train(root, uninterrupted, processes=1, micro=SEQUENCES)
+        expected = values_by_step(uninterrupted)
+        expected_stream = stream_hash(root / "data", processes=1, micro=SEQUENCES)
         print(
             "| stopped after | processes x micro-batch x accumulation | same tokens | loss | gradient norm | val_loss |"
         )
@@ -71,20 +76,16 @@ def main() -> None:
         for stop in (STEPS // 3, 2 * STEPS // 3):
             for processes, micro in LAYOUTS:
                 run = root / f"{stop}_{processes}_{micro}"
-                shutil.copytree(whole, run, ignore=lambda _, names: {"model", "metrics.jsonl"} & set(names))
-                for checkpoint in (run / "checkpoints").iterdir():
-                    if int(checkpoint.name.removeprefix("step_")) > stop:
-                        shutil.rmtree(checkpoint)
+                copy_until(stop, uninterrupted, run)
                 train(root, run, processes, micro)
-                found = figures(run)
-                row = {
-                    "stopped after": stop,
-                    "layout": f"{processes} x {micro} x {SEQUENCES // processes // micro}",
-                    "same tokens": stream_hash(root / "data", processes, micro) == stream,
-                } | {key: max(abs(found[key][s] - expected[key][s]) for s in found[key]) for key in expected}
+                found = values_by_step(run)
                 assert min(found["loss"]) == stop + 1 and max(found["loss"]) == STEPS
-                print("| " + " | ".join(f"{v:.1e}" if isinstance(v, float) else str(v) for v in row.values()) + " |")
-                rows.append(row)
+                layout = f"{processes} x {micro} x {SEQUENCES // processes // micro}"
+                same_tokens = stream_hash(root / "data", processes, micro) == expected_stream
+                differences = {kind: largest_difference(found[kind], expected[kind]) for kind in KINDS}
+                columns = [stop, layout, same_tokens, *(f"{value:.1e}" for value in differences.values())]
+                print("| " + " | ".join(map(str, columns)) + " |")
+                rows.append({"stopped after": stop, "layout": layout, "same tokens": same_tokens, **differences})
     if args.output:
         facts = {"date": str(datetime.date.today()), "versions": provenance(), "rows": rows}
         args.output.write_text(json.dumps(facts, indent=2) + "\n")
@@ -99,21 +100,35 @@ def train(root: Path, output_dir: Path, processes: int, micro: int) -> None:
     subprocess.run(command, check=True, capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, cwd=ROOT)
 
 
-def figures(run: Path) -> dict[str, dict[int, float]]:
-    """Of each kind of figure, its values by step."""
+def copy_until(step: int, run: Path, copy: Path) -> None:
+    """Copy a finished run as if it had been stopped after `step`; the copy logs its own metrics."""
+    shutil.copytree(run, copy, ignore=shutil.ignore_patterns("model", "metrics.jsonl"))
+    for checkpoint in (copy / "checkpoints").iterdir():
+        if checkpoint_step(checkpoint) > step:
+            shutil.rmtree(checkpoint)
+
+
+def values_by_step(run: Path) -> dict[str, dict[int, float]]:
+    """For each of KINDS, its values by step."""
     rows = read_metrics(run / "metrics.jsonl")
-    kinds = ("loss", "grad_norm", "val_loss")
-    return {kind: {row["step"]: row[kind] for row in rows if kind in row} for kind in kinds}
+    return {kind: {row["step"]: row[kind] for row in rows if kind in row} for kind in KINDS}
+
+
+def largest_difference(found: dict[int, float], expected: dict[int, float]) -> float:
+    """Over the steps in `found`."""
+    return max(abs(value - expected[step]) for step, value in found.items())
 
 
 def stream_hash(data_dir: Path, processes: int, micro: int) -> str:
-    """Of what all processes read in the run, sample by sample."""
+    """SHA-256 of the tokens that all ranks read in the run, sample by sample."""
     recipe = Recipe(max_steps=STEPS, global_batch_tokens=SEQUENCES * T, micro_batch_size=micro, sequence_length=T)
-    data, digest = RunData.open({str(data_dir): 1.0}).train, sha256()
+    data = RunData.open({str(data_dir): 1.0}).train
     ranks = [MicroBatches(data, recipe, rank, processes) for rank in range(processes)]
+    digest = sha256()
     for step in range(STEPS):
-        for m in range(recipe.accumulation(processes, step)):
-            digest.update(torch.cat([rank[step, m] for rank in ranks]).numpy().tobytes())
+        for number in range(recipe.accumulation(processes, step)):
+            tokens = torch.cat([rank[step, number] for rank in ranks])
+            digest.update(tokens.numpy().tobytes())
     return digest.hexdigest()
 
 

@@ -1,18 +1,17 @@
-"""Kill a training run at random moments, start it again with the same command, and compare it with one that nobody
-disturbed: the weights bit by bit, metrics.jsonl row by row.
+"""Kill a training run at random moments, resume it with the same command, and compare the result with an uninterrupted
+run: the weights bit for bit, metrics.jsonl row by row.
 
     python benchmarks/kill_resume.py --kills 50
     python benchmarks/kill_resume.py --kills 50 --num_processes 2
 
-A small GPT-2 learns the text that every CPython carries, with dropout, and saves every third step. SIGKILL goes to the
-launcher and all its processes at once, at a moment drawn from the whole life of the run: half of the kills fall while a
-checkpoint is being written, if there are such moments to be had.
+A small GPT-2 trains on the text that every CPython carries, with dropout, and saves every third step. SIGKILL goes to
+the launcher and all its processes at once, at a random moment of the run; every other kill, on average, waits until a
+checkpoint is being written.
 """
 
 import argparse
 import contextlib
 import datetime
-import hashlib
 import json
 import os
 import random
@@ -26,6 +25,8 @@ import psutil
 
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from gpt2repro.files import file_sha256
+from gpt2repro.run_folder import RunFolder
 from gpt2repro.train.metrics import CLOCK_KEYS
 
 
@@ -56,38 +57,38 @@ def main() -> None:
         (root / "recipe.yaml").write_text(RECIPE)
         prepare = [sys.executable, ROOT / "prepare_data.py", "python-docs", "--output_dir", root / "data"]
         subprocess.run([*prepare, "--tokenizer", "bpe:512"], check=True, capture_output=True)
-        undisturbed = Run(root, "undisturbed", args.num_processes)
+        uninterrupted = Run(root, "uninterrupted", args.num_processes)
         began = time.monotonic()
-        undisturbed.start()
-        assert undisturbed.wait() == 0, undisturbed.printed()
-        life = time.monotonic() - began
-        expected = undisturbed.result()
+        uninterrupted.start()
+        assert uninterrupted.wait() == 0, uninterrupted.printed()
+        duration = time.monotonic() - began
+        expected = uninterrupted.result()
 
-        kills, in_saving, lost, different, runs = 0, 0, 0, 0, 0
+        runs = kills = kills_while_saving = lost = different = 0
         while kills < args.kills:
             run = Run(root, f"killed_{runs}", args.num_processes)
             runs += 1
             while True:
                 run.start()
-                saving = rng.random() < 0.5
-                moment = rng.uniform(0, life)
-                if kills == args.kills or not run.alive_at(moment, saving):
+                while_saving = rng.random() < 0.5
+                moment = rng.uniform(0, duration)
+                if kills == args.kills or not run.reaches(moment, while_saving):
                     break
                 run.kill()
                 kills += 1
-                in_saving += run.is_saving()
+                kills_while_saving += run.is_saving()
                 print(f"kill {kills}: {run.newest()}", file=sys.stderr, flush=True)
-            status = run.wait()
-            lost += status != 0
-            different += status == 0 and run.result() != expected
-            if status:
+            if run.wait() != 0:
+                lost += 1
                 print(run.printed(), file=sys.stderr)
+            elif run.result() != expected:
+                different += 1
         report = {
             "date": str(datetime.date.today()),
             "processes": args.num_processes,
             "runs": runs,
             "kills": kills,
-            "kills while a checkpoint was being written": in_saving,
+            "kills while a checkpoint was being written": kills_while_saving,
             "lost runs": lost,
             "runs with other weights or other rows": different,
             "rows of metrics.jsonl": len(expected[1]),
@@ -100,15 +101,15 @@ def main() -> None:
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=int, default=50, help="in all (default: %(default)s)")
-    parser.add_argument("--num_processes", type=int, default=1, help="of the run (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of the moments (default: %(default)s)")
-    parser.add_argument("--output", type=Path, help="write the figures as JSON")
+    parser.add_argument("--kills", type=int, default=50, help="kills over all runs (default: %(default)s)")
+    parser.add_argument("--num_processes", type=int, default=1, help="world size of the run (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="seed for the moments of the kills (default: %(default)s)")
+    parser.add_argument("--output", type=Path, help="write the results as JSON")
     return parser.parse_args()
 
 
 class Run:
-    """A training run in an output directory of its own, started as often as need be."""
+    """A training run in its own output directory, which can be started repeatedly."""
 
     def __init__(self, root: Path, name: str, num_processes: int):
         config = "multi_cpu" if num_processes > 1 else "cpu"
@@ -119,24 +120,24 @@ class Run:
         self.command += ["--config", root / "recipe.yaml", "--data_dir", root / "data", "--output_dir", self.output_dir]
 
     def start(self) -> None:
-        self.stale = self.unfinished()  # which the run sweeps away when it saves
+        self.stale = self.unfinished()  # left by the last kill; the run deletes it at its first save
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
                 self.command, stdout=log, stderr=log, env=environment, start_new_session=True, cwd=ROOT
             )
 
-    def alive_at(self, moment: float, saving: bool) -> bool:
-        """Wait so many seconds, and then, if `saving`, for a checkpoint that is being written; False: the run ended."""
+    def reaches(self, moment: float, while_saving: bool) -> bool:
+        """Wait `moment` seconds and, if while_saving, for a checkpoint being written; False: the run ended first."""
         end = time.monotonic() + moment
-        while time.monotonic() < end or (saving and not self.is_saving()):
+        while time.monotonic() < end or (while_saving and not self.is_saving()):
             if self.process.poll() is not None:
                 return False
-            time.sleep(0 if saving else 0.01)
+            time.sleep(0 if while_saving else 0.01)
         return self.process.poll() is None
 
     def unfinished(self) -> set[tuple[str, int]]:
-        """Half-written checkpoints, each with the time of the last change."""
+        """Partially written checkpoints, each with its modification time."""
         found = set()
         for path in self.output_dir.glob("checkpoints/writing_*"):
             with contextlib.suppress(FileNotFoundError):
@@ -144,17 +145,17 @@ class Run:
         return found
 
     def is_saving(self) -> bool:
-        """Whether a checkpoint is half-written since the last start; after a kill, whether it came then."""
+        """Whether a checkpoint has been partially written since the last start; after a kill, whether it hit a save."""
         return bool(self.unfinished() - self.stale)
 
     def kill(self) -> None:
         launcher = psutil.Process(self.process.pid)
-        doomed = [launcher, *launcher.children(recursive=True)]  # torchrun gives each process a session of its own
-        for process in doomed:
+        processes = [launcher, *launcher.children(recursive=True)]  # torchrun starts each in its own session
+        for process in processes:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
         self.process.wait()
-        psutil.wait_procs(doomed)
+        psutil.wait_procs(processes)
 
     def wait(self) -> int:
         return self.process.wait()
@@ -166,10 +167,11 @@ class Run:
         return self.log.read_text()
 
     def result(self) -> tuple[str, list[dict]]:
-        """What must not depend on interruptions: the hash of the final weights, and the metrics without the clock."""
-        weights = hashlib.sha256((self.output_dir / "model" / "model.safetensors").read_bytes()).hexdigest()
-        rows = [json.loads(line) for line in (self.output_dir / "metrics.jsonl").read_text().splitlines()]
-        return weights, [{key: value for key, value in row.items() if key not in CLOCK_KEYS} for row in rows]
+        """What must not depend on interruptions: the hash of the final weights, and the metrics without timings."""
+        folder = RunFolder(self.output_dir)
+        rows = [json.loads(line) for line in folder.metrics.read_text().splitlines()]
+        without_timings = [{key: value for key, value in row.items() if key not in CLOCK_KEYS} for row in rows]
+        return file_sha256(folder.model / "model.safetensors"), without_timings
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""What the training loop costs beyond a bare one in plain PyTorch: signals, bad steps, telemetry, Accelerate.
+"""What our training loop adds to a bare one in plain PyTorch: signals, bad steps, telemetry, Accelerate.
 
     python benchmarks/overhead.py --sequence_length 512
 
-Both loops drive the same model with the same optimizer in one process, a step each in turn, so that the noise of the
-machine falls on both alike; the figure is the ratio of the medians. Then a checkpoint is saved: for how long training
-stands still, and how much slower the steps are that are made while it is written.
+Both loops drive the same model with the same optimizer in one process, alternating step by step, so that the machine's
+noise affects both alike; the overhead is the ratio of the medians. Then checkpoints are saved: how long training pauses
+for one, and how much slower the steps are that run while it is written.
 """
 
 import argparse
@@ -14,7 +14,6 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 
@@ -31,120 +30,158 @@ from gpt2repro.train.optimizers import build_optimizers, set_lr
 from gpt2repro.train.report import provenance
 from gpt2repro.train.schedule import lr_at
 from gpt2repro.train.stopping import StopRequest
-from gpt2repro.train.telemetry import Telemetry
+from gpt2repro.train.telemetry import UPDATE_RATIO_EVERY, Telemetry
 from modeling_gpt2repro import GPT2ReproConfig, GPT2ReproForCausalLM
 from train_accelerate import agree, forward_backward, step_all, zero_grad_all
 
 
+WARMUP_STEPS = 2
+
+
 def main() -> None:
     args = parse_arguments()
+    with tempfile.TemporaryDirectory() as output_dir:
+        loops = Loops(args, output_dir)
+        seconds = time_steps(loops, args.steps)
+        update_ratio_seconds = time_update_ratio(loops)
+        saves = time_saves(loops, args.saves)
 
-    B, T = args.batch_size, args.sequence_length
-    folder = tempfile.TemporaryDirectory()
-    recipe = Recipe(
-        output_dir=folder.name, global_batch_tokens=B * T, micro_batch_size=B, sequence_length=T, max_steps=10**6
-    )
-    accelerator = Accelerator(mixed_precision=args.precision)
-    torch.set_float32_matmul_precision("high")
-    raw_model = GPT2ReproForCausalLM(GPT2ReproConfig())
-    raw_optimizers = build_optimizers(raw_model, recipe)
-    model, *optimizers = accelerator.prepare(raw_model, *raw_optimizers)
-    raw_forward = type(raw_model).forward.__get__(raw_model)  # without Accelerate's autocast around it
-    telemetry, guard, stop = Telemetry(recipe, accelerator, raw_model), Guard(recipe), StopRequest(recipe.max_hours)
-    stream = iter(lambda: torch.randint(0, 50_257, (B, T + 1)), None)  # token ids do not matter for the speed
-    model.train()
-
-    def ours(step: int) -> None:
-        lr = set_lr(optimizers, lr_at(step, recipe))
-        loss, norm = forward_backward(accelerator, model, [next(stream)], recipe, step)
-        loss, _ = agree(accelerator, loss, stop)
-        if guard.accepts(step, loss, norm, accelerator.scaler):
-            with telemetry.measuring_update(step):
-                step_all(optimizers)
-        zero_grad_all(optimizers)
-        telemetry.log_step(step + 1, loss, lr, norm, guard)
-
-    def bare(step: int) -> None:
-        tokens = next(stream).to(accelerator.device)
-        with torch.autocast(accelerator.device.type, torch.bfloat16, enabled=args.precision == "bf16"):
-            loss = raw_forward(input_ids=tokens[:, :-1], shift_labels=tokens[:, 1:], use_cache=False).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(raw_model.parameters(), recipe.max_grad_norm)
-        raw_optimizers[0].step()
-        raw_optimizers[0].zero_grad()
-        loss.item()  # which a loop that shows its loss waits for
-
-    seconds: dict = {ours: [], bare: []}
-    for step in range(1, args.steps + 3):  # from 1: the size of the update is measured at step 0, 100, ...
-        for loop in (ours, bare) if step % 2 else (bare, ours):
-            began = time.perf_counter()
-            loop(step)
-            if accelerator.device.type == "cuda":
-                torch.cuda.synchronize()
-            if step > 2:
-                seconds[loop].append(time.perf_counter() - began)
-    medians = {loop.__name__: statistics.median(measured) for loop, measured in seconds.items()}
-    began = time.perf_counter()
-    with telemetry.measuring_update(0):
-        pass
-    every_hundredth = time.perf_counter() - began
-    overhead = medians["ours"] / medians["bare"] - 1 + every_hundredth / 100 / medians["bare"]
-
-    tokenizer = build_tokenizer("gpt2", []).fast
-    checkpoints = Checkpoints(recipe, accelerator, raw_model, raw_optimizers, tokenizer, telemetry.say)
-    saves = [save_once(checkpoints, number, lambda: ours(1)) for number in range(1, args.saves + 1)]
-    saves = {name: statistics.median(save[name] for save in saves) for name in saves[0]}
-    report = {
-        "date": str(datetime.date.today()),
-        "device": device_name(accelerator.device),
-        "versions": provenance(),
-        "settings": {"batch_size": B, "sequence_length": T, "precision": args.precision, "steps": args.steps},
-        "seconds": {loop.__name__: measured for loop, measured in seconds.items()},
-        "median_seconds": medians,
-        "seconds of the update ratio, every 100 steps": every_hundredth,
-        "overhead": overhead,
-        "medians of the saves": saves,
-    }
-    ratio = every_hundredth / 100 / medians["bare"]
-    print(
-        f"ours {medians['ours']:.4f} s, bare {medians['bare']:.4f} s a step: {overhead:.2%} more, of which the ratio of"
-    )
-    print(f"update to weights, {every_hundredth:.3f} s every 100 steps, is {ratio:.2%}")
+    medians = {name: statistics.median(measured) for name, measured in seconds.items()}
+    update_ratio_share = update_ratio_seconds / UPDATE_RATIO_EVERY / medians["bare"]
+    overhead = medians["ours"] / medians["bare"] - 1 + update_ratio_share
+    print(f"ours {medians['ours']:.4f} s, bare {medians['bare']:.4f} s per step: {overhead:.2%} more, of which the")
+    print(f"update ratio, {update_ratio_seconds:.3f} s every {UPDATE_RATIO_EVERY} steps, is {update_ratio_share:.2%}")
     print("a checkpoint: " + ", ".join(f"{name} {value:.2f}" for name, value in saves.items()))
     if args.output:
+        report = {
+            "date": str(datetime.date.today()),
+            "device": device_name(loops.accelerator.device),
+            "versions": provenance(),
+            "settings": {
+                "batch_size": args.batch_size,
+                "sequence_length": args.sequence_length,
+                "precision": args.precision,
+                "steps": args.steps,
+            },
+            "seconds": seconds,
+            "median_seconds": medians,
+            "seconds of the update ratio, every 100 steps": update_ratio_seconds,
+            "overhead": overhead,
+            "medians of the saves": saves,
+        }
         args.output.write_text(json.dumps(report, indent=2) + "\n")
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--batch_size", type=int, default=2, help="sequences a step (default: %(default)s)")
+    parser.add_argument("--batch_size", type=int, default=2, help="sequences per step (default: %(default)s)")
     parser.add_argument("--sequence_length", type=int, default=256, help="tokens (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=30, help="of each loop (default: %(default)s)")
-    parser.add_argument("--saves", type=int, default=3, help="checkpoints (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=30, help="measured steps of each loop (default: %(default)s)")
+    parser.add_argument("--saves", type=int, default=3, help="checkpoints to save (default: %(default)s)")
     parser.add_argument("--precision", choices=("no", "bf16"), default="no", help="autocast; no is float32")
-    parser.add_argument("--output", type=Path, help="write the figures as JSON")
+    parser.add_argument("--output", type=Path, help="write the results as JSON")
     return parser.parse_args()
 
 
-def save_once(checkpoints: Checkpoints, number: int, step: Callable[[], None]) -> dict[str, float]:
-    """Save a checkpoint while training goes on, and compare its steps with as many that are made in peace."""
+class Loops:
+    """One model with one optimizer, and a step of either loop to train them."""
+
+    def __init__(self, args: argparse.Namespace, output_dir: str):
+        self.recipe = Recipe(
+            output_dir=output_dir,
+            global_batch_tokens=args.batch_size * args.sequence_length,
+            micro_batch_size=args.batch_size,
+            sequence_length=args.sequence_length,
+            max_steps=10**6,
+        )
+        self.uses_bf16 = args.precision == "bf16"
+        self.accelerator = Accelerator(mixed_precision=args.precision)
+        torch.set_float32_matmul_precision("high")
+        self.raw_model = GPT2ReproForCausalLM(GPT2ReproConfig())
+        self.raw_optimizers = build_optimizers(self.raw_model, self.recipe)
+        self.model, *self.optimizers = self.accelerator.prepare(self.raw_model, *self.raw_optimizers)
+        self.model.train()
+        self.raw_forward = type(self.raw_model).forward.__get__(self.raw_model)  # without accelerate's autocast
+        self.telemetry = Telemetry(self.recipe, self.accelerator, self.raw_model)
+        self.guard, self.stop_request = Guard(self.recipe), StopRequest(self.recipe.max_hours)
+
+    def tokens(self) -> torch.Tensor:
+        """A batch of random tokens, whose values do not affect the speed."""
+        return torch.randint(0, 50_257, (self.recipe.micro_batch_size, self.recipe.sequence_length + 1))
+
+    def ours(self, step: int) -> None:
+        lr = set_lr(self.optimizers, lr_at(step, self.recipe))
+        loss, grad_norm = forward_backward(self.accelerator, self.model, [self.tokens()], self.recipe, step)
+        loss, _ = agree(self.accelerator, loss, self.stop_request)
+        if self.guard.accepts(step, loss, grad_norm, self.accelerator.scaler):
+            with self.telemetry.measuring_update(step):
+                step_all(self.optimizers)
+        zero_grad_all(self.optimizers)
+        self.telemetry.log_step(step + 1, loss, lr, grad_norm, self.guard)
+
+    def bare(self, step: int) -> None:
+        tokens = self.tokens().to(self.accelerator.device)
+        with torch.autocast(self.accelerator.device.type, torch.bfloat16, enabled=self.uses_bf16):
+            loss = self.raw_forward(input_ids=tokens[:, :-1], shift_labels=tokens[:, 1:], use_cache=False).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.raw_model.parameters(), self.recipe.max_grad_norm)
+        self.raw_optimizers[0].step()
+        self.raw_optimizers[0].zero_grad()
+        loss.item()  # a loop that prints its loss waits for it
+
+
+def time_steps(loops: Loops, steps: int) -> dict[str, list[float]]:
+    """Seconds of each measured step of the two loops, which take turns at going first."""
+    seconds: dict[str, list[float]] = {"ours": [], "bare": []}
+    for step in range(1, WARMUP_STEPS + steps + 1):  # from 1: the update ratio is measured at step 0, and separately
+        in_turn = ("ours", "bare") if step % 2 else ("bare", "ours")
+        for name in in_turn:
+            began = time.perf_counter()
+            getattr(loops, name)(step)
+            if loops.accelerator.device.type == "cuda":
+                torch.cuda.synchronize()
+            if step > WARMUP_STEPS:
+                seconds[name].append(time.perf_counter() - began)
+    return seconds
+
+
+def time_update_ratio(loops: Loops) -> float:
+    """Seconds to measure the update ratio once."""
+    began = time.perf_counter()
+    with loops.telemetry.measuring_update(0):
+        pass
+    return time.perf_counter() - began
+
+
+def time_saves(loops: Loops, count: int) -> dict[str, float]:
+    """Medians over `count` checkpoints."""
+    tokenizer = build_tokenizer("gpt2", []).fast
+    checkpoints = Checkpoints(
+        loops.recipe, loops.accelerator, loops.raw_model, loops.raw_optimizers, tokenizer, loops.telemetry.say
+    )
+    saves = [time_save(loops, checkpoints, number) for number in range(1, count + 1)]
+    return {name: statistics.median(save[name] for save in saves) for name in saves[0]}
+
+
+def time_save(loops: Loops, checkpoints: Checkpoints, number: int) -> dict[str, float]:
+    """Save a checkpoint while training continues, and compare its steps with as many undisturbed ones."""
     began = time.perf_counter()
     checkpoints.save({"step": number, "val_loss": None})
-    stall = time.perf_counter() - began
-    beside = 0
+    pause = time.perf_counter() - began
+    steps_meanwhile = 0
     while checkpoints.writer.is_alive():
-        step()
-        beside += 1
+        loops.ours(1)
+        steps_meanwhile += 1
     written = time.perf_counter() - began
     checkpoints.wait()
-    for _ in range(beside):
-        step()
-    peace = time.perf_counter() - began - written
+    for _ in range(steps_meanwhile):
+        loops.ours(1)
+    undisturbed = time.perf_counter() - began - written
     return {
-        "seconds that training stands still": stall,
-        "in steps": stall / (peace / beside),
+        "seconds that training stands still": pause,
+        "in steps": pause / (undisturbed / steps_meanwhile),
         "seconds until it is written": written,
-        "seconds that it costs in all": written - peace,
+        "seconds that it costs in all": written - undisturbed,
     }
 
 

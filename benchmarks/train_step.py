@@ -1,10 +1,10 @@
-"""Our training step beside GPT2LMHeadModel in plain PyTorch: the same size, batch, precision and machine.
+"""Our training step compared with GPT2LMHeadModel in plain PyTorch: same size, batch, precision and machine.
 
     python benchmarks/train_step.py --device cpu
     python benchmarks/train_step.py --device cuda --batch_size 64 --sequence_length 1024 --precision bf16 --compile
 
-Each measurement runs in a process of its own, the two in turn, so that neither memory nor clock drift is shared. The
-table gives medians over all measured steps; --output writes every number as JSON.
+Each measurement runs in its own process, alternating between the two, so that they share neither memory nor drifts of
+the clock rate. The table shows medians over all measured steps; --output writes every measurement as JSON.
 """
 
 import argparse
@@ -57,28 +57,29 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--precision", choices=("no", "bf16"), default="no", help="autocast; no is float32")
-    parser.add_argument("--batch_size", type=int, default=2, help="sequences a step")
-    parser.add_argument("--sequence_length", type=int, default=256, help="tokens a sequence")
+    parser.add_argument("--batch_size", type=int, default=2, help="sequences per step")
+    parser.add_argument("--sequence_length", type=int, default=256, help="tokens per sequence")
     parser.add_argument("--n_layer", type=int, default=12)
     parser.add_argument("--n_head", type=int, default=12)
     parser.add_argument("--n_embd", type=int, default=768)
-    parser.add_argument("--compile", action="store_true", help="torch.compile both")
-    parser.add_argument("--steps", type=int, default=6, help="measured steps of a run")
-    parser.add_argument("--warmup", type=int, default=2, help="steps before them")
-    parser.add_argument("--rounds", type=int, default=3, help="runs of each, in turn")
-    parser.add_argument("--output", help="JSON file for every number")
+    parser.add_argument("--compile", action="store_true", help="torch.compile both models")
+    parser.add_argument("--steps", type=int, default=6, help="measured steps per run")
+    parser.add_argument("--warmup", type=int, default=2, help="unmeasured steps before them")
+    parser.add_argument("--rounds", type=int, default=3, help="runs of each variant")
+    parser.add_argument("--output", help="write every measurement as JSON")
     parser.add_argument("--variant", choices=VARIANTS, help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
 def measure(args: argparse.Namespace) -> dict:
-    """Milliseconds of each step, the peak memory, and what the machine's matrix products reach."""
+    """Milliseconds of each step, peak memory, and the FLOP/s that MFU is relative to."""
     torch.manual_seed(0)
     torch.set_float32_matmul_precision("high")
-    # As many different batches as steps; the token ids do not matter for the speed.
+    # A different batch for each step; the values of the tokens do not affect the speed.
     count = args.warmup + args.steps
     tokens = torch.randint(0, 50257, (count, args.batch_size, args.sequence_length + 1), device=args.device)
-    step, config, parameters = (our_step if args.variant == "ours" else reference_step)(args, iter(tokens))
+    build_step = our_step if args.variant == "ours" else reference_step
+    step, config, parameters = build_step(args, iter(tokens))
     milliseconds = []
     for i in range(count):
         if args.device == "cuda" and i == args.warmup:
@@ -103,7 +104,11 @@ def measure(args: argparse.Namespace) -> dict:
 
 
 def our_step(args: argparse.Namespace, batches):
-    """The trainer's own step, as train_accelerate.py sets it up."""
+    """Build the trainer's step as train_accelerate.py does.
+
+    Returns:
+        The step, the model's configuration, and its number of parameters.
+    """
     recipe = Recipe(
         output_dir=tempfile.mkdtemp(),
         global_batch_tokens=args.batch_size * args.sequence_length,
@@ -131,7 +136,11 @@ def our_step(args: argparse.Namespace, batches):
 
 
 def reference_step(args: argparse.Namespace, batches):
-    """transformers' GPT-2 with its own vocabulary, SDPA attention and loss, in the usual plain loop."""
+    """Build the step of a plain loop around transformers' GPT-2, with its own vocabulary, SDPA attention and loss.
+
+    Returns:
+        As our_step.
+    """
     sizes = {"n_layer": args.n_layer, "n_head": args.n_head, "n_embd": args.n_embd}
     raw_model = GPT2LMHeadModel(GPT2Config(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, use_cache=False, **sizes))
     raw_model.to(args.device).train()
@@ -151,7 +160,7 @@ def reference_step(args: argparse.Namespace, batches):
 
 
 def matmul_flops(args: argparse.Namespace) -> float:
-    """The rate of large square matrix products in FLOP/s: what MFU is measured against where no datasheet is known."""
+    """Measured FLOP/s of large square matrix products: the peak that MFU is relative to if no datasheet is known."""
     dtype = torch.bfloat16 if args.precision == "bf16" else torch.float32
     a, b = torch.randn(2, 2048, 2048, device=args.device).to(dtype)
     rates = []
@@ -165,6 +174,7 @@ def matmul_flops(args: argparse.Namespace) -> float:
 
 
 def report(args: argparse.Namespace, runs: dict[str, list[dict]]) -> None:
+    """Print the table, and write --output."""
     tokens = args.batch_size * args.sequence_length
     peak = statistics.median(run["peak_flops"] for measured in runs.values() for run in measured)
     results = {}
@@ -187,10 +197,12 @@ def report(args: argparse.Namespace, runs: dict[str, list[dict]]) -> None:
         "peak_source": runs["ours"][0]["peak_source"],
     }
     size = f"{args.n_layer} layers, width {args.n_embd}, B={args.batch_size}, T={args.sequence_length}"
-    precision = {"no": "float32", "bf16": "bf16 autocast"}[args.precision] + (", compiled" if args.compile else "")
+    precision = "bf16 autocast" if args.precision == "bf16" else "float32"
+    if args.compile:
+        precision += ", compiled"
     print(f"{size}, {precision}; {device}; torch {torch.__version__}; {header['date']}")
     print(f"MFU against {peak / 1e12:.2f} TFLOP/s ({header['peak_source']})\n")
-    print("| training step | ms a step | tokens/s | MFU | peak memory, MiB |\n| --- | ---: | ---: | ---: | ---: |")
+    print("| training step | ms per step | tokens/s | MFU | peak memory, MiB |\n| --- | ---: | ---: | ---: | ---: |")
     for name, row in results.items():
         print(
             f"| {VARIANTS[name]} | {row['milliseconds']:,.1f} | {row['tokens_per_second']:,.0f} | {row['mfu']:.1%} "
@@ -206,8 +218,12 @@ def report(args: argparse.Namespace, runs: dict[str, list[dict]]) -> None:
 
 
 def processor_name() -> str:
+    """From /proc/cpuinfo, or else the architecture."""
     with open("/proc/cpuinfo") as file:
-        return next((line.split(": ")[1].strip() for line in file if line.startswith("model name")), platform.machine())
+        for line in file:
+            if line.startswith("model name"):
+                return line.split(": ")[1].strip()
+    return platform.machine()
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Atomic files: written under another name, flushed to disk, renamed. What has its name is complete."""
+"""Atomic writes: a file or folder is written under a temporary name, flushed to disk, and renamed once complete."""
 
 import contextlib
 import hashlib
@@ -14,7 +14,7 @@ from gpt2repro.errors import UserError, first_line
 
 
 def flush(path: Path) -> None:
-    """fsync a file, or the names in a directory."""
+    """fsync a file, or the entries of a directory."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -23,7 +23,7 @@ def flush(path: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file atomically: readers see the old content or the new one, also after a power loss."""
+    """Write a text file atomically: readers see the old content or the new, even after a power loss."""
     temporary = path.with_name(f"{path.name}.tmp")
     temporary.write_text(text)
     flush(temporary)
@@ -38,12 +38,12 @@ def write_json(path: Path, content: object) -> None:
 
 @contextlib.contextmanager
 def new_folder(folder: Path) -> Iterator[Path]:
-    """Write a folder atomically; an older folder of the same name is replaced.
+    """Write a folder atomically, replacing an older one of the same name.
 
     Yields:
-        writing_NAME, an empty folder beside it to write into. When the block ends, its files are flushed and it gets
-        its name. The older folder is moved aside first and deleted last, so that a complete one exists at every
-        moment. If the block raises, writing_NAME is deleted and the older folder stays.
+        writing_NAME, an empty folder beside it to write into. When the block ends, its files are flushed and it is
+        renamed to NAME. The older folder is moved aside before and deleted after that, so that a complete one exists
+        at every moment. If the block raises, writing_NAME is deleted and the older folder stays.
     """
     temporary = folder.with_name(f"writing_{folder.name}")
     delete(temporary)
@@ -63,7 +63,7 @@ def new_folder(folder: Path) -> Iterator[Path]:
 
 
 def delete_folder(folder: Path) -> None:
-    """Delete a folder atomically: it loses its name first, so that an interruption leaves no half of it behind."""
+    """Delete a folder atomically: it is renamed first, so that an interruption leaves no partial folder of its name."""
     delete(_move_aside(folder))
 
 
@@ -74,7 +74,7 @@ def delete_unfinished(parent: Path) -> None:
 
 
 def delete(folder: Path) -> None:
-    """Delete a folder if it exists, as far as possible: NFS keeps the files that a process has open."""
+    """Delete a folder if it exists. Errors are ignored: NFS keeps files that a process has open."""
     shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -88,7 +88,7 @@ def acquire_lock(path: Path, busy: str, timeout: float = 0.0) -> FileLock:
     """Take the lock file `path`; the operating system releases it when the process dies.
 
     Args:
-        busy: what to say if another process holds it.
+        busy: the error message if another process holds it.
         timeout: seconds to wait for it.
     Raises:
         UserError: another process still holds it.
@@ -108,10 +108,10 @@ def file_sha256(path: Path) -> str:
 
 
 def file_problem(path: Path, sha256: str | None, recorded: str = "the manifest's") -> str | None:
-    """Why a file does not have the recorded hash; None if it has.
+    """What is wrong with a file; None if its content has the recorded hash.
 
     Args:
-        recorded: how the message names the hash.
+        recorded: how the message refers to that hash.
     """
     if not path.is_file():
         return f"{path} is missing"

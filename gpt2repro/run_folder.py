@@ -1,4 +1,4 @@
-"""The output directory of a run: what lies where, and how it is written.
+"""The output directory of a run: its layout, and how its records are written.
 
 recipe.yaml                 the resolved recipe, with versions and git commit; written at the first start
 metrics.jsonl               one JSON object per row, appended and never rewritten
@@ -6,7 +6,7 @@ loss.png                    training and validation loss
 checkpoints/step_00001000/  complete or absent
 model/                      what from_pretrained opens; complete or absent
 .lock                       held by the process that writes here
-.verified.json              sizes and times of the shards whose hashes were checked, so that a resume is quick
+.verified.json              sizes and times of the shards whose hashes were verified, so that a resume skips them
 """
 
 import json
@@ -21,12 +21,12 @@ from gpt2repro.files import acquire_lock, write_json, write_text
 
 
 MODEL_FOLDER = "model"
-LOCK_TIMEOUT = 60.0  # seconds, in which a run whose launcher was killed saves and ends
+LOCK_TIMEOUT = 60.0  # seconds: a run whose launcher was killed needs some to save and exit
 CHECKPOINT_NAME = re.compile(r"step_\d{8}")
 
 
 class RunFolder:
-    """The output directory of a run; making the object touches nothing."""
+    """The output directory of a run. Creating the object touches no file."""
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
@@ -40,7 +40,7 @@ class RunFolder:
 
     @classmethod
     def around(cls, folder: Path) -> "RunFolder | None":
-        """The run in which a checkpoint or an exported model lies; None if there is no record of one."""
+        """The run that a checkpoint or an exported model belongs to; None if there is no record of one."""
         folder = folder.resolve()
         is_checkpoint = CHECKPOINT_NAME.fullmatch(folder.name) is not None
         if not is_checkpoint and folder.name != MODEL_FOLDER:
@@ -53,7 +53,7 @@ class RunFolder:
         return self.path.name
 
     def is_untouched(self) -> bool:
-        """Whether it is absent, or holds nothing but what an interrupted start left."""
+        """Whether the directory is absent, or holds only what an interrupted start left behind."""
         leftovers = {self.lock_file.name, f"{self.recipe.name}.tmp"}
         if not self.path.exists():
             return True
@@ -65,7 +65,7 @@ class RunFolder:
         return self.checkpoints / f"step_{step:08d}"
 
     def complete_checkpoints(self) -> list[Path]:
-        """Oldest first. What is being written or deleted, or was found damaged, has another name."""
+        """Oldest first. Checkpoints that are being written or deleted, or were found damaged, have other names."""
         found = self.checkpoints.glob("step_*")
         return sorted(path for path in found if CHECKPOINT_NAME.fullmatch(path.name))
 
@@ -75,24 +75,24 @@ class RunFolder:
     # ---- records ----
 
     def read_record(self) -> dict[str, Any]:
-        """What recipe.yaml says."""
+        """The content of recipe.yaml."""
         return yaml.safe_load(self.recipe.read_text())
 
     def write_record(self, record: dict[str, Any]) -> None:
         write_text(self.recipe, yaml.safe_dump(record, sort_keys=False))
 
     def read_verified(self) -> dict[str, list[int]]:
-        """What the last `write_verified` got; empty at the first start."""
+        """What the last `write_verified` wrote; empty at the first start."""
         return json.loads(self.verified.read_text()) if self.verified.exists() else {}
 
     def write_verified(self, verified: dict[str, list[int]]) -> None:
         write_json(self.verified, verified)
 
     def lock(self) -> FileLock:
-        """Keep other runs out of the directory, which is made if it is absent.
+        """Create the directory if it is absent, and keep other runs out of it.
 
         Raises:
-            UserError: another run keeps writing to it.
+            UserError: another run still holds the lock after LOCK_TIMEOUT.
         """
         self.path.mkdir(parents=True, exist_ok=True)
         busy = f"another run is writing to {self.path}; wait for it, or choose another --output_dir"

@@ -1,6 +1,7 @@
 """Fixtures that several test modules share. No test needs the network."""
 
 import ctypes
+import multiprocessing.util
 import os
 import subprocess
 import sys
@@ -15,6 +16,41 @@ from gpt2repro.prepare import built_in
 
 
 ROOT = Path(__file__).resolve().parents[1]
+
+# `make quick` promises to start no process: it leaves out tests that are marked slow, and those that use one of these.
+PROCESS_FIXTURES = {"run_script", "trainer_server", "preparer", "train"}
+PROCESS_EVENTS = ("subprocess.Popen", "os.fork", "os.posix_spawn", "os.system")  # of sys.addaudithook
+quick_test: str | None = None  # the test that is running, unless it is slow
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if PROCESS_FIXTURES & set(item.fixturenames):
+            item.add_marker(pytest.mark.slow)
+
+
+@pytest.fixture(autouse=True)
+def only_slow_tests_start_processes(request, monkeypatch):
+    global quick_test
+    if request.node.get_closest_marker("slow"):
+        yield
+        return
+    quick_test = request.node.nodeid
+    monkeypatch.setattr(multiprocessing.util, "spawnv_passfds", lambda *args: refuse("multiprocessing"))
+    yield
+    quick_test = None
+
+
+def refuse(event: str) -> None:
+    raise AssertionError(f"{quick_test} starts a process ({event}); mark it @pytest.mark.slow")
+
+
+def audit(event: str, arguments: tuple) -> None:
+    if quick_test is not None and event in PROCESS_EVENTS:
+        refuse(event)
+
+
+sys.addaudithook(audit)
 
 
 @pytest.fixture(scope="session")

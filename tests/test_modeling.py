@@ -461,7 +461,7 @@ def elsewhere(tmp_path_factory):
     return torch.load(home / "result.pt") | {"modules": home / "modules"}
 
 
-@pytest.fixture(params=["imported", "remote code"])
+@pytest.fixture(params=["imported", pytest.param("remote code", marks=pytest.mark.slow)])
 def fresh_weights(request):
     """Freshly initialized weights of an INIT-sized model, from this class and from its copy in a saved folder."""
     if request.param == "remote code":
@@ -548,6 +548,7 @@ def test_saved_folder_contains_the_code_and_the_auto_map(model, tmp_path):
     }
 
 
+@pytest.mark.slow
 def test_saved_folder_works_in_a_process_without_the_checkout(elsewhere):
     assert str(Path(__file__).parents[1]) not in elsewhere["path"]
     assert all(Path(source).is_relative_to(elsewhere["modules"]) for source in elsewhere["sources"])
@@ -678,6 +679,7 @@ def test_training_forward_uses_the_causal_kernel_without_a_mask(model, ids, monk
     assert all(call["is_causal"] is True and call["attn_mask"] is None for call in calls)
 
 
+@pytest.mark.slow
 def test_compiled_training_forward_is_one_graph_with_the_causal_kernel(model, ids):
     graphs = []
 

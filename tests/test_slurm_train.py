@@ -121,6 +121,7 @@ def test_the_launcher_leaves_the_processes_time_to_save(monkeypatch):
         assert int(os.environ["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"]) >= 600
 
 
+@pytest.mark.slow
 def test_slurm_is_asked_for_what_the_script_relies_on():
     asked = [line.split("#")[1] for line in SBATCH.read_text().splitlines() if line.startswith("#SBATCH")]
     options = dict(line.removeprefix("SBATCH --").strip().partition("=")[::2] for line in asked)

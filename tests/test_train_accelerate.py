@@ -378,7 +378,7 @@ def test_a_nanogpt_folder_trains(train, gpt2, topics, tmp_path):
     for split, tokens in (("train", ids[2000:]), ("val", ids[:2000])):
         np.array(tokens, np.uint16).tofile(tmp_path / f"{split}.bin")
     done = train(tmp_path / "run", "--data_dir", tmp_path, "--max_steps", 2, "--warmup_steps", 1, "--num_workers", 0)
-    assert f"{tmp_path} brings no tokenizer along; GPT-2's is assumed" in done.stdout
+    assert f"{tmp_path} has no tokenizer; GPT-2's is assumed" in done.stdout
     assert f"validation loss {rows(tmp_path / 'run', 'val_loss')[-1]['val_loss']:.4f} nats per token\n" in done.stdout
     saved = tmp_path / "run" / "model"
     assert json.loads((saved / "config.json").read_text())["unpadded_vocab_size"] == 50257

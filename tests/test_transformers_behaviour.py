@@ -561,6 +561,7 @@ def counter():
     torch._dynamo.reset()
 
 
+@pytest.mark.slow
 def test_compiled_training_loss_needs_few_graphs_for_many_lengths(model, counter):
     compiled = torch.compile(model.train(), fullgraph=True, backend=counter)
     for length in (16, 12, 9, 5, 7, 64, 15, 33, 10, 6, 4, 13):
@@ -580,6 +581,7 @@ def test_compiled_decoding_step_is_one_graph(model, reference, ids, counter):
     assert counter.frame_count == 1
 
 
+@pytest.mark.slow
 def test_exported_forward_equals_eager_at_every_length(model):
     class Logits(torch.nn.Module):
         def __init__(self):
@@ -775,6 +777,7 @@ torch.save(results, "result.pt")
 """
 
 
+@pytest.mark.slow
 def test_classifier_loads_in_a_process_without_the_checkout(ids, tmp_path):
     classifier, _ = make_classifiers()
     language_model = make_model()

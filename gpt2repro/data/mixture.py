@@ -1,4 +1,4 @@
-"""The data of a run: one directory of tokens, or several that are mixed by weight. It is opened once and handed on."""
+"""The data of a run: one directory of tokens, or several mixed by weight. It is opened once and passed on."""
 
 import math
 from dataclasses import dataclass
@@ -17,10 +17,10 @@ from gpt2repro.errors import UserError
 
 @dataclass(frozen=True)
 class Mixture:
-    """One split of the data: a token stream for each source.
+    """One split of the data: a token stream per source.
 
-    names: of the directories, for reports.
-    slots: how many of MIXTURE_BLOCK samples come from each source.
+    names: the directories' names, for reports.
+    slots: how many of every MIXTURE_BLOCK samples come from each source.
     """
 
     names: tuple[str, ...]
@@ -29,10 +29,11 @@ class Mixture:
 
     @property
     def shares(self) -> list[float]:
+        """Each source's share of the samples; they sum to 1."""
         return [slots / MIXTURE_BLOCK for slots in self.slots]
 
     def frequencies(self, vocab_size: int) -> np.ndarray:
-        """(vocab_size,) float64, 1 in all: how frequent each token is in the mixture."""
+        """(vocab_size,) float64: each token's share of the mixture."""
         counts = [stream.counts(vocab_size) for stream in self.streams]
         return sum(share * count / count.sum() for share, count in zip(self.shares, counts))
 
@@ -41,7 +42,7 @@ class Mixture:
 class Source:
     """One directory of a run's data.
 
-    slots: how many of MIXTURE_BLOCK samples come from it.
+    slots: how many of every MIXTURE_BLOCK samples come from it.
     """
 
     directory: str
@@ -57,7 +58,7 @@ class Source:
         return self.slots / MIXTURE_BLOCK
 
     def record(self) -> dict[str, Any]:
-        """What a run records of it: the manifest without the shards."""
+        """What recipe.yaml records of this source: its manifest without the list of shards."""
         return {
             "manifest_sha256": self.manifest.fingerprint,
             "corpus": self.manifest.corpus,
@@ -66,10 +67,10 @@ class Source:
         }
 
     def windows_problems(self, sequence_length: int) -> list[str]:
-        """One line for each split that is shorter than a window."""
+        """One line for each split that is shorter than one window."""
         return [
             f"the {name} split of {self.directory} has {split.tokens} tokens, fewer than a window of "
-            f"sequence_length + 1 = {sequence_length + 1}; use more text or shorter sequences"
+            f"sequence_length + 1 = {sequence_length + 1}; use more text, or lower sequence_length"
             for name, split in self.manifest.splits.items()
             if not count_windows(split.tokens, sequence_length)
         ]
@@ -79,9 +80,9 @@ class Source:
 class RunData:
     """The data of a run.
 
-    sources: the directories, in the order in which the recipe gives them.
-    tokenizer: of all sources.
-    train, val: the splits, ready to be read.
+    sources: the directories, in the recipe's order.
+    tokenizer: the one that all sources share.
+    train, val: the splits, opened.
     """
 
     sources: tuple[Source, ...]
@@ -94,12 +95,14 @@ class RunData:
         """Open directories, each with its weight in the mixture.
 
         Raises:
-            UserError: a weight that is too small; one line for each directory that cannot be opened; two of the same
-                name, or of different tokenizers; a shard that is missing or has another number of tokens.
+            UserError: a weight is too small, two directories have the same name or different tokenizers, a shard is
+                missing or of the wrong length; one line for each directory that cannot be opened.
         """
         slots = _checked_slots(weights)
         manifests = _open_manifests(list(weights))
-        sources = tuple(Source(*fields) for fields in zip(weights, slots, manifests))
+        sources = tuple(
+            Source(directory, n_slots, manifest) for directory, n_slots, manifest in zip(weights, slots, manifests)
+        )
         _refuse_equal_names(sources)
         tokenizer = _common_tokenizer(sources)
         train, val = (_open_split(sources, split) for split in SPLITS)
@@ -107,22 +110,22 @@ class RunData:
 
     @property
     def name(self) -> str:
-        """Of the corpus, for titles: `fineweb-edu`, or `70% web + 30% code`."""
+        """The corpus, for titles: `fineweb-edu`, or `70% web + 30% code`."""
         if len(self.sources) == 1:
             return self.sources[0].manifest.corpus["name"]
         return " + ".join(f"{100 * source.weight:g}% {source.name}" for source in self.sources)
 
     @property
     def fingerprint(self) -> str:
-        """The identity of the data, by which a run recognises it wherever it lies: contents, weights and order."""
+        """A hash of contents, weights and order, by which a resumed run recognizes its data wherever it is stored."""
         if len(self.sources) == 1:
             return self.sources[0].manifest.fingerprint
         lines = [f"{source.manifest.fingerprint} {source.slots}\n" for source in self.sources]
         return sha256("".join(lines).encode()).hexdigest()
 
     def totals(self, split: str) -> Split:
-        """The size of a split. The documents and bytes of a mixture are unknown: bits per byte would need the loss of
-        each source."""
+        """The size of a split. A mixture has no document and byte counts: its bits per byte would need the loss of each
+        source."""
         if len(self.sources) == 1:
             return self.sources[0].manifest.splits[split]
         tokens = sum(source.manifest.splits[split].tokens for source in self.sources)
@@ -142,14 +145,14 @@ class RunData:
         }
 
     def tokenizer_folder(self) -> Path | None:
-        """The tokenizer of the first source that brings one along; None if none does."""
+        """The tokenizer of the first source that has one; None if no source has."""
         for source in self.sources:
             if source.manifest.tokenizer.sha256:
                 return Path(source.directory) / "tokenizer"
         return None
 
     def verify_changed(self, verified: dict[str, list[int]]) -> dict[str, list[int]]:
-        """`Manifest.verify_changed` of all sources."""
+        """`Manifest.verify_changed` for all sources."""
         found = {}
         for source in self.sources:
             found.update(source.manifest.verify_changed(source.directory, verified))
@@ -164,7 +167,7 @@ def _checked_slots(weights: dict[str, float]) -> list[int]:
     are_positive = all(weight > 0 for weight in weights.values()) and math.isfinite(sum(weights.values()))
     slots = mixture_slots(list(weights.values())).tolist() if are_positive else [0]
     if 0 in slots:
-        raise UserError(f"data={weights}: each weight must be at least a thousandth of their sum; leave the others out")
+        raise UserError(f"data={weights}: each weight must be at least a thousandth of their sum; drop the others")
     return slots
 
 
@@ -184,16 +187,16 @@ def _refuse_equal_names(sources: tuple[Source, ...]) -> None:
     names = [source.name for source in sources]
     repeated = [name for name in names if names.count(name) > 1]
     if repeated:
-        raise UserError(f"data has two directories named {min(repeated)}, the name of their losses; rename one")
+        raise UserError(f"data has two directories named {min(repeated)}, but losses are logged by name; rename one")
 
 
 def _common_tokenizer(sources: tuple[Source, ...]) -> TokenizerRecord:
-    """That of the first source that brings one along, or GPT-2's, which the others are assumed to have."""
+    """The tokenizer of the first source that has one; the others' is assumed to be GPT-2's."""
     first = next((source for source in sources if source.manifest.tokenizer.sha256), sources[0])
     for source in sources:
         if not source.manifest.tokenizer.is_same_as(first.manifest.tokenizer):
             raise UserError(
-                f"{first.directory} has tokens of {first.manifest.tokenizer}, {source.directory} of "
+                f"{first.directory} has tokens of {first.manifest.tokenizer}, but {source.directory} of "
                 f"{source.manifest.tokenizer}; prepare them with the same --tokenizer"
             )
     return first.manifest.tokenizer

@@ -1,6 +1,6 @@
 """Which tokens a step trains on: a pure function of the seed and the sample's number.
 
-Nothing about the order is ever saved, so a run resumes from one integer, and any number of processes sees the
+Nothing about the order is ever saved, so a run resumes from one integer, the step, and any world size reads the
 identical token stream.
 """
 
@@ -13,12 +13,12 @@ from gpt2repro.recipe import Sampling
 
 
 FEISTEL_ROUNDS = 6
-MIXTURE_BLOCK = 1000  # samples among which the sources of a mixture have their exact shares
+MIXTURE_BLOCK = 1000  # consecutive samples over which the sources of a mixture have their exact shares
 
 
 def count_windows(n_tokens: int, sequence_length: int) -> int:
-    """How many windows of sequence_length + 1 tokens tile the stream, each sharing one token with the next: every
-    token but the first is predicted once."""
+    """How many windows of sequence_length + 1 tokens tile the stream. Each shares one token with the next, so that
+    every token but the first is predicted once."""
     return (n_tokens - 1) // sequence_length
 
 
@@ -30,53 +30,62 @@ def window_starts(
     Args:
         sampling: `shuffle`: each epoch is a fresh permutation of the windows; `sequential`: the windows in order, as
             build-nanogpt reads them; `random`: any offset, with replacement, as nanoGPT draws them.
-        samples: (N,) int, numbers of the samples since the start of the run.
+        samples: (N,) int, sample numbers, counted from the start of the run.
         n_tokens: length of the token stream, more than sequence_length.
     Returns:
         (N,) int64 offsets, each at most n_tokens - sequence_length - 1.
     """
     samples = np.asarray(samples, np.uint64)
+    seed_key = _hash(np.uint64(seed))
     if sampling == "random":
-        return (_hash(samples, _hash(np.uint64(seed))) % np.uint64(n_tokens - sequence_length)).astype(np.int64)
+        starts = _hash(samples, seed_key) % np.uint64(n_tokens - sequence_length)
+        return starts.astype(np.int64)
     n_windows = np.uint64(count_windows(n_tokens, sequence_length))
     epochs, windows = samples // n_windows, samples % n_windows
     if sampling == "shuffle":
-        windows = permute(windows, int(n_windows), _hash(epochs, _hash(np.uint64(seed))))
+        windows = permute(windows, int(n_windows), _hash(epochs, seed_key))
     return windows.astype(np.int64) * sequence_length
 
 
 def mixture_slots(weights: list[float]) -> np.ndarray:
-    """(K,) int64, MIXTURE_BLOCK in all: how many samples of each block come from each of K sources with these weights.
-    A share is met within a thousandth of the whole, and exactly if it is a number of thousandths."""
+    """How many samples of each block come from each of K sources with these weights.
+
+    Returns:
+        (K,) int64, MIXTURE_BLOCK in total. A source's share of the block is within 1 / MIXTURE_BLOCK of its share of
+        the weights, and equal to it if that is a multiple of 1 / MIXTURE_BLOCK.
+    """
     ends = np.cumsum(weights)
     return np.diff(np.floor(ends / ends[-1] * MIXTURE_BLOCK + 0.5), prepend=0).astype(np.int64)
 
 
 def mix(samples: np.ndarray, slots: Sequence[int], seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Where the samples of a mixture come from.
+    """Which source each sample of a mixture comes from.
 
-    In which places of a block the sources have their slots is a fresh permutation for each block. The samples of a
-    source are numbered as they come, so that a single source gives sample i of the run its own sample i.
+    Each block shuffles its slots afresh. The samples of a source are numbered in the order in which the run reads them,
+    so that with a single source sample i of the run is sample i of the source.
 
     Args:
-        samples: (N,) int, numbers of the samples since the start of the run.
-        slots: (K,) int, MIXTURE_BLOCK in all: how many samples of each block come from each source.
+        samples: (N,) int, sample numbers, counted from the start of the run.
+        slots: (K,) int, MIXTURE_BLOCK in total: how many samples of each block come from each source.
     Returns:
-        (N,) int64, the source of each; (N,) int64, its number among the samples of that source.
+        (N,) int64, the source of each sample; (N,) int64, its number among the samples of that source.
     """
     blocks, block_of = np.unique(samples // MIXTURE_BLOCK, return_inverse=True)
-    keys = _hash(blocks, stateless_seed(seed, 0))
-    places = np.tile(np.arange(MIXTURE_BLOCK, dtype=np.uint64), len(blocks))
-    taken = permute(places, MIXTURE_BLOCK, np.repeat(keys, MIXTURE_BLOCK)).reshape(len(blocks), MIXTURE_BLOCK)
-    sources = np.searchsorted(np.cumsum(slots), taken, side="right")  # (blocks, MIXTURE_BLOCK)
-    so_far = np.cumsum(sources[..., None] == np.arange(len(slots)), axis=1)  # (blocks, MIXTURE_BLOCK, K)
-    place = samples % MIXTURE_BLOCK
-    source = sources[block_of, place]
-    return source, blocks[block_of] * np.asarray(slots)[source] + so_far[block_of, place, source] - 1
+    keys = np.repeat(_hash(blocks, stateless_seed(seed, 0)), MIXTURE_BLOCK)
+    positions = np.tile(np.arange(MIXTURE_BLOCK, dtype=np.uint64), len(blocks))
+    shuffled = permute(positions, MIXTURE_BLOCK, keys).reshape(len(blocks), MIXTURE_BLOCK)
+    sources = np.searchsorted(np.cumsum(slots), shuffled, side="right")  # (blocks, MIXTURE_BLOCK)
+    is_source = sources[..., None] == np.arange(len(slots))  # (blocks, MIXTURE_BLOCK, K)
+    counts_so_far = np.cumsum(is_source, axis=1)  # within the block, this position included
+
+    position = samples % MIXTURE_BLOCK
+    source = sources[block_of, position]
+    in_earlier_blocks = blocks[block_of] * np.asarray(slots)[source]
+    return source, in_earlier_blocks + counts_so_far[block_of, position, source] - 1
 
 
 def source_seed(seed: int, source: int) -> int:
-    """The seed of a source's own order; the first has that of the run, as one that is not mixed."""
+    """The seed of a source's data order. The first source has the run's own seed, as in a run without a mixture."""
     return stateless_seed(seed, source) if source else seed
 
 
@@ -89,11 +98,11 @@ def stateless_seed(*where: int) -> int:
 
 
 def permute(indices: np.ndarray, n: int, keys: np.ndarray) -> np.ndarray:
-    """Where a pseudo-random permutation of 0 ... n - 1 takes each index, without a table of n entries.
+    """Apply a pseudo-random permutation of 0 ... n - 1 to indices, without a table of n entries.
 
-    A Feistel network permutes the smallest 4**k >= n values; what lands outside is sent through it again until it is
-    inside ("cycle walking"), which is again a permutation: Black and Rogaway, "Ciphers with Arbitrary Finite Domains"
-    (2002).
+    A Feistel network permutes the smallest 4**k >= n values. A value that it maps to n or above goes through it again
+    until it falls below n ("cycle walking"), which yields a permutation of 0 ... n - 1: Black and Rogaway, "Ciphers
+    with Arbitrary Finite Domains" (2002).
 
     Args:
         indices: (N,) uint64 below n.
@@ -111,14 +120,16 @@ def permute(indices: np.ndarray, n: int, keys: np.ndarray) -> np.ndarray:
         return (left << half) | right
 
     result = network(indices, keys)
-    while (outside := result >= n).any():
+    outside = result >= n
+    while outside.any():
         result[outside] = network(result[outside], keys[outside])
+        outside = result >= n
     return result
 
 
 def _hash(values: ArrayLike, key: ArrayLike = 0) -> np.ndarray:
-    """SplitMix64's output function (Steele, Lea and Flood 2014) of value and key, each uint64."""
-    with np.errstate(over="ignore"):  # arithmetic modulo 2**64 is meant
+    """SplitMix64's output function of each value and key, both uint64. Source: Steele, Lea and Flood (2014)."""
+    with np.errstate(over="ignore"):  # wraparound modulo 2**64 is intended
         z = (np.asarray(values, np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15) + np.asarray(key, np.uint64)
         z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)

@@ -1,4 +1,4 @@
-"""A split's shards as one long sequence of tokens, read through memory maps."""
+"""A split's shards as one long sequence of tokens, memory-mapped."""
 
 import dataclasses
 import errno
@@ -14,14 +14,16 @@ from gpt2repro.data.manifest import Manifest, remedy
 from gpt2repro.errors import UserError, first_line
 
 
-MAPPED_SHARDS = 128  # memory maps that a stream keeps at a time: each holds a file open, and 1024 is a usual limit
+MAPPED_SHARDS = 128  # memory maps a stream keeps: each holds a file open, and processes are usually limited to 1024
 
 
 @dataclass(frozen=True)
 class TokenStream:
     """The shards of one split, memory-mapped as they are read.
 
-    offsets: the byte at which the tokens of a raw uint16 file begin; None: an .npy file.
+    lengths: tokens of each shard.
+    offsets: byte offset of the first token in a raw uint16 file; None for an .npy file.
+    vocab_size: token ids are below it.
     """
 
     paths: tuple[Path, ...]
@@ -31,20 +33,20 @@ class TokenStream:
 
     @classmethod
     def open(cls, data_dir: str | Path, split: str, manifest: Manifest | None = None) -> "TokenStream":
-        """The `split` ("train" or "val") of a prepared directory or of another trainer's folder.
+        """Open the `split` ("train" or "val") of a prepared directory or of another trainer's folder.
 
         Args:
-            manifest: of that directory, if it is at hand.
+            manifest: of that directory, if the caller has opened it already.
         Raises:
-            UserError: the directory is unfinished, or a shard is missing or has another number of tokens.
+            UserError: the directory is unfinished, or a shard is missing or of the wrong length.
         """
         manifest = manifest or Manifest.open(data_dir)
         shards = manifest.splits[split].shards
         stream = cls(
-            tuple(Path(data_dir) / shard.file for shard in shards),
-            tuple(shard.tokens for shard in shards),
-            tuple(shard.offset for shard in shards),
-            manifest.tokenizer.vocab_size,
+            paths=tuple(Path(data_dir) / shard.file for shard in shards),
+            lengths=tuple(shard.tokens for shard in shards),
+            offsets=tuple(shard.offset for shard in shards),
+            vocab_size=manifest.tokenizer.vocab_size,
         )
         for path, expected, tokens in zip(stream.paths, stream.lengths, stream.arrays()):
             if len(tokens) != expected:
@@ -54,7 +56,7 @@ class TokenStream:
         return stream
 
     def arrays(self) -> Iterator[np.ndarray]:
-        """The shards, one after another."""
+        """The shards in order, each a memory map."""
         return map(map_shard, self.paths, self.offsets, self.lengths)
 
     @cached_property
@@ -69,16 +71,16 @@ class TokenStream:
         return int(self._ends[-1])
 
     def __getstate__(self) -> dict:
-        fields = dataclasses.fields(self)  # not the memory maps: a worker process makes its own
+        fields = dataclasses.fields(self)  # without the memory maps: each worker process opens its own
         return {field.name: getattr(self, field.name) for field in fields}
 
     def read(self, start: int, length: int) -> np.ndarray:
-        """Tokens start ... start + length - 1, across shard borders if need be.
+        """Tokens start ... start + length - 1, across shard boundaries.
 
         Returns:
             (length,) int64.
         Raises:
-            UserError: one of them is not an id of the vocabulary.
+            UserError: a token id is outside the vocabulary.
         """
         out = np.empty(length, np.int64)
         done = 0
@@ -94,8 +96,8 @@ class TokenStream:
         if largest >= self.vocab_size:
             path = self.paths[np.searchsorted(self._ends, start + out.argmax(), side="right")]
             raise UserError(
-                f"{path} holds token {largest}, but its tokenizer has the ids 0 to {self.vocab_size - 1}: it is "
-                f"damaged or was made by another tokenizer; {remedy(path.parent)}"
+                f"{path} holds token {largest}, but its tokenizer has the ids 0 to {self.vocab_size - 1}: the file is "
+                f"damaged or was made with another tokenizer; {remedy(path.parent)}"
             )
         return out
 
@@ -103,13 +105,13 @@ class TokenStream:
         """(vocab_size,) int64: how often each token occurs."""
         counts = np.zeros(vocab_size, np.int64)
         for tokens in self.arrays():
-            for first in range(0, len(tokens), 2**24):  # bincount copies its argument to int64
+            for first in range(0, len(tokens), 2**24):  # in pieces, because bincount copies its argument to int64
                 counts += np.bincount(tokens[first : first + 2**24], minlength=vocab_size)[:vocab_size]
         return counts
 
 
 def map_shard(path: Path, offset: int | None, tokens: int) -> np.ndarray:
-    """The tokens of an .npy file, or `tokens` raw uint16 from byte `offset` on, memory-mapped.
+    """Memory-map an .npy file, or the `tokens` raw uint16 values that start at byte `offset` of another file.
 
     Raises:
         UserError: the file cannot be opened.
@@ -119,26 +121,30 @@ def map_shard(path: Path, offset: int | None, tokens: int) -> np.ndarray:
     except (OSError, ValueError, EOFError) as error:
         what_to_do = remedy(path.parent) if offset is None else "copy it again"
         if getattr(error, "errno", None) == errno.EMFILE:
-            what_to_do = "allow this process more open files with `ulimit -n`"
+            what_to_do = "raise the limit on open files with `ulimit -n`"
         raise UserError(f"shard {path} cannot be opened ({first_line(error)}); {what_to_do}") from error
 
 
 def unigram_entropy(counts: np.ndarray) -> float:
-    """Entropy in nats per token of text whose tokens are drawn independently: the loss of a model that has learned
-    nothing but the frequency of each token.
+    """Entropy of the token frequencies, in nats per token: the loss of a model that has learned only how frequent each
+    token is.
 
     Args:
-        counts: (V,) int64 or float64, how often each token occurs, or its share.
+        counts: (V,) int64 or float64, each token's count or share.
     """
     p = counts[counts > 0] / counts.sum()
     return float(-(p * np.log(p)).sum())
 
 
 def bits_per_byte(loss: float, tokens: int, text_bytes: int | None) -> float | None:
-    """The loss of a split in bits per byte of its text, which does not depend on the tokenizer.
+    """The loss of a split in bits per byte of its text, which makes tokenizers comparable.
 
     Args:
         loss: nats per token.
-        tokens, text_bytes: of the split; None bytes are unknown, as of another trainer's tokens or a mixture.
+        tokens, text_bytes: totals of the split; text_bytes is None if unknown, as for another trainer's tokens.
+    Returns:
+        None if text_bytes is unknown.
     """
-    return loss / math.log(2) * tokens / text_bytes if text_bytes else None
+    if not text_bytes:
+        return None
+    return loss / math.log(2) * tokens / text_bytes

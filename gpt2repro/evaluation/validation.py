@@ -16,19 +16,19 @@ from gpt2repro.recipe import Recipe
 def validation_losses(
     model: torch.nn.Module, data: Mixture, recipe: Recipe, accelerator: Accelerator
 ) -> dict[str, float]:
-    """The validation loss, and in a mixture that of each source; every rank calls, and gets the same.
+    """The validation loss, and for a mixture also that of each source. All ranks call it and get the same result.
 
     Returns:
-        `val_loss` in nats per token. Of a mixture it is the mean, with the weights of the mixture, of the losses on
-        each source's validation split, which are there as `val_loss_NAME`.
+        `val_loss`, nats per token. For a mixture it is the weighted mean of the losses on each source's validation
+        split, which are returned as `val_loss_NAME`.
     Raises:
         SharedError: a loss is not finite.
     """
     losses = [validation_loss(model, stream, recipe, accelerator) for stream in data.streams]
     if not all(map(math.isfinite, losses)):
         raise SharedError(
-            f"the validation loss is {sum(losses)}: the weights are broken; go back to an older checkpoint of "
-            f"{recipe.output_dir} by deleting the newer ones, or start again with a lower learning_rate"
+            f"the validation loss is {sum(losses)}: the weights are broken; go back to an older checkpoint in "
+            f"{recipe.output_dir} by deleting the newer ones, or start over with a lower learning_rate"
         )
     metrics = {"val_loss": sum(share * loss for share, loss in zip(data.shares, losses))}
     if len(losses) > 1:
@@ -41,11 +41,11 @@ def validation_loss(model: torch.nn.Module, stream: TokenStream, recipe: Recipe,
     """Mean loss in nats per token over the windows that tile the start of the stream.
 
     The windows have the recipe's sequence_length and cover its validation_tokens (at least one window; 0: the whole
-    stream). Every batch has micro_batch_size rows, the last one padded with rows without labels, so that a compiled
-    model is compiled once.
+    stream). Every batch has micro_batch_size rows, the last one padded with rows of ignored labels, so that
+    torch.compile sees a single shape.
 
     Args:
-        model: returns `.loss`, the mean over the labels that count, from input_ids and shift_labels.
+        model: returns `.loss`, the mean over all labels that are not ignored, given input_ids and shift_labels.
     """
     T, batch_size = recipe.sequence_length, recipe.micro_batch_size
     n_windows = count_windows(len(stream), T)
@@ -56,8 +56,8 @@ def validation_loss(model: torch.nn.Module, stream: TokenStream, recipe: Recipe,
     was_training = model.training
     model.eval()
     total = 0.0
-    # Equally many batches on each rank, though the last may be empty: a sharded model hangs if one rank runs a forward
-    # pass more than the others.
+    # The same number of batches on each rank, even if the last is empty: a sharded model hangs if one rank runs more
+    # forward passes than the others.
     windows_per_rank = math.ceil(n_windows / accelerator.num_processes)
     for first in range(0, windows_per_rank, batch_size):
         windows = mine[first : first + batch_size]
@@ -67,7 +67,7 @@ def validation_loss(model: torch.nn.Module, stream: TokenStream, recipe: Recipe,
         labels = tokens[:, 1:].clone()
         labels[len(windows) :] = -100
         inputs, labels = tokens[:, :-1].to(accelerator.device), labels.to(accelerator.device)
-        # The loss covers every position; logits_to_keep saves computing the logits, which nobody reads here.
+        # The loss covers every position. logits_to_keep limits the logits, which are not read here, to one position.
         with accelerator.autocast():
             loss = model(input_ids=inputs, shift_labels=labels, logits_to_keep=1, use_cache=False).loss
         if windows:

@@ -1,1 +1,4 @@
-"""What goes to the Hugging Face Hub: model_card and upload."""
+"""Publishing to the Hugging Face Hub.
+
+Read model_card, upload.
+"""

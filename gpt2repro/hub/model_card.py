@@ -1,4 +1,4 @@
-"""The model card, README.md of a model folder: what a run recorded of itself. What was not measured is left out."""
+"""The model card, README.md of a model folder, from what the run recorded. What was not measured is left out."""
 
 import math
 from dataclasses import dataclass
@@ -15,7 +15,8 @@ from gpt2repro.run_folder import RunFolder
 from gpt2repro.train.metrics import exported_step, read_metrics
 
 
-# Fields of recipe.yaml that the card's table tells, or that are paths of the machine that the run was made on.
+# Fields of recipe.yaml that the card does not list: its table shows them already, or they are paths on the machine that
+# ran it.
 NOT_SHOWN = ("data", "versions", "hardware", "data_dir", "output_dir", "hellaswag_data")
 
 
@@ -23,9 +24,9 @@ NOT_SHOWN = ("data", "versions", "hardware", "data_dir", "output_dir", "hellaswa
 class Result:
     """A score of the model.
 
-    key: in metrics.jsonl, or `perplexity`, `bits_per_byte`.
-    title: for readers, with its unit.
-    shown: the value as the table shows it.
+    key: its name in metrics.jsonl; `perplexity` and `bits_per_byte` are derived from val_loss.
+    title: for readers, with the unit.
+    shown: the value as the table prints it.
     """
 
     key: str
@@ -42,14 +43,14 @@ def model_card(
     last_step: int | None = None,
     license: str | None = None,
 ) -> ModelCard:
-    """The card of a model of ours, or of its export as GPT2LMHeadModel.
+    """The card of one of our models, or of its export as GPT2LMHeadModel.
 
     Args:
         name: the title.
-        repo_id: where on the Hub it will be; None: unknown, or nowhere.
+        repo_id: its repository on the Hub; None: unknown, or not on the Hub.
         run: the run that trained it; None: there is no record of one.
-        last_step: the step of the checkpoint that it is; None: it is what the run has exported.
-        license: of the weights, as the Hub abbreviates it; None: as the run's recipe says, or nothing.
+        last_step: the checkpoint's step if the model is a checkpoint; None: it is the run's exported model.
+        license: of the weights, as the Hub abbreviates it; None: what the run's recipe says, if anything.
     """
     record: dict[str, Any] = {}
     metrics: dict[str, Any] = {}
@@ -72,14 +73,14 @@ def model_card(
     if record:
         sections += ["## Recipe", f"```yaml\n{yaml.safe_dump(_public_settings(record), sort_keys=False)}```"]
     if license:
-        terms = "The text that they were trained on keeps its own terms."
-        sections += ["## Licence", f"{license}, for the weights. {terms}"]
+        terms = "The training text keeps its own terms."
+        sections += ["## License", f"{license}, for the weights. {terms}"]
     body = "\n\n".join(sections)
     return ModelCard(f"---\n{metadata.to_yaml()}\n---\n\n{body}\n")
 
 
 def _metrics_of_step(rows: list[dict], record: dict[str, Any], last_step: int | None) -> dict[str, Any]:
-    """All that was measured at the model's own step; the validation of an earlier step is not its own."""
+    """Everything measured at the model's own step; an earlier step's validation was of other weights."""
     step = exported_step(rows, record) if last_step is None else last_step
     logged = [row for row in rows if row["step"] <= step]
     metrics: dict[str, Any] = {}
@@ -102,7 +103,7 @@ def _usage(model: PreTrainedModel, load_from: str) -> str:
 
 
 def _facts(model: PreTrainedModel, record: dict[str, Any], metrics: dict[str, Any]) -> list[list[str]]:
-    """Rows of the table: what the model is, and what it was made from."""
+    """Rows of the first table: what the model is and how it was made."""
     config = model.config
     tokens = getattr(config, "unpadded_vocab_size", config.vocab_size)
     padding = f" and {config.vocab_size - tokens} padding rows" if config.vocab_size > tokens else ""
@@ -118,7 +119,7 @@ def _facts(model: PreTrainedModel, record: dict[str, Any], metrics: dict[str, An
     facts.append(
         [
             "data",
-            f"{origins}: {data['splits']['train']['tokens']:,} training tokens by the tokenizer "
+            f"{origins}: {data['splits']['train']['tokens']:,} training tokens of the tokenizer "
             f"{_public_name(data['tokenizer']['name'])}; sha256 of the manifest {data['manifest_sha256']}",
         ]
     )
@@ -147,16 +148,16 @@ def _evaluation(results: list[Result], metrics: dict[str, Any]) -> list[str]:
     sections = ["## Evaluation", _table(["", "this model", "OpenAI's gpt2 (124M)"], rows)]
     if "hellaswag_items" in metrics:
         sections.append(
-            f"HellaSwag: {metrics['hellaswag_items']:,} items of the validation set, zero-shot, the ending with the "
-            "lowest loss (acc: summed, acc_norm: mean per token), with standard errors. OpenAI's: build-nanogpt's "
-            "figures by the same rule on all 10,042 items."
+            f"HellaSwag: {metrics['hellaswag_items']:,} items of the validation set, zero-shot, with standard errors. "
+            "The prediction is the ending with the lowest loss (acc: summed, acc_norm: mean per token). OpenAI's "
+            "scores are build-nanogpt's, by the same rule on all 10,042 items."
         )
     return sections
 
 
 def _results(metrics: dict[str, Any], record: dict[str, Any]) -> list[Result]:
     results = []
-    if metrics.get("loss") is not None:  # None: no finite loss since the row before
+    if metrics.get("loss") is not None:  # None: no finite loss since the last row
         loss = metrics["loss"]
         results.append(Result("loss", "training loss, last row, nats per token", loss, f"{loss:.4f}"))
     if "val_loss" in metrics:
@@ -168,7 +169,7 @@ def _results(metrics: dict[str, Any], record: dict[str, Any]) -> list[Result]:
         if bits is not None:
             results.append(Result("bits_per_byte", "validation, bits per byte", bits, f"{bits:.4f}"))
     for key, value in metrics.items():
-        if key.startswith("val_loss_"):  # of one source of a mixture
+        if key.startswith("val_loss_"):  # one source of a mixture
             title = f"validation loss on {key.removeprefix('val_loss_')}, nats per token"
             results.append(Result(key, title, value, f"{value:.4f}"))
     for key in OPENAI_GPT2:
@@ -184,7 +185,7 @@ def _results(metrics: dict[str, Any], record: dict[str, Any]) -> list[Result]:
 def _metadata(
     name: str, license: str | None, record: dict[str, Any], metrics: dict[str, Any], results: list[Result]
 ) -> ModelCardData:
-    """What the Hub reads: the head of the card."""
+    """What the Hub reads: the YAML header of the card."""
     data = record.get("data", {})
     hub_ids = [source["corpus"]["hub_id"] for source in _sources(data) if source["corpus"].get("revision")]
     has_full_hellaswag = metrics.get("hellaswag_items") == FULL_SET
@@ -232,7 +233,7 @@ def _hub_result(result: Result, data: dict[str, Any], is_hellaswag: bool) -> Eva
 
 
 def _public_settings(record: dict[str, Any]) -> dict[str, Any]:
-    """The recipe without paths of the machine that it ran on."""
+    """The recipe without paths on the machine that ran it."""
     settings = {name: value for name, value in record.items() if name not in NOT_SHOWN}
     if "corpus" in settings:
         settings["corpus"] = _public_name(settings["corpus"])
@@ -241,14 +242,14 @@ def _public_settings(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def _sources(data: dict[str, Any]) -> list[dict[str, Any]]:
-    """The records of the directories of a mixture, or of the one directory."""
+    """The records of a mixture's directories, or of the single directory."""
     if not data:
         return []
     return data.get("sources", [data])
 
 
 def _origin(source: dict[str, Any]) -> str:
-    """Hub id, configuration and commit of a corpus, or its name; with its share of a mixture."""
+    """Hub id, configuration and commit of a corpus, or its name; in a mixture preceded by its share."""
     corpus = source["corpus"]
     share = f"{100 * source['weight']:g}% " if "weight" in source else ""
     if not corpus.get("revision"):  # a local folder has none
@@ -267,7 +268,7 @@ def _started_from(record: dict[str, Any]) -> str:
 
 
 def _public_name(name: str) -> str:
-    """A Hub id or a plain name as it is; the last part of a path on the machine that the run was made on."""
+    """Hub ids and plain names as they are; of a path on the machine that ran it, only the last part."""
     is_path = name.startswith((".", "/", "~")) or name.count("/") > 1
     return Path(name).name if is_path else name
 

@@ -8,30 +8,32 @@ from gpt2repro.errors import UserError, first_line
 
 
 def create_repository(repo_id: str, private: bool | None = None, revision: str | None = None) -> None:
-    """Make sure that the repository and the branch `revision` exist and can be written to.
+    """Make sure that the repository and its branch `revision` exist and are writable.
 
     Raises:
-        UserError: no network, no permission, an invalid name, or a public repository though `private` was asked for.
+        UserError: no network, no permission, an invalid name, or the repository is public although `private` was asked.
     """
     api = HfApi()
     try:
-        api.create_repo(repo_id, private=private, exist_ok=True)  # passes for somebody else's public one
+        api.create_repo(repo_id, private=private, exist_ok=True)  # succeeds for anybody's public repository
         api.auth_check(repo_id, write=True)
         if revision:
             api.create_branch(repo_id, branch=revision, exist_ok=True)
         public = private and not api.repo_info(repo_id).private
     except Exception as error:  # network, permission and name errors share no base class
         raise UserError(
-            f"cannot push to {repo_id} ({first_line(error)}); check the network, and log in with `hf auth login` as "
-            "one who may write there"
+            f"cannot push to {repo_id} ({first_line(error)}); check the network, and log in with `hf auth login` to an "
+            "account with write access"
         ) from error
     if public:
-        raise UserError(f"{repo_id} exists already and is public; leave --private out, or choose another name")
+        raise UserError(f"{repo_id} already exists and is public; omit --private, or choose another name")
 
 
 def upload(folder: Path, repo_id: str, revision: str | None = None) -> str:
-    """Upload a model folder as one commit that replaces an older model; returns the commit's URL.
+    """Upload a model folder as one commit, which replaces an older model.
 
+    Returns:
+        The commit's URL.
     Raises:
         UserError: the upload failed; the folder stays.
     """
@@ -43,7 +45,7 @@ def upload(folder: Path, repo_id: str, revision: str | None = None) -> str:
             commit_message="Upload model",
             delete_patterns=["*.py", "*.safetensors", "*.safetensors.index.json"],
         )
-    except Exception as error:  # of any type, as above
+    except Exception as error:  # of any type, as in create_repository
         branch = f" --revision {revision}" if revision else ""
         raise UserError(
             f"the upload to {repo_id} failed ({first_line(error)}); {folder} is complete: repeat the command, or run "

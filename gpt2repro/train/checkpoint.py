@@ -1,10 +1,10 @@
-"""Checkpoints that are complete or absent, verified when they are read, and independent of the world size.
+"""Atomic, asynchronous checkpoints: complete or absent, verified on resume, independent of the world size.
 
-checkpoints/step_00001000/ holds model.safetensors, optimizer.safetensors, trainer_state.json, the model's configuration
-and tokenizer, so that it opens like a model folder, and hashes.json with the sha256 of each file. Nothing in it is
-pickled. Saving is asynchronous: training stops only while the tensors are copied, and a thread of the main process
-writes them. The main process alone reads and writes; it broadcasts what it reads to the other ranks, whether they hold
-the whole model (DDP) or a shard of it (FSDP2), on this machine or on another.
+checkpoints/step_00001000/ holds model.safetensors, optimizer.safetensors and trainer_state.json; the model's
+configuration and tokenizer, so that it opens like a model folder; and hashes.json, the sha256 of each file. Nothing is
+pickled. Training pauses only while the tensors are copied; a thread of the main process writes them. Only the main
+process touches the disk. On resume it broadcasts what it reads to all ranks, whether they hold the full model (DDP) or
+a shard of it (FSDP2), on this machine or another.
 """
 
 import contextlib
@@ -40,12 +40,12 @@ Tensors = dict[str, torch.Tensor]  # by the parameter's name
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
-    """What trainer_state.json says: RunState.state_dict()."""
+    """The content of trainer_state.json: RunState.state_dict()."""
     return json.loads((checkpoint / STATE).read_text())
 
 
 def damage(checkpoint: Path, only: str | None = None) -> str | None:
-    """What is wrong with a checkpoint, or with one file of it: missing, or not what was written. None: it is whole."""
+    """What is missing or altered in a checkpoint, or in its file `only`; None if it is intact."""
     try:
         hashes = json.loads((checkpoint / HASHES).read_text())
     except (OSError, ValueError) as error:
@@ -59,12 +59,12 @@ def damage(checkpoint: Path, only: str | None = None) -> str | None:
 
 
 class Checkpoints:
-    """Saves and restores a run; every rank makes the same calls.
+    """Saves and restores a run. All ranks make the same calls.
 
     Args:
-        model: the bare model whose parameters are trained, sharded or not.
-        optimizers: bare too, i.e. not accelerate's wrappers.
-        tokenizer: saved along.
+        model: the raw model whose parameters are trained, sharded or not.
+        optimizers: the raw ones, without accelerate's wrappers.
+        tokenizer: saved with the model.
         say: prints a line.
     """
 
@@ -88,12 +88,11 @@ class Checkpoints:
     # ---- saving ----
 
     def save(self, state: dict[str, Any]) -> None:
-        """Save model, optimizers and `state` as checkpoints/step_{state["step"]}.
+        """Save model, optimizers and `state` as the checkpoint of step state["step"], asynchronously.
 
-        Returns as soon as they are copied. A thread of the main process writes the copy under another name, flushes it
-        and renames it; only then are older checkpoints deleted. So a crash at any moment leaves at least as many good
-        checkpoints as before. If it cannot be written, e.g. because the disk is full, that is reported and training
-        goes on.
+        Returns as soon as the tensors are copied. A thread of the main process writes the copy under a temporary name,
+        flushes it and renames it; only then are older checkpoints deleted, so a crash at any moment leaves at least as
+        many good checkpoints as before. A failure to write, e.g. a full disk, is reported, and training continues.
         """
         self.wait()
         if self.uses_deepspeed:
@@ -102,7 +101,7 @@ class Checkpoints:
         weights, moments = self._whole_tensors()
         if not self.accelerator.is_main_process:
             return
-        if self.accelerator.device.type == "cpu":  # the same memory that training goes on to change
+        if self.accelerator.device.type == "cpu":  # "offloaded" tensors still share memory with the live ones
             weights = {name: tensor.clone() for name, tensor in weights.items()}
             moments = {name: tensor.clone() for name, tensor in moments.items()}
         state = copy.deepcopy(state)
@@ -112,11 +111,11 @@ class Checkpoints:
         self.writer.start()
 
     def _whole_tensors(self) -> tuple[Tensors, Tensors]:
-        """The weights, and the optimizers' tensors as PARAMETER.KEY, gathered to the main process; all ranks call."""
+        """Gather the weights, and the optimizers' tensors as PARAMETER.KEY, on the main process. All ranks call it."""
         options = StateDictOptions(full_state_dict=True, cpu_offload=True)
         weights = get_model_state_dict(self.model, options=options)
         optimizer_state: dict[str, Any] = {"state": {}}
-        if all(optimizer.state for optimizer in self.optimizers):  # torch would make a step to fill an empty one
+        if all(optimizer.state for optimizer in self.optimizers):  # torch would run a step to fill an empty state
             optimizer_state = get_optimizer_state_dict(self.model, self.optimizers, options=options)
         if not self.accelerator.is_main_process:
             return {}, {}
@@ -128,13 +127,13 @@ class Checkpoints:
         return {name: weights[name] for name in self.names}, moments
 
     def wait(self) -> None:
-        """Block until what is being saved is on disk."""
+        """Block until the checkpoint that is being written is on disk."""
         if self.writer is not None:
             self.writer.join()
             self.writer = None
 
     def close(self) -> None:
-        """Block until the main process has written; from then on any process may end.
+        """Block on all ranks until the main process has written its last checkpoint. After that any rank may exit.
 
         Raises:
             SharedError: the last save failed.
@@ -158,10 +157,10 @@ class Checkpoints:
             self.failure = None
         except Exception as error:  # an OSError, a SafetensorError, or tokenizers' plain Exception
             self.failure = f"the checkpoint at step {state['step']:,} could not be written ({first_line(error)})"
-            self.say(f"{self.failure}; training goes on")
+            self.say(f"{self.failure}; training continues")
 
     def _save_with_deepspeed(self, state: dict[str, Any]) -> None:
-        """DeepSpeed writes its own shards of the optimizer, from every rank, and only as many ranks can resume."""
+        """DeepSpeed writes its own optimizer shards, from every rank; only the same world size can resume from them."""
         main = self.accelerator.is_main_process
         if main:
             delete_unfinished(self.folder.checkpoints)
@@ -179,7 +178,7 @@ class Checkpoints:
             self._rotate()
 
     def _write_the_rest(self, folder: Path, state: dict[str, Any]) -> None:
-        """Everything but the tensors, and last the hashes of all files."""
+        """Write everything but the tensors; last, the hashes of all files."""
         (folder / STATE).write_text(json.dumps(state) + "\n")
         self.model.config.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
@@ -188,7 +187,7 @@ class Checkpoints:
         (folder / HASHES).write_text(json.dumps(hashes, indent=2) + "\n")
 
     def _rotate(self) -> None:
-        """Delete all checkpoints but the last keep_last, every keep_every-th step, and the best validated one."""
+        """Delete all checkpoints but the newest keep_last, every keep_every-th step, and the best validated one."""
         found = self.folder.complete_checkpoints()
         kept = set(found[-self.recipe.keep_last :])
         kept.update(self._best_first()[:1])
@@ -201,17 +200,17 @@ class Checkpoints:
     # ---- restoring ----
 
     def restore(self, best: bool = False) -> dict[str, Any] | None:
-        """Load the newest whole checkpoint, or the best validated one, into model and optimizers.
+        """Load the newest intact checkpoint, or the one with the best validation loss, into model and optimizers.
 
-        A damaged one is reported and set aside as damaged_step_...; the next one is taken.
+        Damaged checkpoints are reported and renamed to damaged_step_..., and the next one is tried.
 
         Returns:
             The `state` that was saved with it; None if there is no checkpoint.
         Raises:
-            SharedError: all are damaged, in which case none is set aside; or it is of another model.
+            SharedError: all are damaged, in which case none is renamed; or the checkpoint is another model's.
         """
         self.wait()
-        weights: Tensors = {}  # on the main process, which broadcasts them
+        weights: Tensors = {}  # filled on the main process, which broadcasts them
         moments: dict[str, Tensors] = {}
 
         def read() -> tuple[Path, dict[str, Any], bool] | None:
@@ -231,7 +230,7 @@ class Checkpoints:
         checkpoint, state, has_moments = found
         if self.uses_deepspeed:
             self.accelerator.load_state(str(checkpoint))
-            self.accelerator.step = 0  # its count of micro-batches: a checkpoint lies between two steps
+            self.accelerator.step = 0  # accelerate counts micro-batches; no checkpoint lies inside a step
             return state
         self._load(weights, moments, has_moments)
         if "scaler" in state and self.accelerator.scaler is not None:
@@ -239,21 +238,21 @@ class Checkpoints:
         return state
 
     def _load(self, weights: Tensors, moments: dict[str, Tensors], has_moments: bool) -> None:
-        """Broadcast the main process's tensors into model and optimizers; all ranks call."""
+        """Broadcast the main process's tensors into model and optimizers. All ranks call it."""
         several = self.accelerator.num_processes > 1
-        # Not strict, because a tied head is in the model and not in the file.
+        # Not strict, because a tied head is in the model but not in the file.
         options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=several, strict=False)
         set_model_state_dict(self.model, weights, options=options)
         for optimizer in self.optimizers:
             optimizer.state.clear()
         if has_moments:
-            # What is not a tensor, e.g. the learning rate, comes from the recipe.
+            # Everything that is not a tensor, e.g. the learning rate, comes from the recipe.
             groups = get_optimizer_state_dict(self.model, self.optimizers)["param_groups"]
             state = {"state": moments, "param_groups": groups} if self.accelerator.is_main_process else {}
             set_optimizer_state_dict(self.model, self.optimizers, state, options=options)
 
     def _first_whole(self, candidates: list[Path]) -> Path | None:
-        """The first candidate that is whole; if there is one, the damaged ones before it are set aside."""
+        """The first intact candidate. If there is one, the damaged ones before it are renamed."""
         problems: dict[Path, str] = {}
         for checkpoint in candidates:
             problem = damage(checkpoint)
@@ -264,7 +263,7 @@ class Checkpoints:
         if problems:
             first_problem = next(iter(problems.values()))
             raise UserError(
-                f"no checkpoint in {self.folder.checkpoints} is whole ({first_problem}); to start again, delete "
+                f"no checkpoint in {self.folder.checkpoints} is intact ({first_problem}); to start over, delete "
                 f"{self.recipe.output_dir}"
             )
         return None
@@ -274,20 +273,20 @@ class Checkpoints:
             aside = damaged.with_name(f"damaged_{damaged.name}")
             delete(aside)
             damaged.rename(aside)
-            self.say(f"{damaged} is damaged ({problem}); it is now {aside.name}, and {taken.name} is used instead")
+            self.say(f"{damaged} is damaged ({problem}); renamed to {aside.name}, using {taken.name} instead")
 
     def _best_first(self) -> list[Path]:
-        """The checkpoints that were validated, the best one first."""
+        """The checkpoints with a validation loss, best first."""
         val_losses: dict[int, float] = {}
         for checkpoint in self.folder.complete_checkpoints():
-            with contextlib.suppress(OSError, ValueError):  # a damaged one
+            with contextlib.suppress(OSError, ValueError):  # damaged
                 val_loss = read_state(checkpoint)["val_loss"]
                 if val_loss is not None:
                     val_losses[checkpoint_step(checkpoint)] = val_loss
         return [self.folder.checkpoint(step) for step in best_first(val_losses)]
 
     def _read(self, checkpoint: Path) -> tuple[Tensors, dict[str, Tensors]]:
-        """The weights, and the optimizer's tensors of each parameter, none if no step had been made."""
+        """The weights, and the optimizer tensors of each parameter, which are empty before the first update."""
         weights = load_file(checkpoint / MODEL)
         moments: dict[str, Tensors] = {}
         for name, tensor in load_file(checkpoint / OPTIMIZER).items():

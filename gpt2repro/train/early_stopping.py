@@ -1,4 +1,4 @@
-"""The best validation of a run, and when to stop waiting for a better one."""
+"""Early stopping: the best validation of a run, and how long to wait for a better one."""
 
 import math
 from collections.abc import Mapping
@@ -6,10 +6,12 @@ from typing import Any
 
 
 def best_first(val_losses: Mapping[int, float]) -> list[int]:
-    """The steps of these validations, best first: the lower loss, and among equals the earlier step.
+    """The steps of these validations, best first: lowest loss, and the earlier step if two are equal.
 
-    What "best" means in a run is decided here: for early stopping, for the checkpoint that is kept, and for the model
-    that is exported.
+    The one definition of "best": early stopping, the checkpoint that is kept and the model that is exported all use it.
+
+    Args:
+        val_losses: nats per token, by step.
     """
     return sorted(val_losses, key=lambda step: (val_losses[step], step))
 
@@ -18,12 +20,12 @@ class BestValidation:
     """The best validation so far.
 
     Args:
-        patience: validations without a better one after which training stops; 0: it never does.
+        patience: validations without improvement after which training stops; 0: never.
 
     Attributes:
-        step: of the best one; 0 before the first.
+        step: of the best validation; 0 before the first.
         val_loss: nats per token; infinite before the first.
-        since: validations after the best one.
+        since: validations since the best one.
     """
 
     def __init__(self, patience: int):

@@ -1,4 +1,4 @@
-"""What the loop evaluates as it trains: validation loss, HellaSwag, samples. Each knows when it is due."""
+"""What is evaluated during training: validation loss, HellaSwag, samples."""
 
 import torch
 from accelerate import Accelerator
@@ -13,12 +13,12 @@ from gpt2repro.train.telemetry import Telemetry
 
 
 class Evaluations:
-    """The evaluations of a run; every rank makes the same calls, as a sharded model needs them all.
+    """The evaluations of a run. All ranks make the same calls, because a sharded model needs every rank to run.
 
     Args:
         hellaswag: what `load_hellaswag` returned.
         model: as accelerator.prepare returned it.
-        raw_model: neither wrapped nor compiled, for HellaSwag and samples, which have a new shape in nearly every call.
+        raw_model: neither wrapped nor compiled; for HellaSwag and samples, whose shapes change at nearly every call.
     """
 
     def __init__(
@@ -35,7 +35,7 @@ class Evaluations:
         self.model, self.raw_model = model, raw_model
 
     def run_due(self, run: RunState) -> None:
-        """Make the evaluations that are due after the step that was just made, and log them."""
+        """Run and log the evaluations that are due after step run.step."""
         if run.is_due(self.recipe.validate_every):
             self.validate(run)
         if self.hellaswag and run.is_due(self.recipe.hellaswag_every):
@@ -50,13 +50,13 @@ class Evaluations:
         self.telemetry.say(f"step {run.step:,}: validation loss {losses['val_loss']:.4f}")
 
     def score_hellaswag(self, step: int) -> None:
-        items_per_batch = max(1, self.recipe.micro_batch_size // ENDINGS)  # each ending is a row
+        items_per_batch = max(1, self.recipe.micro_batch_size // ENDINGS)  # each ending is one row
         scores, _ = evaluate_hellaswag(self.raw_model, self.hellaswag, self.accelerator, items_per_batch)
         self.telemetry.log(step, **scores)
         self.telemetry.say(f"step {step:,}: HellaSwag acc_norm {scores['hellaswag_acc_norm']:.4f}")
 
     def sample(self, step: int) -> None:
-        """Continue each of the recipe's prompts. The seed is fixed: samples of two steps differ by what was learned."""
+        """Continue each of the recipe's prompts. The seed is fixed, so samples of different steps can be compared."""
         recipe = self.recipe
         with self.accelerator.autocast():
             samples = [
@@ -74,9 +74,9 @@ class Evaluations:
 
 
 def load_hellaswag(plan: Plan, accelerator: Accelerator) -> list[EncodedItem]:
-    """The encoded HellaSwag items; none if the recipe does not ask for them."""
+    """The encoded HellaSwag items; empty if the recipe does not evaluate on HellaSwag."""
     if not plan.recipe.hellaswag_every:
         return []
-    with accelerator.main_process_first():  # the other ranks find in the cache what the first has downloaded
+    with accelerator.main_process_first():  # the main process downloads, the other ranks read its cache
         items = load_items(plan.recipe.hellaswag_data)
     return [encode_item(item, plan.tokenizer, plan.config.n_positions) for item in items]

@@ -1,4 +1,4 @@
-"""Bad steps, whose update is skipped: a loss or gradient that is not finite, or, if the recipe asks for it, a spike."""
+"""Bad steps, whose update is skipped: a non-finite loss or gradient or, with skip_spikes, a loss spike."""
 
 import math
 import statistics
@@ -10,20 +10,20 @@ import torch
 from gpt2repro.recipe import Recipe
 
 
-WINDOW = 128  # finite losses that a new one is compared with
+WINDOW = 128  # recent finite losses that a new loss is compared with
 
 
 class Guard:
-    """Judges every step before its update. All ranks see the same numbers, so all judge alike.
+    """Decides before each update whether to skip it. All ranks see the same numbers, so all ranks decide alike.
 
-    After a rollback, batches that made max_bad_steps updates in a row impossible are skipped for good. Batch b of the
-    data order is that of step b until some are skipped; then later ones move up.
+    max_bad_steps bad steps in a row trigger a rollback to a checkpoint, after which their batches are never read again.
+    Step s reads batch s of the data order until batches are left out; then later batches move up.
 
     Attributes:
-        bad_steps: how many updates were skipped in all.
+        bad_steps: updates skipped so far.
         left_out: numbers of the batches that are never read again, ascending.
-        rollbacks: how often the run went back to a checkpoint.
-        zscore: of the newest loss, in standard deviations of the losses before; None while there are few.
+        rollbacks: how often the run was rolled back to a checkpoint.
+        zscore: of the newest loss, in standard deviations above the recent mean; None while too few losses are known.
     """
 
     def __init__(self, recipe: Recipe):
@@ -31,7 +31,7 @@ class Guard:
         self.losses: deque[float] = deque(maxlen=WINDOW)
         self.bad_steps = self.rollbacks = 0
         self.left_out: list[int] = []
-        self.bad_batches: list[int] = []  # those of the latest bad steps in a row
+        self.bad_batches: list[int] = []  # of the current series of bad steps; empty after a good step
         self.zscore: float | None = None
 
     def batch(self, step: int) -> int:
@@ -41,13 +41,13 @@ class Guard:
         return step
 
     def accepts(self, step: int, loss: float, grad_norm: float, scaler: torch.amp.GradScaler | None = None) -> bool:
-        """Whether to make the update of step `step`.
+        """Whether to apply the update of step `step`; False: skip it.
 
         Args:
             loss: mean over all ranks.
             grad_norm: global, before clipping.
-            scaler: of fp16. It raises its scale until a gradient overflows, then lowers it; an overflow is no bad step
-                as long as the scale can still be lowered.
+            scaler: for fp16. It raises the loss scale until gradients overflow, then lowers it; an overflow counts as a
+                bad step only if the scale is already below 1.
         """
         is_finite = math.isfinite(loss) and math.isfinite(grad_norm)
         self._measure(loss)
@@ -56,7 +56,7 @@ class Guard:
             self.bad_batches = []
             return True
         if scaler is not None:
-            scaler.update()  # which the skipped optimizer step would have done
+            scaler.update()  # normally accelerate's optimizer step does it
             has_overflowed = math.isfinite(loss) and not is_finite
             if has_overflowed and scaler.get_scale() >= 1.0:
                 return False
@@ -65,7 +65,7 @@ class Guard:
         return False
 
     def _measure(self, loss: float) -> None:
-        """Set the z-score of a loss, and remember it if it is finite."""
+        """Set zscore for a new loss, and add the loss to the window if it is finite."""
         self.zscore = None
         if not math.isfinite(loss):
             return
@@ -82,11 +82,11 @@ class Guard:
 
     @property
     def gives_up(self) -> bool:
-        """Whether so many steps in a row were bad that the weights may be broken: time for a rollback."""
+        """Whether max_bad_steps steps in a row were bad, so that the weights may be broken: time to roll back."""
         return len(self.bad_batches) >= self.recipe.max_bad_steps
 
     def roll_back(self, state: dict[str, Any]) -> None:
-        """Restore the state of a checkpoint, but skip the bad batches that come after it."""
+        """Restore the state of a checkpoint, but leave out the bad batches after it."""
         left_out = sorted({*self.left_out, *self.bad_batches} - {*state["bad_batches"]})
         bad_steps, rollbacks = self.bad_steps, self.rollbacks + 1
         self.load_state_dict(state)

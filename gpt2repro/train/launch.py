@@ -1,4 +1,4 @@
-"""Starting the processes of a run: the Accelerator, and the records and locks of the output directory."""
+"""Starting a run: the Accelerator, and the lock and records of the output directory."""
 
 import dataclasses
 import re
@@ -23,16 +23,16 @@ from gpt2repro.train.tracker import start_tracker
 
 
 def build_accelerator(recipe: Recipe) -> Accelerator:
-    """The processes, their device and precision, as the launcher and its config have them.
+    """The Accelerator, with the world size, device and precision that the launcher and its config set.
 
     Raises:
-        UserError: the launch cannot run this recipe.
+        UserError: this launch cannot run the recipe.
     """
     accumulation = recipe.accumulation(world_size(), step=0)
     accelerator = Accelerator(
         cpu=cpu_asked(),
-        # The other ranks wait while the main process hashes the data or writes a large checkpoint. NCCL gives up after
-        # 10 minutes.
+        # The other ranks wait while the main process hashes the data or writes a large checkpoint. That may take longer
+        # than NCCL's default timeout of 10 minutes.
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=1))],
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=accumulation, sync_with_dataloader=False),
         dynamo_backend="inductor" if recipe.compile else None,
@@ -41,8 +41,8 @@ def build_accelerator(recipe: Recipe) -> Accelerator:
     )
     if accelerator.num_processes != world_size():
         raise UserError(
-            f"WORLD_SIZE is {world_size()}, but accelerate runs {accelerator.num_processes} process(es); "
-            "start the processes with `accelerate launch` or torchrun"
+            f"WORLD_SIZE={world_size()}, but accelerate runs {accelerator.num_processes} process(es); "
+            "start the run with `accelerate launch` or torchrun"
         )
     problems = launch_problems(recipe, accelerator)
     if problems:
@@ -50,9 +50,9 @@ def build_accelerator(recipe: Recipe) -> Accelerator:
     if accelerator.device.type == "cpu":
         use_all_cores()
     torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in float32
-    if accelerator.is_fsdp2:  # float32 weights and autocast, as with DDP; accelerate's own policy has a 16-bit loss
+    if accelerator.is_fsdp2:  # float32 weights and autocast, as with DDP; accelerate's policy gives a 16-bit loss
         accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy()
-    if accelerator.distributed_type == DistributedType.DEEPSPEED:  # it accumulates and clips by itself
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:  # it accumulates and clips gradients itself
         accelerator.state.deepspeed_plugin.deepspeed_config.update(
             train_micro_batch_size_per_gpu=recipe.micro_batch_size,
             gradient_accumulation_steps=accumulation,
@@ -65,11 +65,11 @@ def begin_run(recipe: Recipe, data: RunData, accelerator: Accelerator) -> FileLo
     """Verify the data, lock the output directory, write recipe.yaml at the first start, and start the tracker.
 
     Returns:
-        The lock that keeps other runs out, on the main process; None on the others.
+        The lock that keeps other runs out, on the main process; None on other ranks.
     Raises:
-        SharedError: a shard was changed, another run has the directory, or the tracker does not start.
+        SharedError: a shard has changed, another run holds the directory, or the tracker does not start.
     """
-    accelerator.wait_for_everyone()  # every rank has checked the directory before one writes to it
+    accelerator.wait_for_everyone()  # all ranks check the directory before the main process writes to it
     hardware = f"{accelerator.num_processes} x {device_name(accelerator.device)}"
     locks = []
 
@@ -88,7 +88,7 @@ def begin_run(recipe: Recipe, data: RunData, accelerator: Accelerator) -> FileLo
 
 
 def run_record(recipe: Recipe, data: RunData, hardware: str) -> dict:
-    """What recipe.yaml records of a run: the resolved recipe, and what it ran with."""
+    """The content of recipe.yaml: the resolved recipe, the data, hardware and software, and the run's id."""
     output_dir = Path(recipe.output_dir)
     is_local = recipe.init_from == "scratch" or Path(recipe.init_from).exists()
     plain_name = re.sub(r"[^\w.-]", "-", output_dir.name)
@@ -105,4 +105,4 @@ def run_record(recipe: Recipe, data: RunData, hardware: str) -> dict:
 def _report_assumed_tokenizers(data: RunData) -> None:
     for source in data.sources:
         if not source.manifest.tokenizer.sha256:
-            print(f"{source.directory} brings no tokenizer along; GPT-2's is assumed", flush=True)
+            print(f"{source.directory} has no tokenizer; GPT-2's is assumed", flush=True)

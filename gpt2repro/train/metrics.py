@@ -1,4 +1,4 @@
-"""metrics.jsonl: the rows of a run, appended once and never rewritten."""
+"""metrics.jsonl, the log of a run: rows are appended and never rewritten."""
 
 import json
 from collections.abc import Iterator
@@ -8,22 +8,22 @@ from typing import Any
 from gpt2repro.train.early_stopping import best_first
 
 
-ROW_KINDS = ("loss", "val_loss", "hellaswag_acc", "samples")  # the key that tells what a row is
-CLOCK_KEYS = ("tokens_per_second", "data_wait", "hours", "hours_left")  # they differ between two equal runs
+ROW_KINDS = ("loss", "val_loss", "hellaswag_acc", "samples")  # the key that identifies the kind of a row
+CLOCK_KEYS = ("tokens_per_second", "data_wait", "hours", "hours_left")  # timings differ between identical runs
 
 
 class Metrics:
     """The writer of a metrics.jsonl.
 
-    A resumed run repeats steps that were logged before it was stopped; their rows are skipped. After a rollback they
-    are logged again, as the steps differ. A last row that a crash cut off is dropped.
+    A resumed run repeats the steps after its checkpoint; rows of theirs that were already logged are skipped. After a
+    rollback the repeated steps differ, so they are logged again. A last row that a crash cut short is dropped.
     """
 
     def __init__(self, path: Path):
         self.path = path
         self.last_step = dict.fromkeys(ROW_KINDS, -1)
-        self.size = 0  # bytes of whole rows
-        self.unwritten = b""  # rows that did not fit on the disk
+        self.size = 0  # bytes of complete rows
+        self.unwritten = b""  # queued rows
         if path.exists():
             self.size = path.read_bytes().rfind(b"\n") + 1
             for row in _rows(path):  # after a rollback the last row is not the latest step
@@ -34,7 +34,7 @@ class Metrics:
         self.last_step = {kind: min(last, step) for kind, last in self.last_step.items()}
 
     def add(self, row: dict[str, Any]) -> bool:
-        """Queue a row, unless its step has one of this kind already; returns whether it is new."""
+        """Queue a row unless one of its kind was logged for this step; returns whether it was queued."""
         kind = _kind(row)
         if row["step"] <= self.last_step[kind]:
             return False
@@ -46,23 +46,23 @@ class Metrics:
         """Append the queued rows.
 
         Raises:
-            OSError: that failed, e.g. because the disk is full. The rows stay queued.
+            OSError: writing failed, e.g. because the disk is full. The rows stay queued.
         """
         with self.path.open("ab") as file:
-            file.truncate(self.size)  # drop what a crash or a full disk cut off
+            file.truncate(self.size)  # drop a row that a crash or a full disk cut short
             file.write(self.unwritten)
         self.size += len(self.unwritten)
         self.unwritten = b""
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The rows of a metrics.jsonl, without one that a crash cut off; the newest of a step that a rollback repeated."""
+    """The rows of a metrics.jsonl. Of a step that a rollback repeated, only the newest; a row cut short is dropped."""
     newest = {(_kind(row), row["step"]): row for row in _rows(path)}
     return list(newest.values())
 
 
 def exported_step(rows: list[dict[str, Any]], record: dict[str, Any]) -> int:
-    """The step whose weights a run exports: its last, or the best validated one if its recipe has `patience`."""
+    """The step whose weights a run exports: the last, or with `patience` the one with the best validation loss."""
     if not record.get("patience"):
         return rows[-1]["step"]
     val_losses = {row["step"]: row["val_loss"] for row in rows if "val_loss" in row}

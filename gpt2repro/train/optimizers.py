@@ -34,7 +34,7 @@ def adamw(model: torch.nn.Module, recipe: Recipe) -> list[torch.optim.Optimizer]
 
 
 def muon(model: torch.nn.Module, recipe: Recipe) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices of the blocks, whose step is the nearly orthogonalized momentum; AdamW for the rest.
+    """Muon, whose update is the approximately orthogonalized momentum, for the blocks' matrices; AdamW for the rest.
 
     Source: https://kellerjordan.github.io/posts/muon/; torch.optim.Muon.
     """
@@ -58,8 +58,8 @@ OPTIMIZERS: dict[str, OptimizerBuilder] = {"adamw": adamw, "muon": muon}
 
 
 def adamw_for(parameters: Iterable[torch.nn.Parameter], recipe: Recipe) -> torch.optim.AdamW:
-    """A fused AdamW that decays only tensors with 2 or more dimensions: matrices and embeddings, not biases and
-    LayerNorms."""
+    """A fused AdamW that applies weight decay to tensors with 2 or more dimensions only: matrices and embeddings, not
+    biases and LayerNorms."""
     trained = [p for p in parameters if p.requires_grad]
     groups = [
         {"params": [p for p in trained if p.dim() >= 2], "weight_decay": recipe.weight_decay},
@@ -75,10 +75,10 @@ def block_matrices(model: torch.nn.Module) -> list[torch.nn.Parameter]:
 
 
 def set_lr(optimizers: Iterable[torch.optim.Optimizer], lr: float) -> float:
-    """Set the scheduled learning rate; a parameter group with an `lr_ratio`, such as Muon's, gets that multiple of it.
+    """Set the scheduled learning rate. A parameter group with an `lr_ratio`, such as Muon's, gets that multiple of it.
 
     Returns:
-        lr
+        lr, for logging.
     """
     for optimizer in optimizers:
         for group in optimizer.param_groups:
@@ -90,7 +90,7 @@ def set_lr(optimizers: Iterable[torch.optim.Optimizer], lr: float) -> float:
 
 
 def optimizer_problems(recipe: Recipe) -> list[str]:
-    """Whether the recipe names a known optimizer; recipe.py cannot tell, because the registry imports torch."""
+    """One line if the recipe's optimizer is not registered. recipe.py cannot check it: the registry imports torch."""
     if recipe.optimizer in OPTIMIZERS:
         return []
     problem = f"optimizer={recipe.optimizer} is not one of {', '.join(OPTIMIZERS)}"
@@ -99,19 +99,20 @@ def optimizer_problems(recipe: Recipe) -> list[str]:
 
 
 def launch_problems(recipe: Recipe, accelerator: Accelerator) -> list[str]:
-    """What in the recipe is incompatible with the launch's precision or distribution."""
+    """What in the recipe does not work with the launch's precision or distribution."""
     deepspeed = accelerator.distributed_type == DistributedType.DEEPSPEED
     problems = []
     if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
-        problems.append("mixed_precision=fp16 would run as float32 on the CPU; use bf16 or no")
+        problems.append("mixed_precision=fp16 would run in float32 on the CPU; use bf16 or no")
     if recipe.optimizer == "muon" and accelerator.mixed_precision == "fp16":
         # accelerate steps and updates its one GradScaler for each optimizer in turn: the second optimizer's gradients
         # are unscaled twice, and an overflow that only one of them sees skips only that one's step.
-        problems.append("optimizer=muon is two optimizers, which accelerate scales wrongly in fp16; use bf16 or adamw")
+        problems.append("optimizer=muon is two optimizers, which accelerate scales wrongly in fp16; use bf16, or adamw")
     if recipe.optimizer == "muon" and deepspeed:
-        problems.append("optimizer=muon is two optimizers, but DeepSpeed takes only one; use FSDP2 or adamw")
+        problems.append("optimizer=muon is two optimizers, but DeepSpeed takes only one; use FSDP2, or adamw")
     if recipe.batch_ramp_start and deepspeed:
         problems.append(
-            f"batch_ramp_start={recipe.batch_ramp_start} varies the accumulation, which DeepSpeed cannot; use FSDP2"
+            f"batch_ramp_start={recipe.batch_ramp_start} varies the gradient accumulation, which DeepSpeed does not "
+            "support; use FSDP2"
         )
     return problems

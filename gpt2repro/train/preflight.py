@@ -1,5 +1,5 @@
-"""What is resolved before a run starts: recipe, data, tokenizer and model, checked against each other. Every mistake is
-reported at once, before anything expensive."""
+"""What is resolved before a run starts: recipe, data, tokenizer and model, checked against each other. All mistakes are
+reported together, before anything expensive."""
 
 import subprocess
 import sys
@@ -36,11 +36,11 @@ DROPOUTS = ("resid_pdrop", "embd_pdrop", "attn_pdrop")
 class Plan:
     """A run that can start.
 
-    data: opened, not yet verified.
+    data: opened, its hashes not yet verified.
     tokenizer: of the data.
     config: of the model.
-    pretrained: the model that gives the first weights, opened and not yet read; None: they are drawn at random, or
-        come from the run's own checkpoint.
+    pretrained: the model to start from, opened but its weights not yet read; None: the weights are initialized at
+        random or come from the run's own checkpoint.
     """
 
     recipe: Recipe
@@ -51,7 +51,7 @@ class Plan:
 
 
 def resolve_and_check(argv: list[str]) -> Plan:
-    """The run that a command line asks for.
+    """The run that a command line describes.
 
     Raises:
         UserError: one line for each mistake.
@@ -61,7 +61,7 @@ def resolve_and_check(argv: list[str]) -> Plan:
     if is_demo and not problems and not recipe.data:
         prepare_demo(recipe)
     problems += recipe.problems(world_size()) + optimizer_problems(recipe) + missing_gpu() + tracker_problems(recipe)
-    # A command that only evaluates has no output directory, and no checkpoint of its own.
+    # --eval_only has neither an output directory nor checkpoints of its own.
     folder = None if recipe.eval_only else RunFolder(recipe.output_dir)
     data = plan = None
     try:
@@ -78,19 +78,24 @@ def resolve_and_check(argv: list[str]) -> Plan:
 
 
 def make_plan(recipe: Recipe, data: RunData, folder: RunFolder | None) -> Plan:
-    """Raises UserError or ValueError: init_from is not a GPT-2, or the sizes contradict each other."""
+    """Resolve tokenizer and model.
+
+    Raises:
+        UserError or ValueError: init_from is not a GPT-2, or the model's sizes contradict each other.
+    """
     config, pretrained = starting_point(recipe, data, folder)
     return Plan(recipe, data, data_tokenizer(data), config, pretrained)
 
 
 def prepare_demo(recipe: Recipe) -> None:
-    """Say what a bare command runs, and prepare its corpus if it is missing: once, by the first process."""
+    """Say that a command without --config trains the demo; on the main process, prepare its corpus if missing."""
     with PartialState(cpu=cpu_asked()).main_process_first():
         if PartialState().is_main_process:
-            print(f"no --config: training the demo, {DEMO.relative_to(ROOT)}; recipes/ holds the real ones", flush=True)
+            print(f"no --config: training the demo, {DEMO.relative_to(ROOT)}; recipes/ has the real ones", flush=True)
             if not (Path(recipe.data_dir) / MANIFEST).exists():
-                script = [sys.executable, str(ROOT / "prepare_data.py")]
-                if subprocess.run([*script, recipe.corpus, "--output_dir", recipe.data_dir]).returncode:
+                script = str(ROOT / "prepare_data.py")
+                command = [sys.executable, script, recipe.corpus, "--output_dir", recipe.data_dir]
+                if subprocess.run(command).returncode != 0:
                     raise UserError(f"the demo's corpus could not be prepared in {recipe.data_dir}")
 
 
@@ -98,14 +103,14 @@ def prepare_demo(recipe: Recipe) -> None:
 
 
 def open_data(recipe: Recipe) -> RunData:
-    """The recipe's data; a mistake ends in the command that prepares it, if the recipe knows it."""
+    """The recipe's data. An error names the command that prepares it, if the recipe knows the command."""
     try:
         return RunData.open(recipe.sources)
     except UserError as error:
         if recipe.data or foreign_format(Path(recipe.data_dir)):
             raise
         command = f"python prepare_data.py {recipe.corpus} --output_dir {recipe.data_dir}"
-        raise UserError(f"{error}; this recipe's data is made by `{command}`") from error
+        raise UserError(f"{error}; `{command}` prepares this recipe's data") from error
 
 
 def data_tokenizer(data: RunData) -> PreTrainedTokenizerBase:
@@ -120,14 +125,14 @@ def data_tokenizer(data: RunData) -> PreTrainedTokenizerBase:
 def starting_point(
     recipe: Recipe, data: RunData, folder: RunFolder | None
 ) -> tuple[GPT2ReproConfig, StoredGPT2 | None]:
-    """The model's configuration, and the pretrained model that the weights come from, if any.
+    """The model's configuration, and the pretrained model that its weights come from, if any.
 
-    A run with a checkpoint resumes from it and no longer needs what it was initialised from.
+    A run with a checkpoint resumes from that and no longer needs the model it was initialized from.
 
     Args:
-        folder: of the run; None: it has none.
+        folder: of the run; None with --eval_only.
     Raises:
-        UserError or ValueError: init_from is not a GPT-2, or the sizes contradict each other.
+        UserError or ValueError: init_from is not a GPT-2, or the model's sizes contradict each other.
     """
     if recipe.init_from == "scratch":
         return scratch_config(recipe, data), None
@@ -141,7 +146,7 @@ def starting_point(
 
 
 def scratch_config(recipe: Recipe, data: RunData) -> GPT2ReproConfig:
-    """The model fields of the recipe; the vocabulary is that of the data unless the recipe says otherwise."""
+    """The recipe's model fields; the vocabulary is the data's unless the recipe says otherwise."""
     vocab_size, eot_id = data.tokenizer.vocab_size, data.tokenizer.eot_id
     fields = {
         "unpadded_vocab_size": vocab_size,
@@ -154,7 +159,7 @@ def scratch_config(recipe: Recipe, data: RunData) -> GPT2ReproConfig:
 
 
 def newest_config(folder: RunFolder) -> GPT2ReproConfig | None:
-    """The configuration in the newest checkpoint whose config.json is whole."""
+    """The configuration in the newest checkpoint whose config.json is intact; None if there is none."""
     for path in reversed(folder.complete_checkpoints()):
         if checkpoint.damage(path, "config.json") is None:
             return gpt2_config(str(path))
@@ -162,13 +167,13 @@ def newest_config(folder: RunFolder) -> GPT2ReproConfig | None:
 
 
 def adapt_config(stored: GPT2ReproConfig, recipe: Recipe) -> GPT2ReproConfig:
-    """The configuration of a model to continue: dropout is the recipe's choice, the architecture is the model's.
+    """The configuration of a model to continue training: dropout is the recipe's, the architecture is the model's.
 
-    As nanoGPT's crop_block_size: positions that no sequence of this run reaches are cut off, unless the recipe says
-    otherwise.
+    Positions that no sequence of this run reaches are cropped, unless the recipe says otherwise.
 
     Raises:
         UserError: the recipe asks for another architecture.
+    Source: nanoGPT model.py, crop_block_size.
     """
     chosen = dict.fromkeys(DROPOUTS, 0.0) | {"n_positions": min(recipe.sequence_length, stored.n_positions)}
     problems = []
@@ -178,7 +183,7 @@ def adapt_config(stored: GPT2ReproConfig, recipe: Recipe) -> GPT2ReproConfig:
         if name in DROPOUTS or is_crop:
             chosen[name] = value
         elif value != stored_value:
-            problems.append(f"model.{name}={value}, but init_from={recipe.init_from} has {stored_value}; leave it out")
+            problems.append(f"model.{name}={value}, but init_from={recipe.init_from} has {stored_value}; drop it")
     if problems:
         raise UserError("\n".join(problems))
     return GPT2ReproConfig(**stored.to_dict() | chosen)
@@ -195,7 +200,7 @@ def tracker_problems(recipe: Recipe) -> list[str]:
 
 
 def output_problems(recipe: Recipe, folder: RunFolder, data: RunData | None) -> list[str]:
-    """Why the run must not write to its output directory: nothing of another run is overwritten.
+    """Why the run must not write to its output directory: it never overwrites another run's files.
 
     Args:
         data: None if it cannot be opened, which is reported elsewhere.
@@ -218,19 +223,19 @@ def output_problems(recipe: Recipe, folder: RunFolder, data: RunData | None) -> 
 
 
 def plan_problems(plan: Plan) -> list[str]:
-    """What does not fit between recipe, data, tokenizer and model."""
+    """Contradictions between recipe, data, tokenizer and model."""
     recipe, config, tokenized = plan.recipe, plan.config, plan.data.tokenizer
     problems = []
     if config.unpadded_vocab_size < tokenized.vocab_size:
         problems.append(
             f"the model has unpadded_vocab_size={config.unpadded_vocab_size}, but {', '.join(recipe.sources)} was "
-            f"tokenized with {tokenized.name}, {tokenized.vocab_size} ids; choose the data or the model that fits the "
-            "other"
+            f"tokenized with {tokenized.name}, {tokenized.vocab_size} ids; choose a model and data with the same "
+            "vocabulary"
         )
     if recipe.sequence_length > config.n_positions:
         problems.append(
             f"sequence_length={recipe.sequence_length} is longer than n_positions={config.n_positions}; "
-            "lower the one or, training from scratch, raise --model.n_positions"
+            "lower sequence_length or, when training from scratch, raise --model.n_positions"
         )
     for prompt in recipe.sample_prompts:
         problems += prompt_problems(prompt, plan.tokenizer, config.n_positions)
@@ -245,14 +250,16 @@ def prompt_problems(prompt: str, tokenizer: PreTrainedTokenizerBase, n_positions
     length = len(tokenizer(prompt_text(prompt, tokenizer)).input_ids)
     if 0 < length < n_positions:
         return []
-    return [f"sample_prompts: {prompt!r} is {length} tokens long; the model takes 1 to {n_positions - 1}"]
+    return [
+        f"sample_prompts: {prompt!r} is {length} tokens long, but the model takes 1 to {n_positions - 1}; change it"
+    ]
 
 
 def tokenizer_problems(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, source: str | Path) -> list[str]:
-    """Whether the pretrained model knows the data's tokens by other ids. Some models bring no tokenizer."""
+    """One line if the pretrained model's tokenizer gives the data's tokens other ids."""
     try:
         theirs = load_tokenizer(source).get_vocab()
-    except UserError:
+    except UserError:  # some models have no tokenizer
         return []
     ours = tokenizer.get_vocab()
     if all(theirs.get(token) == id for token, id in ours.items()):

@@ -1,4 +1,4 @@
-"""What a run says when it ends: the picture of its loss, the software that made it, and where everything lies."""
+"""What a run reports at its end: the loss curve, the final losses, the software versions, and where its files are."""
 
 import contextlib
 import platform
@@ -16,12 +16,12 @@ LINE_COLORS = ("gray", "tab:green", "tab:red", "tab:purple", "tab:brown")
 
 
 def provenance() -> dict[str, Any]:
-    """The software that runs: versions and, in a git checkout, the commit."""
+    """Versions of the software and, in a git checkout, the commit."""
     root = Path(__file__).resolve().parents[2]
     commit = None
-    if (root / ".git").exists():  # an installed copy may lie inside somebody else's checkout
+    if (root / ".git").exists():  # an installed copy may lie inside another repository's checkout
         git = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40"]
-        with contextlib.suppress(OSError):  # no git on this machine
+        with contextlib.suppress(OSError):  # git is not installed
             commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or None
     packages = ("torch", "transformers", "accelerate", "datasets")
     versions = {package: version(package) for package in packages}
@@ -29,7 +29,7 @@ def provenance() -> dict[str, Any]:
 
 
 def baseline_loss(data: RunData) -> float:
-    """The training split's unigram entropy, nats per token: what a model reaches that knows only how frequent each
+    """The unigram entropy of the training split, nats per token: the loss of a model that knows only how frequent each
     token is."""
     return unigram_entropy(data.train.frequencies(data.tokenizer.vocab_size))
 
@@ -38,7 +38,7 @@ def plot_losses(metrics: list[dict[str, Any]], lines: dict[str, float], path: Pa
     """Draw training and validation loss over steps, with a horizontal line for each named reference loss."""
     import matplotlib
 
-    matplotlib.use("Agg")  # works without a screen
+    matplotlib.use("Agg")  # needs no display
     from matplotlib import pyplot
 
     train = [(row["step"], row["loss"]) for row in metrics if "loss" in row]
@@ -58,23 +58,24 @@ def plot_losses(metrics: list[dict[str, Any]], lines: dict[str, float], path: Pa
 
 
 def losses_text(val_loss: float, baseline: float, data: RunData, at_step: str) -> str:
-    """The validation loss beside the baseline.
+    """The validation loss and the baseline, for readers.
 
     Args:
         val_loss, baseline: nats per token.
-        at_step: which step it is of, where that is not the last one; or "".
+        at_step: names the step of val_loss if it may not be the last; else "".
     """
     val = data.totals("val")
     bits = bits_per_byte(val_loss, val.tokens, val.bytes)
     in_bits = "" if bits is None else f" = {bits:.4f} bits per byte"
     return (
         f"validation loss {val_loss:.4f} nats per token{in_bits}{at_step}\n"
-        f"a model that knows only how frequent each token is: {baseline:.4f} nats per token (unigram entropy)"
+        f"for comparison, the unigram entropy: {baseline:.4f} nats per token, the loss of a model that knows only how "
+        "frequent each token is"
     )
 
 
 def files_text(folder: RunFolder) -> str:
-    """Where everything lies, and how to load the model."""
+    """Where the run's files are, and how to load the model."""
     return (
         f"metrics     {folder.metrics}\n"
         f"picture     {folder.picture}\n"

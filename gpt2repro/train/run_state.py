@@ -1,4 +1,4 @@
-"""Where a run is: all that a checkpoint holds besides weights and optimizer states."""
+"""The state of a run: everything that a checkpoint holds besides weights and optimizer states."""
 
 from typing import Any
 
@@ -11,15 +11,15 @@ from gpt2repro.train.telemetry import Telemetry
 
 
 class RunState:
-    """The state of a run between two steps. All ranks have the same.
+    """The state of a run between two steps, the same on all ranks.
 
     Attributes:
-        step: optimizer steps that were made, skipped updates included.
-        guard: judges steps, and knows which batches are left out.
-        best: the best validation.
-        telemetry: its sums since the last row of metrics.jsonl are part of the state.
-        val_loss: the validation loss at this very step; None if there was no validation.
-        stopping: why the run must stop before its end; None: it need not.
+        step: steps completed, skipped updates included.
+        guard: decides which updates are skipped, and knows which batches are left out.
+        best: the best validation, for early stopping.
+        telemetry: what it has summed up since the last row of metrics.jsonl is part of the state.
+        val_loss: the validation loss after this step, nats per token; None if it was not validated.
+        stopping: why the run must stop early; None: it need not.
     """
 
     def __init__(self, recipe: Recipe, telemetry: Telemetry):
@@ -32,7 +32,7 @@ class RunState:
 
     @property
     def finished(self) -> bool:
-        """Whether the loop ends: after max_steps, by early stopping, or because it was told to stop."""
+        """Whether the loop ends: after max_steps, by early stopping, or because the run was told to stop."""
         return self.is_last_step or self.stopping is not None
 
     @property
@@ -40,7 +40,11 @@ class RunState:
         return self.step >= self.recipe.max_steps or self.best.patience_exhausted
 
     def is_due(self, every: int) -> bool:
-        """Whether something is due that happens every so many steps (0: never), and in any case after the last."""
+        """Whether something that happens every `every` steps is due now. After the last step it always is.
+
+        Args:
+            every: steps; 0: only after the last step.
+        """
         return self.is_last_step or (every > 0 and self.step % every == 0)
 
     @property
@@ -49,7 +53,7 @@ class RunState:
         return self.is_due(self.recipe.checkpoint_every) or is_new_best or self.stopping is not None
 
     def advance(self) -> None:
-        """One more step was made."""
+        """Count a completed step."""
         self.step += 1
         self.val_loss = None
 
@@ -60,7 +64,7 @@ class RunState:
     # ---- saved and restored ----
 
     def state_dict(self) -> dict[str, Any]:
-        """JSON, written as trainer_state.json."""
+        """Serializable as JSON; the checkpoint's trainer_state.json."""
         return {
             "step": self.step,
             "val_loss": self.val_loss,
@@ -84,10 +88,10 @@ class RunState:
         self.telemetry.start(self.step)
 
     def roll_back(self, checkpoints: Checkpoints) -> None:
-        """Go back to the newest checkpoint; the batches that were bad after it are skipped from now on.
+        """Go back to the newest checkpoint and skip the bad batches after it from now on.
 
         Raises:
-            SharedError: there is no checkpoint, or max_rollbacks are used up.
+            SharedError: there is no checkpoint, or the run has used up its max_rollbacks.
         """
         seen = f"{self.recipe.max_bad_steps} bad steps in a row, at batches {self.guard.bad_batches}"
         remedy = "start another run with a lower learning_rate or max_grad_norm, or in float32"
@@ -103,7 +107,7 @@ class RunState:
         self.telemetry.say(f"{seen}: rolled back to step {self.step:,}, skipping them")
 
     def take_best(self, checkpoints: Checkpoints) -> None:
-        """End with the best validated weights, if the recipe has `patience` and the run was not interrupted."""
+        """With `patience`, load the weights with the best validation loss, unless the run was stopped early."""
         if self.recipe.patience and self.stopping is None:
             state = checkpoints.restore(best=True)
             self.step = self.step if state is None else state["step"]

@@ -8,7 +8,8 @@ from gpt2repro.recipe import Recipe
 def lr_at(step: int, recipe: Recipe) -> float:
     """Learning rate of step `step`, counted from 0: linear warm-up, then recipe.lr_schedule.
 
-    The first step uses learning_rate / warmup_steps, not 0, and the minimum would be reached at step max_steps.
+    The first step uses learning_rate / warmup_steps, not 0; the minimum would be reached at step max_steps, one after
+    the last.
 
     Source: build-nanogpt train_gpt2.py, get_lr.
     """
@@ -25,7 +26,7 @@ def lr_at(step: int, recipe: Recipe) -> float:
 
 
 def decay_factor(progress: float, recipe: Recipe) -> float:
-    """The part of the way from the minimum to the peak that is left after `progress` (0 to 1) of the decay, 1 to 0.
+    """How much of the difference between peak and minimum is left after `progress` (0 to 1) of the decay: 1 to 0.
 
     Source: MiniCPM (Hu et al. 2024), section 4, for wsd; Hägele et al., "Scaling Laws and Compute-Optimal Training
     Beyond Fixed Training Durations" (2024), section 3, for its 1-sqrt shape.

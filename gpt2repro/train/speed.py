@@ -1,11 +1,11 @@
-"""How fast a device could train: peak rates, the work per token, and the memory that was used."""
+"""What throughput and MFU are measured by: peak FLOP/s of devices, FLOPs per token, and peak memory."""
 
 import re
 
 import torch
 
 
-# Dense bf16 (fp16 for V100) peak in FLOP/s, from NVIDIA's datasheets; the first pattern that matches the name counts.
+# Dense bf16 (fp16 for V100) peak in FLOP/s, from NVIDIA's datasheets. The first pattern that matches the name counts.
 PEAK_FLOPS = {
     r"B200": 2250e12,
     r"(H200|GH200)(?! NVL)": 989e12,
@@ -22,7 +22,7 @@ PEAK_FLOPS = {
 
 
 def peak_flops(device: torch.device, mixed_precision: str) -> float | None:
-    """The device's peak rate for 16-bit matrix products in FLOP/s; None if it is unknown or 16 bits are not used."""
+    """The device's peak FLOP/s for 16-bit matrix products; None if it is unknown or training is not in 16 bits."""
     if device.type != "cuda" or mixed_precision not in ("bf16", "fp16"):
         return None
     name = torch.cuda.get_device_name(device)
@@ -35,13 +35,15 @@ def peak_flops(device: torch.device, mixed_precision: str) -> float | None:
 
 
 def flops_per_token(config, parameters: int, sequence_length: int) -> float:
-    """Floating point operations of a training step per token: 6 per weight, plus 12 * n_layer * n_embd * T of
-    attention. Position embeddings are looked up, not multiplied. Source: PaLM paper, appendix B; nanoGPT estimate_mfu.
+    """FLOPs of a training step per token: 6 per weight, plus 12 * n_layer * n_embd * T for attention. Position
+    embeddings are looked up, not multiplied.
+
+    Source: PaLM paper, appendix B; nanoGPT estimate_mfu.
     """
     weights = parameters - config.n_positions * config.n_embd
     return 6 * weights + 12 * config.n_layer * config.n_embd * sequence_length
 
 
 def peak_memory_bytes(device: torch.device) -> int | None:
-    """The most memory that torch's allocator held on a GPU; None elsewhere."""
+    """Peak memory of torch's allocator on a GPU; None on other devices."""
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None

@@ -1,4 +1,4 @@
-"""Stopping a run from outside without losing anything: signals, a time limit, or a launcher that has died."""
+"""When a run must stop early and save: signals, a time limit, or a launcher that has died."""
 
 import math
 import os
@@ -7,20 +7,19 @@ import time
 from types import FrameType
 
 
-EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: not finished, but saved; the same command resumes it
+EXIT_CODE = 75  # EX_TEMPFAIL in sysexits.h: unfinished but saved; the same command resumes
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-FORWARDING_SECONDS = 2.0  # within which a launcher forwards a signal that the process has already received
+FORWARDING_SECONDS = 2.0  # a repeated signal within this time may be the launcher forwarding the first one
 
 
 class StopRequest:
-    """Whether this process must stop after its current step: because of one of SIGNALS, because its time is up, or
-    because the launcher that started it is gone.
+    """Tells this process to stop after its current step: it got one of SIGNALS, its time is up, or its launcher died.
 
-    A second signal ends it at once. torchrun and accelerate forward what the terminal has sent to every process
-    already, so a signal counts as a second one only after FORWARDING_SECONDS.
+    A second signal kills it at once. torchrun and accelerate forward signals that a terminal has already sent to every
+    process, so a signal counts as the second one only after FORWARDING_SECONDS.
 
     Args:
-        max_hours: from now on; 0: no limit.
+        max_hours: time limit, from now; 0: none.
     """
 
     def __init__(self, max_hours: float):
@@ -41,7 +40,7 @@ class StopRequest:
 
     @property
     def reason(self) -> str | None:
-        """Why to stop; None: go on."""
+        """Why to stop; None: continue."""
         if self.signal is not None:
             return self.signal.name
         if time.monotonic() > self.deadline:

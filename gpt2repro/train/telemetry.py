@@ -1,4 +1,4 @@
-"""What a run measures of itself as it trains: rows of metrics.jsonl, the progress bar, the tracker."""
+"""What a run measures and logs as it trains: rows of metrics.jsonl, the progress bar, the tracker."""
 
 import contextlib
 import math
@@ -20,14 +20,14 @@ from gpt2repro.train.metrics import Metrics
 from gpt2repro.train.speed import flops_per_token, peak_flops, peak_memory_bytes
 
 
-UPDATE_RATIO_EVERY = 100  # steps; it takes a copy of the weights
+UPDATE_RATIO_EVERY = 100  # steps; measuring it copies the weights
 
 
 class Telemetry:
-    """Measures and reports a run; every rank makes the same calls, the main process writes.
+    """Measures and logs a run. All ranks make the same calls; the main process writes.
 
     Args:
-        model: the bare model.
+        model: the raw model.
     """
 
     def __init__(self, recipe: Recipe, accelerator: Accelerator, model: torch.nn.Module):
@@ -43,23 +43,26 @@ class Telemetry:
             desc="training",
             unit=" steps",
             total=recipe.max_steps,
-            mininterval=0.5 if sys.stderr.isatty() else 30,  # seconds; a log file needs no moving bar
+            mininterval=0.5 if sys.stderr.isatty() else 30,  # seconds; a log file does not need an animated bar
             disable=not accelerator.is_main_process,
         )
         # Since the last row:
         self.losses: list[float] = []
-        self.clipped = 0  # steps whose gradient was scaled down
-        self.timed_steps = 0  # steps that this process has made
+        self.clipped = 0  # steps whose gradient was clipped
+        self.timed_steps = 0  # steps by this process
         self.update_ratio: float | None = None
-        self.waited = self.waited_before = 0.0  # seconds for data, since the process started: now, at the last row
         self.lap_start = time.perf_counter()
-        # Of the run:
-        self.hours_before = 0.0  # until this process took it over
+        # Since this process started:
+        self.waited = 0.0  # seconds spent waiting for data
+        self.waited_before = 0.0  # the same, up to the last row
         self.began = time.perf_counter()
+        # Of the run:
+        self.hours_before = 0.0  # by earlier processes
 
     @property
     def hours(self) -> float:
-        """Of the run, with evaluations and what was rolled back. The last minutes of a killed process are not known."""
+        """Duration of the run, including evaluations and rolled-back steps. What a killed process did after its last
+        checkpoint is unknown and not counted."""
         return self.hours_before + (time.perf_counter() - self.began) / 3600
 
     def state_dict(self) -> dict[str, Any]:
@@ -75,31 +78,31 @@ class Telemetry:
         self.update_ratio, self.hours_before = state["update_ratio"], state["hours"]
 
     def start(self, step: int) -> None:
-        """Start the clock: training begins, or resumes, after `step` steps."""
+        """Start the clock: training begins or resumes after `step` steps."""
         self.timed_steps, self.waited_before = 0, self.waited
         self.bar.n = self.bar.initial = step
         self.began = self.lap_start = time.perf_counter()
 
     def roll_back(self, step: int, state: dict[str, Any]) -> None:
-        """The steps after `step` will be made and logged again, from the state of then."""
+        """Return to `state`, that of step `step`; the steps after it will be repeated and logged again."""
         if self.metrics is not None:
             self.metrics.roll_back(step)
-        hours = self.hours  # what is undone took its time
+        hours = self.hours  # steps that are undone took time too
         self.load_state_dict(state)
         self.hours_before = hours
         self.start(step)
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """What happens inside does not count as training time."""
+        """Exclude what happens inside from the training time that tokens_per_second is computed from."""
         began = time.perf_counter()
         yield
         self.lap_start += time.perf_counter() - began
 
     @contextlib.contextmanager
     def measuring_update(self, step: int) -> Iterator[None]:
-        """The update of step `step` is made inside; every UPDATE_RATIO_EVERY steps its norm is compared with that of
-        the weights."""
+        """Wraps the optimizer update of step `step`; every UPDATE_RATIO_EVERY steps, measures the norm of the update
+        relative to that of the weights."""
         if step % UPDATE_RATIO_EVERY:
             yield
             return
@@ -112,10 +115,12 @@ class Telemetry:
     def log_step(
         self, step: int, loss: float, lr: float, grad_norm: float, guard: Guard, seconds_waited: float = 0.0
     ) -> None:
-        """After `step` steps: log a row every log_every steps, its loss the mean since the row before.
+        """Record a step; every log_every steps log a row, whose loss is the mean since the last row.
 
         Args:
-            loss: mean of the step over all ranks, nats per token.
+            step: steps completed, this one included.
+            loss: of this step, mean over all ranks, nats per token.
+            lr: of this step.
             grad_norm: global, before clipping.
             seconds_waited: for data, since the process started.
         """
@@ -127,7 +132,7 @@ class Telemetry:
         if guard.bad_batches:
             self.say(f"step {step:,}: loss {loss:.4f}, gradient norm {grad_norm:.4f}: update skipped")
         elif guard.spiked:
-            self.say(f"step {step:,}: loss {loss:.4f} is {guard.zscore:.1f} standard deviations above those before")
+            self.say(f"step {step:,}: loss {loss:.4f} is {guard.zscore:.1f} standard deviations above the recent mean")
         if step % self.recipe.log_every == 0 or step == self.recipe.max_steps:
             now = time.perf_counter()
             row = self._row(step, lr, grad_norm, guard, seconds=now - self.lap_start)
@@ -137,13 +142,13 @@ class Telemetry:
             self.lap_start, self.waited_before = now, self.waited
 
     def _row(self, step: int, lr: float, grad_norm: float, guard: Guard, seconds: float) -> dict[str, Any]:
-        """The row of the last `seconds` of training time."""
+        """The row for the steps since the last one, which took `seconds`."""
         tokens = self.recipe.tokens_before(step) - self.recipe.tokens_before(step - self.timed_steps)
         finite_losses = [loss for loss in self.losses if math.isfinite(loss)]
         mfu = None
         if self.peak_flops:
-            peak_of_all = self.peak_flops * self.accelerator.num_processes
-            mfu = tokens / seconds * self.flops_per_token / peak_of_all
+            peak_of_all_ranks = self.peak_flops * self.accelerator.num_processes
+            mfu = tokens / seconds * self.flops_per_token / peak_of_all_ranks
         hours = self.hours
         steps_left = self.recipe.max_steps - step
         row = {
@@ -166,7 +171,7 @@ class Telemetry:
         return row
 
     def _show(self, row: dict[str, Any]) -> None:
-        """The newest row beside the progress bar."""
+        """Show the main figures of a row beside the progress bar."""
         shown = {
             "loss": "none" if row["loss"] is None else f"{row['loss']:.3f}",
             "tok/s": f"{row['tokens_per_second']:,.0f}",
@@ -176,7 +181,7 @@ class Telemetry:
         self.bar.set_postfix(shown, refresh=False)
 
     def log(self, step: int, **values: Any) -> None:
-        """Log a row, e.g. with val_loss or samples; its first key tells the kind (see metrics.ROW_KINDS)."""
+        """Log a row, e.g. with val_loss or samples; one of metrics.ROW_KINDS must be among its keys."""
         if self.metrics is None:
             return
         row = {"step": step, "tokens": self.recipe.tokens_before(step), **values}
@@ -187,7 +192,7 @@ class Telemetry:
             self.metrics.write()
         except OSError as error:
             path = self.metrics.path
-            self.say(f"{path} could not be written ({first_line(error)}); its rows wait, training goes on")
+            self.say(f"{path} could not be written ({first_line(error)}); its rows are queued, training continues")
         with self._tracker_may_fail():
             track(self.accelerator, row)
 
@@ -197,10 +202,10 @@ class Telemetry:
             self.bar.write(text)
 
     def close(self) -> None:
-        """Close the bar, metrics.jsonl and the tracker.
+        """Close the progress bar, metrics.jsonl and the tracker.
 
         Raises:
-            UserError: metrics.jsonl cannot be written; on the main process.
+            UserError: metrics.jsonl cannot be written; on the main process only.
         """
         self.bar.close()
         if self.metrics is not None:
@@ -214,19 +219,19 @@ class Telemetry:
 
     @contextlib.contextmanager
     def _tracker_may_fail(self) -> Iterator[None]:
-        """An exception of the tracker ends the tracking, not the run."""
+        """An exception in the tracker ends the tracking, not the run."""
         try:
             yield
-        except Exception as error:  # of whatever type the tracker chooses
+        except Exception as error:  # trackers raise all kinds
             self.accelerator.trackers.clear()
-            self.say(f"report_to={self.recipe.report_to} failed ({first_line(error)}); only metrics.jsonl goes on")
+            tracker = self.recipe.report_to
+            self.say(f"report_to={tracker} failed ({first_line(error)}); metrics.jsonl continues without it")
 
 
 def track(accelerator: Accelerator, row: dict[str, Any]) -> None:
-    """Send the numbers of a row of metrics.jsonl to the tracker."""
-    numbers = {
-        key: value for key, value in row.items() if key not in ("step", "tokens") and isinstance(value, int | float)
-    }
+    """Send the numbers in a row of metrics.jsonl to the tracker."""
+    values = {key: value for key, value in row.items() if key not in ("step", "tokens")}
+    numbers = {key: value for key, value in values.items() if isinstance(value, int | float)}
     if numbers:
         accelerator.log(numbers, step=row["step"])
 

@@ -1,4 +1,4 @@
-"""The experiment tracker of a run, tensorboard, wandb or trackio: a copy of the numbers in metrics.jsonl."""
+"""The experiment tracker of a run: tensorboard, wandb or trackio gets a copy of the numbers in metrics.jsonl."""
 
 import dataclasses
 import math
@@ -24,18 +24,19 @@ REMEDIES = {
 
 
 def start_tracker(recipe: Recipe, run_id: str | None, accelerator: Accelerator) -> None:
-    """Start the recipe's tracker, if it has one, on the main process; a resumed run stays one run there.
+    """Start the recipe's tracker, if any; main process only. A resumed run continues as the same run there.
 
-    The tracker gets the rows of metrics.jsonl that it lacks because they were still in its queue when the process was
-    killed.
+    Rows of metrics.jsonl that were still in the tracker's queue when the last process was killed are sent again.
 
+    Args:
+        run_id: from recipe.yaml; identifies the run to wandb and trackio.
     Raises:
-        UserError: it does not start, for example without a login.
+        UserError: it does not start, e.g. for lack of a login.
     """
     if recipe.report_to == "none":
         return
     folder = RunFolder(recipe.output_dir)
-    # tensorboard would get another directory of settings at each start.
+    # tensorboard would write its settings to another directory at each start.
     has_settings = recipe.report_to == "tensorboard" and (folder.path / PROJECT).exists()
     init_kwargs = {
         "wandb": {
@@ -46,7 +47,7 @@ def start_tracker(recipe: Recipe, run_id: str | None, accelerator: Accelerator) 
         },
         "trackio": {"name": run_id, "resume": "allow"},
     }
-    # Seconds for which wandb keeps what it writes in memory; a kill within its default of 15 leaves a headless file.
+    # Seconds for which wandb buffers its writes. A kill within the first 15, its default, leaves a file without header.
     os.environ.setdefault("WANDB_X_TRANSACTION_LOG_FLUSH_INTERVAL", "1")
     try:
         config = None if has_settings else _flat_settings(recipe)
@@ -56,14 +57,14 @@ def start_tracker(recipe: Recipe, run_id: str | None, accelerator: Accelerator) 
         for row in rows:
             if row["step"] >= missing_from:
                 track(accelerator, row)
-    except Exception as error:  # of whatever type the tracker chooses
+    except Exception as error:  # trackers raise all kinds
         raise UserError(
             f"report_to={recipe.report_to} does not start ({first_line(error)}); {REMEDIES[recipe.report_to]}"
         ) from error
 
 
 def _flat_settings(recipe: Recipe) -> dict[str, Any]:
-    """The recipe as names and numbers or text, which is what every tracker can store."""
+    """The recipe as a flat dict of numbers and strings, which every tracker can store."""
     settings = dataclasses.asdict(recipe)
     model = settings.pop("model")
     settings.update({f"model.{name}": value for name, value in model.items()})
@@ -71,7 +72,7 @@ def _flat_settings(recipe: Recipe) -> dict[str, Any]:
 
 
 def _next_step(tracker: GeneralTracker) -> float:
-    """The step after the last one that a tracker has stored; infinite if it does not tell."""
+    """The step after the last one that the tracker has stored; infinite if the tracker cannot tell."""
     if tracker.name == "trackio":
         return tracker.tracker._next_step
     if tracker.name == "wandb" and not tracker.tracker.offline:

@@ -21,7 +21,7 @@ from gpt2repro.prepare.prepared import OutputDirectory, check_space
 
 
 EOT = 50_256
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -130,6 +130,7 @@ def test_a_document_keeps_its_split_when_the_corpus_grows(texts, encoding, tmp_p
     assert not large["val"] & large["train"]
 
 
+@pytest.mark.slow
 def test_python_docs(python_docs, tmp_path, monkeypatch):
     """The demo's corpus, with its own tokenizer; `--verify` accepts it."""
     monkeypatch.setattr(built_in, "python_docs", lambda: iter(python_docs))  # collecting them again takes seconds
@@ -174,7 +175,7 @@ def test_shakespeare_bpe_is_nanogpts(shared, tmp_path, encoding):
         assert tokens.tolist() == [EOT, *encoding.encode_ordinary(text)]
 
 
-# ---- unfinished and finished directories; tests/test_preparation.py interrupts them ----
+# ---- unfinished and finished directories; tests/prepare/test_parts.py interrupts them ----
 
 
 @pytest.fixture(scope="module")

@@ -120,6 +120,7 @@ def test_picture_is_drawn_without_a_screen(tmp_path):
     assert (tmp_path / "loss.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
 
 
+@pytest.mark.slow
 def test_provenance_is_json():
     record = provenance()
     assert record["torch"] == torch.__version__

@@ -23,7 +23,7 @@ from gpt2repro.train.metrics import CLOCK_KEYS, read_metrics
 from gpt2repro.train.stopping import EXIT_CODE
 
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 RECIPE = """
 max_steps: 24
 warmup_steps: 2
@@ -380,7 +380,7 @@ checkpoint.Checkpoints._write = _write
 """
     run = Training(tmp_path, data_dir, hook=hook)
     assert run.wait() == 0, run.printed
-    assert len(re.findall("could not be written .*; training goes on", run.printed)) == 2
+    assert len(re.findall("could not be written .*; training continues", run.printed)) == 2
     assert run.checkpoints() == ["step_00000020", "step_00000024"]
     assert_same(run.result(), undisturbed)
 
@@ -406,8 +406,8 @@ telemetry.Telemetry.log_step = log_step
 """
     run = Training(tmp_path, data_dir, hook=hook)
     assert run.wait() == 0, run.printed
-    assert len(re.findall(r"No space left.*; training goes on", run.printed)) == 2
-    assert "metrics.jsonl could not be written ([Errno 28] No space left on device); its rows wait" in run.printed
+    assert len(re.findall(r"No space left.*; training continues", run.printed)) == 2
+    assert "metrics.jsonl could not be written ([Errno 28] No space left on device); its rows are queued" in run.printed
     assert run.checkpoints() == ["step_00000020", "step_00000024"]
     assert_same(run.result(), undisturbed)
 

@@ -107,7 +107,7 @@ def test_both_formats_have_the_sources_function(run_dir, tmp_path, ids, source, 
 
 
 def test_another_trainers_file_is_converted(tmp_path, tokenizer, ids):
-    """nanoGPT's form: see tests/test_foreign_checkpoints.py for the files themselves."""
+    """nanoGPT's form: see tests/models/test_foreign_checkpoints.py for the files themselves."""
     model = make_model(3)
     args = dict(n_layer=2, n_head=2, n_embd=32, block_size=32, bias=True, vocab_size=300, dropout=0.0)
     state = {
@@ -246,6 +246,7 @@ dist.destroy_process_group()
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["fsdp2", "ddp of compiled"])
 def test_a_wrapped_model_is_saved_as_the_plain_one(kind, tmp_path, tokenizer):
     model = make_model(4)

@@ -22,7 +22,7 @@ from gpt2repro.train.metrics import read_metrics
 from modeling_gpt2repro import GPT2ReproConfig, GPT2ReproForCausalLM
 
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 RECIPE = """
 sequence_length: 32
 global_batch_tokens: 512

@@ -275,6 +275,7 @@ def pickled(path):
         return next(archive.read(name) for name in archive.namelist() if name.endswith("data.pkl"))
 
 
+@pytest.mark.slow
 def test_build_nanogpt(tmp_path):
     model = run_build_nanogpt(tmp_path, BPE)
     for file, module in (("model_19072.pt", b"__main__"), ("imported.pt", b"train_gpt2")):
@@ -285,6 +286,7 @@ def test_build_nanogpt(tmp_path):
         }
 
 
+@pytest.mark.slow
 def test_build_nanogpt_compiled_and_with_its_early_mask(tmp_path):
     model = run_build_nanogpt(tmp_path, SMALL, mask=True, prefix="_orig_mod.")
     assert assert_same(tmp_path / "model_19072.pt", model, 65)["eos_token_id"] is None
@@ -476,6 +478,7 @@ def test_invalid_nanogpt_sizes(tmp_path, args, parts):
     refused(save_nanogpt(tmp_path / "ckpt.pt", TheirGPT(**SMALL), args), *parts)
 
 
+@pytest.mark.slow
 def test_a_config_of_a_modified_build_nanogpt(tmp_path):
     run_build_nanogpt(tmp_path, SMALL)
     path = tmp_path / "model_19072.pt"

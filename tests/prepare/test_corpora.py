@@ -20,7 +20,7 @@ from gpt2repro.prepare import built_in, corpora, readers
 from gpt2repro.prepare.corpora import open_corpus
 
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 ROWS = [{"text": "one"}, {"text": "two\r\n\0 zwei"}, {"text": ""}, {"text": "three 👋"}]
 TEXTS = [row["text"] for row in ROWS]
 LINES = "".join(json.dumps(row) + "\n" for row in ROWS).encode()
@@ -85,6 +85,7 @@ def test_python_docs_hold_the_documentation_strings(python_docs):
     assert f"\n    raw_decode(self, s, idx=0)\n        {method}\n" in document
 
 
+@pytest.mark.slow
 def test_python_docs_are_the_same_in_another_process(python_docs):
     """Whatever the order of its sets: PYTHONHASHSEED differs."""
     code = "import hashlib; from gpt2repro.prepare.built_in import python_docs as docs; "

@@ -32,7 +32,7 @@ from gpt2repro.evaluation.hellaswag import (
 from modeling_gpt2repro import GPT2ReproConfig, GPT2ReproForCausalLM
 
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 VALIDATION_SET = ROOT.parent / "shared" / "data" / "hellaswag_val.jsonl.gz"
 VOCAB_SIZE = 293
 PADDED_VOCAB_SIZE = 320  # 27 rows of padding
@@ -250,6 +250,7 @@ def test_the_mode_is_restored_and_dropout_is_off(encoded):
     assert model.training
 
 
+@pytest.mark.slow
 def test_a_compiled_model_is_not_recompiled(ours, encoded):
     expected = [score["summed_nll"] for score in score_items(ours, encoded, 1, "cpu")]
     compiled = []
@@ -489,6 +490,7 @@ def run_script(folder, *flags, launcher=()):
     return subprocess.run(script, cwd=folder, env=environment, capture_output=True, text=True)
 
 
+@pytest.mark.slow
 def test_the_script_alone_and_on_two_processes(folder, ours, encoded):
     done = run_script(folder, "--output", "one.json")
     assert done.returncode == 0, done.stderr

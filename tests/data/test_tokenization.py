@@ -79,6 +79,7 @@ def test_gpt2_equals_tiktoken_on_python_docs(same_as_tiktoken, topics):
     same_as_tiktoken(topics)
 
 
+@pytest.mark.slow
 def test_gpt2_equals_tiktoken_on_shakespeare(same_as_tiktoken, shared):
     same_as_tiktoken([(shared / "tinyshakespeare.txt").read_text()])
 

@@ -27,6 +27,7 @@ def prepare(*args):
     prepare_data.main([str(arg) for arg in args])
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not DATATROVE, reason="datatrove is not installed: pip install gpt2repro[dedup]")
 @pytest.mark.parametrize("num_workers", [1, 2])
 def test_only_what_is_kept_is_tokenized(source, tmp_path, encoding, topics, num_workers):
@@ -50,6 +51,7 @@ def test_without_datatrove_the_install_line_is_told_and_nothing_is_left(source, 
     prepare(*command)  # the directory takes other settings
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not DATATROVE, reason="datatrove is not installed: pip install gpt2repro[dedup]")
 def test_what_is_no_duplicate_is_prepared_as_without_deduplication(tmp_path, topics):
     """The same reader reads every format: the same tokens, and the same rows skipped and repaired."""

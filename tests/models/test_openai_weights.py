@@ -99,6 +99,7 @@ def test_export_and_reload_is_bit_exact(bias, tmp_path, ids):
     assert_close(again(ids).logits, ours(ids).logits, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_exported_folder_loads_in_plain_transformers_without_our_code(tmp_path, ids):
     config = GPT2ReproConfig(**TINY | {"vocab_size": 192, "unpadded_vocab_size": V})
     ours = GPT2ReproForCausalLM(config).eval()

@@ -111,7 +111,7 @@ def test_every_block_has_the_exact_shares(slots):
 
 def test_mix_is_the_permutation_written_out():
     """The source whose slots hold the place's image, the number a count of those before; for the permutation itself
-    see test_data_order.py."""
+    see test_order.py."""
     slots, seed = [300, 600, 100], 11
     sources, numbers = mix(np.arange(3 * MIXTURE_BLOCK), np.array(slots), seed)
     seen = Counter()
@@ -183,7 +183,7 @@ def test_any_layout_reads_the_identical_stream(directories, num_processes, micro
         assert torch.equal(global_batch(data, step, num_processes, micro_batch_size), expected)
 
 
-@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("num_workers", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_resumed_run_reads_the_tail_of_the_whole_run(directories, num_workers):
     batches = MicroBatches(RunData.open(directories).train, recipe(max_steps=70, num_workers=num_workers), 1, 2)
     whole = [batches[step, micro] for step in range(70) for micro in range(4)]

@@ -25,7 +25,7 @@ from gpt2repro.prepare.request import Execution
 from gpt2repro.prepare.urls import normalized_url
 
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 installed = pytest.mark.skipif(
     any(importlib.util.find_spec(package) is None for package in ("datatrove", "spacy", "orjson")),
     reason='deduplication needs pip install "gpt2repro[dedup]"',
@@ -180,6 +180,7 @@ def test_nothing_but_the_result_is_left(finished):
     }
 
 
+@pytest.mark.slow
 @installed
 def test_the_first_of_a_cluster_is_kept(paragraphs, tmp_path):
     """In datatrove's clusters, two later copies that are more similar to each other would displace the first."""
@@ -222,6 +223,7 @@ def test_the_bucket_formula():
 # ---- the executors ----
 
 
+@pytest.mark.slow
 @installed
 def test_workers_change_nothing(source, finished, tmp_path):
     files = [source / name for name in ("a.jsonl.gz", "b.parquet", "c.jsonl")]
@@ -308,6 +310,7 @@ def test_slurm_runs_the_job_scripts(corpus, slurm, tmp_path, capsys):
     assert result["documents"]["removed_url"] == 41
 
 
+@pytest.mark.slow
 @installed
 def test_slurm_is_not_asked_twice(source, slurm, tmp_path, capsys):
     """Jobs that are pending or running are not submitted again: two would write the same files."""
@@ -351,6 +354,7 @@ deduplicate(sys.argv[3], sys.argv[4], DedupOptions(), Execution())
 """
 
 
+@pytest.mark.slow
 @installed
 @pytest.mark.parametrize(
     "file, number",
@@ -371,6 +375,7 @@ def test_a_killed_run_is_finished_by_the_same_call(source, finished, tmp_path, f
     assert contents(tmp_path / "out") == contents(finished[0])
 
 
+@pytest.mark.slow
 @installed
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
 def test_workers_end_with_a_killed_run(source, tmp_path):
@@ -410,6 +415,7 @@ def test_a_finished_run_is_not_repeated(source, finished, monkeypatch):
     assert deduplicate(source, finished[0], executor="local", num_workers=3) == finished[1]
 
 
+@pytest.mark.slow
 @installed
 def test_a_failed_task_is_named_and_resumed(corpus, source, finished, tmp_path):
     for path in source.iterdir():

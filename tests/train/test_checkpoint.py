@@ -105,7 +105,7 @@ def test_where_none_is_whole_nothing_is_set_aside(checkpoints):
     for step in (1, 2):
         (save(checkpoints, step) / "model.safetensors").write_bytes(b"")
     for _ in range(2):
-        with pytest.raises(UserError, match="is whole .*step_00000002/model.safetensors is damaged"):
+        with pytest.raises(UserError, match="is intact .*step_00000002/model.safetensors is damaged"):
             checkpoints.restore()
     assert names(checkpoints) == ["step_00000001", "step_00000002"]
 

@@ -119,7 +119,7 @@ def test_the_seed_changes_the_batches(stream):
     assert not torch.equal(global_batch(stream, 0, 1, 2, seed=1), global_batch(stream, 0, 1, 2, seed=2))
 
 
-@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("num_workers", [0, pytest.param(2, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("first_step", [0, 1, 4, STEPS])
 def test_a_resumed_run_reads_the_tail_of_the_whole_run(stream, num_workers, first_step):
     batches = micro_batches(stream, rank=1, num_processes=2, num_workers=num_workers)
@@ -138,7 +138,7 @@ def test_a_worker_process_gets_a_copy_that_reads_the_same(stream):
     assert len(message) < 10_000  # file names travel, tokens do not
 
 
-@pytest.mark.parametrize("num_workers", [0, 1])
+@pytest.mark.parametrize("num_workers", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_token_beyond_the_vocabulary_is_one_line_from_any_process(stream, num_workers):
     path = stream.streams[0].paths[2]
     np.save(path, np.where(np.arange(30) == 17, 60_000, np.load(path)).astype(np.uint16))

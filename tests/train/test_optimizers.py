@@ -17,7 +17,7 @@ from gpt2repro.train.preflight import resolve_and_check
 from modeling_gpt2repro import GPT2ReproConfig, GPT2ReproForCausalLM
 
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 MATRICES = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 MUON = Recipe(optimizer="muon", learning_rate=1e-3, muon_learning_rate=0.02, muon_momentum=0.9, muon_weight_decay=0.5)
 
