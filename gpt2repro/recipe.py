@@ -123,7 +123,7 @@ class Recipe:
         1000, "steps between checkpoints; the last step always has one", changeable=True, at_least=1
     )
     keep_last: int = option(
-        2, "newest checkpoints to keep, besides the one with the best validation loss", changeable=True, at_least=1
+        2, "newest checkpoints to keep, besides the best of those whose step was validated", changeable=True, at_least=1
     )
     keep_every: int = option(
         0, "also keep checkpoints whose step is a multiple of this; 0: none", changeable=True, at_least=0
