@@ -1,4 +1,4 @@
-"""prepare_data.py as a command that starts in milliseconds and can be killed, and what it leaves."""
+"""prepare_data.py as a command that starts in milliseconds and can be killed; helpers to read its output."""
 
 import json
 import os
@@ -15,13 +15,14 @@ from fork_server import ForkServer
 IMPORTS = """
 import json
 import datasets, fsspec, pyarrow.parquet
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 import prepare_data
 from gpt2repro.prepare import corpora, readers, retries
 """
 
 
 class Preparer(ForkServer):
-    """`with Preparer(folder, environment) as preparer`; `folder` takes what the commands print."""
+    """`with Preparer(folder, environment) as preparer`; `folder` receives the commands' output."""
 
     def __init__(self, folder: Path, environment: dict | None = None):
         super().__init__(IMPORTS, environment or {})
@@ -31,14 +32,14 @@ class Preparer(ForkServer):
         """Start a command.
 
         Args:
-            before: Python that its process runs first; corpora, readers and retries are imported.
+            before: Python code that its process runs first; corpora, readers and retries are imported.
         """
         self.commands += 1
         output = self.folder / f"{self.commands}.txt"
         return Command(self, super().start(["prepare_data.py", *argv], output, output, before), output)
 
     def run(self, *argv, before: str = "") -> "Command":
-        """Run a command to its end."""
+        """Start a command and wait for it."""
         command = self.start(*argv, before=before)
         command.wait()
         return command
@@ -52,7 +53,7 @@ class Command:
         self.status: int | None = None
 
     def wait(self) -> int:
-        """Its exit status; minus the signal that ended it."""
+        """Its exit status; the negative signal number if it was killed."""
         try:
             self.status = self.preparer.wait(self.pid)
         except AssertionError:
@@ -64,8 +65,8 @@ class Command:
         os.kill(self.pid, signal_number)
 
     def until(self, condition):
-        """Wait until something is so, which it is before the command ends; returns it."""
-        return until(lambda: condition() or (not alive(self.pid) and pytest.fail(f"it has ended: {self.lines}")))
+        """Wait for a condition that holds before the command ends; returns its value."""
+        return until(lambda: condition() or (not alive(self.pid) and pytest.fail(f"the command ended: {self.lines}")))
 
     @property
     def lines(self) -> list[str]:
@@ -81,7 +82,7 @@ class Command:
                 parent = int(stat.read_text().rpartition(")")[2].split()[1])
                 if parent == self.pid and b"spawn_main" in (stat.parent / "cmdline").read_bytes():
                     found.append(int(stat.parent.name))
-            except OSError:  # it has ended
+            except OSError:  # the process has ended
                 continue
         return found
 
@@ -94,10 +95,10 @@ def alive(pid: int) -> bool:
 
 
 def until(condition, seconds: float = 60):
-    """Wait until something is so; returns it."""
+    """Wait for a condition; returns its value."""
     end = time.monotonic() + seconds
     while not (value := condition()):
-        assert time.monotonic() < end, "it did not happen"
+        assert time.monotonic() < end, "timed out"
         time.sleep(0.002)
     return value
 

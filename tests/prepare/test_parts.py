@@ -1,5 +1,5 @@
-"""Preparation in parts: the same bytes whatever the number of processes and wherever they are stopped, killed or
-run out of disk; and what a part, a limit and a cut of a file are."""
+"""Preparation in parts: the same bytes for any number of processes, wherever they are interrupted, killed or run out of
+disk; exact limits; files cut into pieces."""
 
 import contextlib
 import ctypes
@@ -39,7 +39,7 @@ SMALL_PARTS = f"readers.PART_BYTES = {PART_BYTES}"
 
 @pytest.fixture(scope="module")
 def source(texts, tmp_path_factory):
-    """A folder of the documents, in order; cut into half a dozen parts."""
+    """A folder of the documents, in order; it makes half a dozen parts."""
     folder = tmp_path_factory.mktemp("source")
     (folder / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts[:150]))
     pyarrow.parquet.write_table(pyarrow.table({"text": texts[150:]}), folder / "b.parquet", row_group_size=10)
@@ -67,7 +67,7 @@ def preparer(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def uninterrupted(preparer, command, tmp_path_factory):
-    """What the command makes when nothing happens to it, with one process."""
+    """The output of an undisturbed command with one process."""
     directory = tmp_path_factory.mktemp("uninterrupted")
     run = preparer.run(*command, "--output_dir", directory, before=SMALL_PARTS)
     assert run.status == 0, run.lines
@@ -94,7 +94,7 @@ def parts_done(directory):
 
 def take(documents, quota):
     """What a plain loop over documents (split by hash, tokens) takes: the definition of all limits. Returns the
-    documents with their splits, and whether all were taken."""
+    documents with their final splits, and whether all were taken."""
     taken = []
     for split, tokens in documents:
         if sum(size for name, size in taken if name == "val") < quota.val_tokens:
@@ -140,7 +140,7 @@ def check_end(parts, quota, records, used):
 
 @pytest.mark.parametrize("num_workers", [1, 2, 3, 8])
 def test_parts_amount_to_the_plain_loop_in_any_order(num_workers):
-    """Parts end in any order, and now and then everything is killed and begun again with the finished ones."""
+    """Parts finish in any order; sometimes everything is killed and restarted with the finished ones."""
     generator = random.Random(num_workers)
     for _ in range(1500):
         parts, quota = random_case(generator)
@@ -159,11 +159,11 @@ def test_parts_amount_to_the_plain_loop_in_any_order(num_workers):
             records[number] = fake_record(parts[number], running.pop(number))
             made += 1
         check_end(parts, quota, records, used)
-        assert made <= 2 * len(parts)  # on trial, and again
+        assert made <= 2 * len(parts)  # speculatively, and again
 
 
 def test_every_order_of_the_parts():
-    """As above, but all orders in which two processes can end their parts."""
+    """As above, for every order in which two processes can finish their parts."""
     generator = random.Random(0)
     orders = 0
 
@@ -200,7 +200,7 @@ def test_no_part_is_made_twice_where_no_limit_is_met(quota):
 
 
 def test_while_validation_takes_the_beginning_the_end_is_made():
-    """So that few parts are made on a wrong guess."""
+    """Few parts are made on a wrong guess."""
     numbers = [number for number, _ in plan(5, {}, Quota(val_tokens=10))[1]]
     assert numbers == [0, 4, 3, 2, 1]
     assert [number for number, _ in plan(5, {}, Quota(val_tokens=10, tokens=99))[1]] == [0, 1, 2, 3, 4]
@@ -234,7 +234,7 @@ def test_the_source_is_cut_into_parts(source, texts, small_parts):
 def test_validation_takes_the_first_documents_over_several_parts(
     source, tokenizer, texts, lengths, tmp_path, small_parts, documents
 ):
-    """Just so many tokens that this document is the last, or one more, which takes the next."""
+    """Exactly the tokens up to this document; one token more takes the next document."""
     for more in (0, 1):
         val_tokens = sum(lengths[: documents + 1]) + more
         output_dir = tmp_path / f"{more}"
@@ -253,7 +253,7 @@ def test_validation_takes_the_first_documents_over_several_parts(
 )
 @pytest.mark.parametrize("split", ["val_tokens", "val_fraction"])
 def test_limits_take_a_beginning_of_the_corpus(source, tokenizer, texts, lengths, tmp_path, small_parts, limit, split):
-    """`tokens` here: just what the first 120 documents have, or one less, with which the last does not fit."""
+    """`tokens`: exactly those of the first 120 documents, or one less, so that the last does not fit."""
     if "documents" in limit:
         option, count = ["--max_documents", limit["documents"]], min(limit["documents"], 250)
     else:
@@ -295,7 +295,7 @@ NASTY = [
 
 
 def test_tokens_are_tiktokens_one_by_one(topics, encoding, tmp_path, monkeypatch):
-    """On real and on nasty text, position by position."""
+    """On real and on nasty text."""
     monkeypatch.setattr(readers, "PART_BYTES", 500_000)
     documents = NASTY[:8] + topics[:20] + NASTY[8:]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
@@ -321,7 +321,7 @@ def test_only_documents_that_are_taken_count_as_repaired(tokenizer, tmp_path):
 
 
 def test_characters_over_several_parts(source, texts, tmp_path, small_parts):
-    """They have no id that opens a document, so validation documents must be known otherwise when they are merged."""
+    """No id opens a document, so merging needs the recorded lengths of the validation documents."""
     prepare(
         *("files", "--source", source, "--output_dir", tmp_path / "out", "--tokenizer", "char"),
         *("--val_fraction", 0.3, "--shard_tokens", 500),
@@ -335,7 +335,7 @@ def test_characters_over_several_parts(source, texts, tmp_path, small_parts):
 
 
 def test_a_part_of_empty_documents_only(tmp_path, monkeypatch):
-    """Without an end-of-text token nothing is left of them."""
+    """Without an end-of-text token they have no tokens at all."""
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in ["ab"] * 50 + [""] * 500))
     monkeypatch.setattr(readers, "PART_BYTES", 1000)
     out = tmp_path / "out"
@@ -360,7 +360,7 @@ def test_merged_validation_is_what_one_part_writes(source, command, tmp_path, mo
 def test_a_part_whose_shard_is_gone_is_made_again(
     source, command, uninterrupted, tmp_path, monkeypatch, renamed, damage
 ):
-    """Before the shards have their final names, and while they are given them."""
+    """Before and while the shards are renamed into place."""
     monkeypatch.setattr(readers, "PART_BYTES", PART_BYTES)
     output_dir, replace, names = tmp_path / "out", Path.replace, []
 
@@ -451,7 +451,7 @@ def test_the_number_of_processes_makes_no_difference(preparer, command, uninterr
 
 @pytest.fixture(scope="module")
 def large(topics, tokenizer, tmp_path_factory):
-    """A command whose first two parts are done at once, while the others keep two processes busy for a while."""
+    """A command whose first two parts finish at once, while the others keep two processes busy for a while."""
     folder = tmp_path_factory.mktemp("large")
     for number in range(10):
         lines = [json.dumps({"text": f"{number} {topic}"}) for topic in (topics[:40] if number > 1 else topics[:2])]
@@ -474,7 +474,7 @@ def large_contents(preparer, large, tmp_path_factory):
 
 
 def test_processes_that_are_killed(preparer, large, large_contents, tmp_path):
-    """All of them; the command alone, whose processes neither stay nor disturb the next run; one of the processes."""
+    """All of them; the command alone, whose workers neither survive nor disturb the next run; one of the workers."""
     output_dir, children = tmp_path / "out", []
     for killed in ("all", "command", "process"):
         before = parts_done(output_dir)
@@ -516,7 +516,7 @@ def test_an_idle_process_ends_with_the_command(preparer, topics, tokenizer, tmp_
 
 
 def test_thirty_kills(preparer, command, uninterrupted, tmp_path):
-    """At random moments, in first and in repeated runs; the same files every time."""
+    """At random moments of first and resumed runs; the same files every time."""
     began = time.monotonic()
     preparer.run(*command, "--output_dir", tmp_path / "timed", before=SMALL_PARTS)
     duration = time.monotonic() - began
@@ -535,7 +535,7 @@ def test_thirty_kills(preparer, command, uninterrupted, tmp_path):
             finished += 1
         else:
             assert status == -signal.SIGKILL, run.lines
-            if (output_dir / "manifest.json").exists():  # while it tidied up, which has a test of its own
+            if (output_dir / "manifest.json").exists():  # killed while it tidied up, which has a test of its own
                 finished += 1
     assert kills == 30
 
@@ -558,8 +558,8 @@ sys.addaudithook(die)
 
 
 def kill_before_each_change(preparer, source, tokenizer, tmp_path, after):
-    """Kill a small preparation before the first, the second, ... file or name that it makes, renames or removes;
-    `after` (or before) there is a manifest. Yields the directories that the same command then finishes."""
+    """Kill a small preparation before it creates, renames or removes its first, second, ... file, `after` (or before)
+    the manifest exists. Yields what the same command then makes of the directory, and what it should."""
     command = ["files", "--source", source, "--tokenizer", tokenizer, "--val_fraction", 0.3]
     small = f"readers.PART_BYTES = {2 * PART_BYTES}\n"
     preparer.run(*command, "--output_dir", tmp_path / "expected", before=small)
@@ -594,7 +594,7 @@ def test_a_kill_while_it_tidies_up(preparer, source, tokenizer, tmp_path):
 
 
 def test_ctrl_c(preparer, command, uninterrupted, tmp_path):
-    """At random moments of the work."""
+    """At random moments of the tokenization."""
     generator, interrupted = random.Random(1), 0
     for number in range(8):
         output_dir = tmp_path / f"{number}"
@@ -614,7 +614,7 @@ def test_ctrl_c(preparer, command, uninterrupted, tmp_path):
 
 
 def test_no_python_runs_inside_the_reader_of_a_local_table(source, texts, monkeypatch):
-    """pyarrow drops the KeyboardInterrupt of a Ctrl-C that meets Python code which it has called."""
+    """pyarrow swallows a KeyboardInterrupt that is raised in Python code called by it."""
     monkeypatch.setattr(fsspec, "open", None)
     assert list(open_corpus(CorpusQuery("files", str(source / "b.parquet"))).texts()) == texts[150:]
 
@@ -626,7 +626,7 @@ def test_ctrl_c_with_processes(preparer, large, large_contents, tmp_path, moment
     if moment == "while they work":
         run.until(lambda: parts_done(tmp_path / "out"))
     else:
-        for _ in range(10):  # in the middle of their imports; they leave it to the main process
+        for _ in range(10):  # during their imports; they leave it to the main process
             for child in children:
                 os.kill(child, signal.SIGINT)
             time.sleep(0.1)
@@ -694,7 +694,7 @@ def test_a_file_that_cannot_grow(preparer, uneven, tokenizer, tmp_path, num_work
 
 
 def test_a_full_disk(preparer, command, uninterrupted, small_disk):
-    """Disks that are full at various points; on a larger one the same command goes on where it was."""
+    """Disks that fill up at various points; once there is space the same command resumes."""
     everything = sum(map(len, uninterrupted.values()))
     reached = []
     for share in (0.3, 0.5, 0.7, 0.9, 1.0, 1.1):
@@ -720,7 +720,7 @@ NO_SPACE_CHECK = "\nimport shutil, types; shutil.disk_usage = lambda path: types
 
 
 class Flaky:
-    """A reader that fails for reasons that may pass, so many times."""
+    """A reader of a remote source that fails a number of times."""
 
     def __init__(self, failures, texts):
         self.failures, self.texts = failures, texts
