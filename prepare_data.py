@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from gpt2repro.data.manifest import Manifest
 from gpt2repro.data.tokenization import build_tokenizer, expected_vocab_size
-from gpt2repro.errors import Parser, UserError, run_script
+from gpt2repro.errors import Parser, UserError, refuse, run_script
 from gpt2repro.files import file_sha256
 from gpt2repro.prepare import parts, workers
 from gpt2repro.prepare.corpora import HUB_CORPORA, LOCAL_CORPORA, Corpus, CorpusQuery, open_corpus
@@ -229,9 +229,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--verify", metavar="DIR", help="check a prepared directory against its manifest")
     parser.add_argument("--describe", metavar="DIR", help="show what a prepared directory holds")
     args = parser.parse_args(argv)
-    problems = argument_problems(args)
-    if problems:
-        raise UserError("\n".join(problems))
+    refuse(argument_problems(args))
     return args
 
 

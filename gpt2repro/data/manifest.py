@@ -17,7 +17,7 @@ import numpy as np
 
 from gpt2repro.data.foreign_tokens import GPT2_VOCAB_SIZE, ForeignTokens, TokenFile, foreign_format, read_foreign_tokens
 from gpt2repro.data.shards import SPLITS, Shard, Split, checked_value, has_tokens, token_dtype
-from gpt2repro.errors import UserError, first_line
+from gpt2repro.errors import UserError, first_line, refuse
 from gpt2repro.files import file_problem, write_json
 
 
@@ -204,8 +204,7 @@ class Manifest:
             problems = [problem for problem in progress(checked) if problem]
         problems += self._total_problems(root)
         problems += self._tokenizer_problems(root)
-        if problems:
-            raise UserError("\n".join(f"{problem}; {remedy(root)}" for problem in problems))
+        refuse([f"{problem}; {remedy(root)}" for problem in problems])
 
     def verify_changed(self, data_dir: str | Path, verified: dict[str, list[int]]) -> dict[str, list[int]]:
         """Hash the shards that have changed since the last call. Another trainer's files have no hashes, and pass.
@@ -231,8 +230,7 @@ class Manifest:
         with ThreadPoolExecutor() as pool:  # hashing releases the GIL
             checked = pool.map(file_problem, to_hash.keys(), to_hash.values())
             problems = [problem for problem in checked if problem]
-        if problems:
-            raise UserError("\n".join(f"{problem}; {remedy(root)}" for problem in problems))
+        refuse([f"{problem}; {remedy(root)}" for problem in problems])
         return found
 
     def _shard_problem(self, root: Path, shard: Shard) -> str | None:

@@ -22,7 +22,7 @@ from pathlib import Path
 
 from gpt2repro.data.manifest import MANIFEST, Manifest, TokenizerRecord, remedy
 from gpt2repro.data.shards import SPLITS, token_dtype
-from gpt2repro.errors import UserError, first_line, os_error_number
+from gpt2repro.errors import UserError, first_line, os_error_number, refuse
 from gpt2repro.files import acquire_lock, file_problem, holds_only, write_json
 from gpt2repro.prepare.corpora import Corpus, ValidationSplit, open_corpus
 from gpt2repro.prepare.plan import PartRecord
@@ -151,9 +151,7 @@ class OutputDirectory:
         if request.corpus == "files" or Path(request.corpus).is_dir():
             self.open_corpus(request)
         manifest = Manifest.read(self.path)
-        damaged = manifest.missing_shards(self.path)
-        if damaged:
-            raise UserError("\n".join(f"{problem}; {remedy(self.path)}" for problem in damaged))
+        refuse([f"{problem}; {remedy(self.path)}" for problem in manifest.missing_shards(self.path)])
         self.tidy()  # in case it was killed just before
         return manifest
 
