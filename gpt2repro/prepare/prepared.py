@@ -299,6 +299,6 @@ def summary(directory: str | Path, manifest: Manifest) -> str:
     ]
     skipped = sum(manifest.preparation.get("skipped_documents", {}).values())
     if skipped:
-        sentences.append(f"{skipped:,} rows skipped (no text or no JSON)")
+        sentences.append(f"{skipped:,} rows skipped (no text or not JSON)")
     tokenizer = manifest.tokenizer
     return f"{directory}: {'; '.join(sentences)}; tokenizer {tokenizer.name}, {tokenizer.vocab_size:,} ids"

@@ -629,7 +629,7 @@ def test_ctrl_c_with_processes(preparer, large, large_contents, tmp_path, moment
         for _ in range(10):  # during their imports; they leave it to the main process
             for child in children:
                 os.kill(child, signal.SIGINT)
-            time.sleep(0.1)
+            time.sleep(0.02)
         assert all(map(alive, children))
     os.killpg(run.pid, signal.SIGINT)
     assert run.wait() == 130
