@@ -92,13 +92,13 @@ def ids():
 
 @pytest.mark.parametrize("source, seed", [("", 2), ("model", 2), ("checkpoints/step_00000010", 1)])
 def test_both_formats_have_the_sources_function(run_dir, tmp_path, ids, source, seed):
-    expected = make_model(seed)(ids).logits
+    expected = make_model(seed)(ids).logits[..., :300]
     publish.main([str(run_dir / source), "--to", str(tmp_path / "ours")])
     ours = AutoModelForCausalLM.from_pretrained(tmp_path / "ours", trust_remote_code=True)
-    assert torch.equal(ours(ids).logits, expected)
+    assert_close(ours(ids).logits, expected, atol=1e-6, rtol=0)
     publish.main([str(run_dir / source), "--to", str(tmp_path / "gpt2"), "--format", "gpt2"])
     gpt2 = GPT2LMHeadModel.from_pretrained(tmp_path / "gpt2")
-    assert_close(gpt2(ids).logits, expected[..., :300], atol=1e-5, rtol=1e-5)
+    assert_close(gpt2(ids).logits, expected, atol=1e-5, rtol=1e-5)
     files = {path.name for path in (tmp_path / "gpt2").iterdir()}
     assert files == {"README.md", "config.json", "generation_config.json", "loss.png", "model.safetensors",
                      "tokenizer.json", "tokenizer_config.json"}  # fmt: skip
@@ -121,7 +121,7 @@ def test_another_trainers_file_is_converted(tmp_path, tokenizer, ids):
     publish.main([str(tmp_path / "ckpt.pt"), "--to", str(tmp_path / "out"), "--tokenizer", str(tmp_path / "tokenizer")])
     converted = AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True)
     assert converted.config.activation_function == "gelu"
-    assert torch.equal(converted.transformer.wte.weight, model.transformer.wte.weight)
+    assert torch.equal(converted.transformer.wte.weight, model.transformer.wte.weight[:300])
 
 
 # ---- the model card ----
