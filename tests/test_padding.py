@@ -181,6 +181,7 @@ def test_supervised_fine_tuning_with_trl_equals_gpt2s(tokenizer, tmp_path):
     gpt2 = with_low_logits()
     assert gpt2(torch.arange(16)[None]).logits.mean() < -25
     gpt2.save_pretrained(tmp_path / "gpt2")
+    gpt2.loss_type = "ForCausalLM"  # which is not in its class's name, so Trainer would count one label too many a row
     tokenizer = copy.deepcopy(tokenizer)
     tokenizer.pad_token = tokenizer.eos_token = "\n"
     text = "the quick brown fox jumps over the lazy dog, twice. "

@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -209,6 +210,24 @@ def test_older_releases_of_transformers_get_no_token_types_from_the_tokenizer(ru
     settings = json.loads((run_dir / "model" / "tokenizer_config.json").read_text())
     assert settings["model_input_names"] == ["input_ids", "attention_mask"]
     assert settings["tokenizer_class"] == "PreTrainedTokenizerFast"
+
+
+def test_the_unknown_token_is_end_of_text_as_in_gpt2s_own_tokenizer(run_dir):
+    settings = json.loads((run_dir / "model" / "tokenizer_config.json").read_text())
+    assert settings["unk_token"] == settings["eos_token"] == "<|endoftext|>"
+
+
+@pytest.mark.parametrize("quantization, tolerance", [(None, 1e-3), ("int8", 0.05)], ids=["float32", "int8"])
+def test_ctranslate2_opens_the_export(run_dir, tmp_path, ids, quantization, tolerance):
+    ctranslate2 = pytest.importorskip("ctranslate2")
+    publish.main([str(run_dir), "--to", str(tmp_path / "gpt2"), "--format", "gpt2"])
+    ctranslate2.converters.TransformersConverter(str(tmp_path / "gpt2")).convert(
+        tmp_path / "ct2", quantization=quantization
+    )
+    generator = ctranslate2.Generator(str(tmp_path / "ct2"))
+    logits = torch.as_tensor(np.array(generator.forward_batch(ids.tolist())))
+    expected = make_model(2)(ids).logits[..., :300]
+    assert_close(logits, expected, atol=tolerance, rtol=0)
 
 
 # ---- wrapped models ----
