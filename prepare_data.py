@@ -8,7 +8,8 @@
     python prepare_data.py --verify data/mine
     python prepare_data.py --describe data/mine
 
-gpt2repro/data/manifest.py describes the output directory; train_accelerate.py reads it through `data_dir`.
+gpt2repro/prepare/prepared.py describes the layout of the output directory, gpt2repro/data/manifest.py its manifest;
+train_accelerate.py reads it through `data_dir`.
 """
 
 import argparse
@@ -22,10 +23,10 @@ from tqdm import tqdm
 
 from gpt2repro.data.manifest import Manifest
 from gpt2repro.data.tokenization import build_tokenizer, expected_vocab_size
-from gpt2repro.errors import Parser, UserError, run_script
+from gpt2repro.errors import Parser, UserError, refuse, run_script
 from gpt2repro.files import file_sha256
 from gpt2repro.prepare import parts, workers
-from gpt2repro.prepare.corpora import HUB_CORPORA, LOCAL_CORPORA, Corpus, open_corpus
+from gpt2repro.prepare.corpora import HUB_CORPORA, LOCAL_CORPORA, Corpus, CorpusQuery, open_corpus
 from gpt2repro.prepare.deduplication import DedupOptions, deduplicate
 from gpt2repro.prepare.describe import describe
 from gpt2repro.prepare.plan import PartRecord, Quota
@@ -89,7 +90,8 @@ def prepare(directory: OutputDirectory, request: Request, execution: Execution) 
         if report is None:
             print("Slurm has the jobs; repeat this command when they are done, to tokenize what is kept")
             return
-        corpus = replace(corpus, pieces=open_corpus("files", str(directory.deduplicated / "documents")).pieces)
+        kept = open_corpus(CorpusQuery("files", str(directory.deduplicated / "documents")))
+        corpus = replace(corpus, pieces=kept.pieces)
 
     if tokenizer is None:
         tokenizer = build_and_save_tokenizer(directory, corpus, request)
@@ -101,10 +103,10 @@ def prepare(directory: OutputDirectory, request: Request, execution: Execution) 
         vocab_size=tokenizer.record.vocab_size,
         eot_id=tokenizer.record.eot_id,
         shard_tokens=request.shard_tokens,
-        val_fraction=val_split.get("val_fraction", 0.0),
+        val_fraction=val_split.fraction,
         single_text=corpus.single_text,
     )
-    quota = Quota(val_split.get("val_tokens", 0), request.max_tokens, request.max_documents)
+    quota = Quota(val_split.tokens, request.max_tokens, request.max_documents)
     with Progress(corpus, execution.num_workers) as progress:
         records = workers.prepare_parts(corpus.parts(), job, quota, execution.num_workers, progress.show)
     refuse_empty_splits(directory, records, val_split, corpus, request)
@@ -113,11 +115,11 @@ def prepare(directory: OutputDirectory, request: Request, execution: Execution) 
     manifest = Manifest(
         corpus={"name": request.corpus, **corpus.facts},
         tokenizer=tokenizer.record,
-        splits=parts.put_together(records, job),
+        splits=parts.finalize_shards(records, job),
         preparation={
             "tokenizer_files": tokenizer.files,
             "deduplication": report,
-            "split": val_split,
+            "split": val_split.to_dict(),
             "settings": request.settings(),
             "repaired_documents": notes["repaired"],
             "skipped_documents": {reason: notes[reason] for reason in SKIP_REASONS},
@@ -131,7 +133,11 @@ def prepare(directory: OutputDirectory, request: Request, execution: Execution) 
 def run_deduplication(
     directory: OutputDirectory, corpus: Corpus, request: Request, execution: Execution
 ) -> dict | None:
-    """Write the documents to keep to directory.deduplicated; returns the statistics, None while Slurm is at work."""
+    """Write the documents to keep to directory.deduplicated.
+
+    Returns:
+        The statistics; None while the Slurm jobs are running.
+    """
     if corpus.single_text or not all(piece.path for piece in corpus.pieces):
         raise UserError(f"--dedup {request.dedup}: {request.corpus} is not many documents in files; leave it out")
     options = DedupOptions(request.dedup_methods, request.text_column, request.url_column)
@@ -146,7 +152,7 @@ def build_and_save_tokenizer(directory: OutputDirectory, corpus: Corpus, request
     shutil.rmtree(directory.tokenizer, ignore_errors=True)
     tokenizer.fast.save_pretrained(directory.tokenizer)
     hashes = {path.name: file_sha256(path) for path in sorted(directory.tokenizer.iterdir())}
-    return SavedTokenizer(tokenizer.describe(), hashes)
+    return SavedTokenizer(tokenizer.record(), hashes)
 
 
 def count_notes(records: list[PartRecord], report: dict | None) -> dict[str, int]:
@@ -223,9 +229,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--verify", metavar="DIR", help="check a prepared directory against its manifest")
     parser.add_argument("--describe", metavar="DIR", help="show what a prepared directory holds")
     args = parser.parse_args(argv)
-    problems = argument_problems(args)
-    if problems:
-        raise UserError("\n".join(problems))
+    refuse(argument_problems(args))
     return args
 
 

@@ -38,8 +38,10 @@ import pyarrow.parquet
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from gpt2repro.prepare.built_in import python_docs
-from gpt2repro.prepare.deduplication import DedupOptions, deduplicate
+from gpt2repro.prepare.corpora import CorpusQuery, open_corpus
+from gpt2repro.prepare.deduplication import METHODS, DedupOptions, deduplicate
 from gpt2repro.prepare.deduplication_report import match_probability
+from gpt2repro.prepare.readers import Piece
 from gpt2repro.prepare.request import Execution
 
 
@@ -59,7 +61,7 @@ def main() -> None:
         refuse_too_few([document for document in pool if len(document["text"].split()) > MIN_SHINGLES + 3], args.pairs)
         write_files(work / "pool", pool)
         execution = Execution(args.num_workers)
-        deduplicate(work / "pool", work / "corpus", DedupOptions(("minhash",)), execution)
+        deduplicate(pieces(work / "pool"), work / "corpus", DedupOptions(("minhash",)), execution)
         kept = pyarrow.parquet.read_table(work / "corpus" / "documents", columns=["text"])["text"].to_pylist()
         corpus = [{"text": text, "url": f"https://example.org/{number}"} for number, text in enumerate(kept)]
 
@@ -68,7 +70,7 @@ def main() -> None:
         for level, pairs in planted.items():
             write_files(work / "input", [copy for _, copy, _ in pairs], name=f"z{level}")
         began, cpu = time.perf_counter(), time.process_time()
-        found = deduplicate(work / "input", work / "output", DedupOptions(), execution)
+        found = deduplicate(pieces(work / "input"), work / "output", DedupOptions(METHODS), execution)
         cost = {
             "bytes": found["bytes"]["in"],
             "seconds": time.perf_counter() - began,
@@ -134,6 +136,10 @@ def write_files(folder: Path, documents: list[dict], name: str = "") -> None:
         share = documents[len(documents) * number // FILES : len(documents) * (number + 1) // FILES]
         lines = "".join(json.dumps(document) + "\n" for document in share)
         (folder / f"{name or 'corpus'}_{number}.jsonl").write_text(lines)
+
+
+def pieces(folder: Path) -> list[Piece]:
+    return open_corpus(CorpusQuery("files", str(folder))).pieces
 
 
 # ---- planting ----

@@ -38,8 +38,8 @@ import pyarrow
 import pyarrow.parquet
 
 from gpt2repro.data.tokenization import END_OF_TEXT, gpt2_encoding
-from gpt2repro.prepare.corpora import open_corpus
-from gpt2repro.prepare.parts import Counts, Job, put_together
+from gpt2repro.prepare.corpora import CorpusQuery, open_corpus
+from gpt2repro.prepare.parts import Counts, Job, finalize_shards
 from gpt2repro.prepare.plan import Quota
 from gpt2repro.prepare.prepared import OutputDirectory
 from gpt2repro.prepare.readers import Piece
@@ -98,7 +98,7 @@ def measure(variant: str, source: Path) -> dict:
     out = Path(tempfile.mkdtemp())
     try:
         if variant == "raw":
-            encoding, documents = gpt2_encoding(), list(open_corpus("files", str(source)).texts())
+            encoding, documents = gpt2_encoding(), list(open_corpus(CorpusQuery("files", str(source))).texts())
             began = time.perf_counter()
             tokens = sum(len(encoding.encode_ordinary(text)) + 1 for text in documents)
             seconds = time.perf_counter() - began
@@ -142,7 +142,7 @@ def usual_way(source: Path, out: Path) -> tuple[int, float]:
     with multiprocessing.Pool(os.cpu_count(), _start) as pool:
         pool.map(_tokenize, [END_OF_TEXT] * 8)  # wait until the processes are up
         began = time.perf_counter()
-        for tokens in pool.imap(_tokenize, open_corpus("files", str(source)).texts(), chunksize=16):
+        for tokens in pool.imap(_tokenize, open_corpus(CorpusQuery("files", str(source))).texts(), chunksize=16):
             if filled + len(tokens) > len(shard):
                 np.save(out / f"{number}.npy", shard[:filled])
                 filled, number = 0, number + 1
@@ -156,7 +156,7 @@ def usual_way(source: Path, out: Path) -> tuple[int, float]:
 def our_way(source: Path, out: Path, num_workers: int) -> tuple[int, float]:
     """Tokens and seconds from the first batch that a process reports to the last shard on disk."""
     job = Job(OutputDirectory(out), "gpt2", EOT + 1, EOT, 100_000_000)
-    pieces: list[Piece] = open_corpus("files", str(source)).pieces
+    pieces: list[Piece] = open_corpus(CorpusQuery("files", str(source))).pieces
     # Enough parts for all processes to finish at about the same time, as with a large corpus.
     groups = range(pieces[0].start, pieces[-1].stop)
     parts = [(Piece("parquet", str(source), start=group, stop=group + 1),) for group in groups]
@@ -168,7 +168,7 @@ def our_way(source: Path, out: Path, num_workers: int) -> tuple[int, float]:
         note_memory()
 
     records = prepare_parts(parts, job, Quota(), num_workers, progress)
-    put_together(records, job)
+    finalize_shards(records, job)
     tokens = sum(record.total("tokens") for record in records)
     return tokens - began[0][1], time.perf_counter() - began[0][0]
 

@@ -4,6 +4,7 @@ only, as every script starts here."""
 import argparse
 import contextlib
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator
 from typing import NoReturn
@@ -36,14 +37,22 @@ def first_line(error: Exception) -> str:
     return " ".join(line.strip() for line in shown)
 
 
+def os_error_number(error: Exception) -> int | None:
+    """The errno of a failed system call; None for any other error. safetensors and tokenizers write in Rust, whose I/O
+    errors are not OSErrors but carry "(os error N)"."""
+    if isinstance(error, OSError) and error.errno is not None:
+        return error.errno
+    in_rust = re.search(r"\(os error (\d+)\)", str(error))
+    return int(in_rust[1]) if in_rust else None
+
+
 @contextlib.contextmanager
 def report_write_errors(what: object) -> Iterator[None]:
     """Turn a full disk (or any other failure to write `what`) into one line; nothing that was trained is lost."""
     try:
         yield
     except Exception as error:
-        # safetensors and tokenizers write in Rust, whose I/O errors are not OSErrors but carry "(os error N)".
-        if not isinstance(error, OSError) and "os error" not in str(error):
+        if not isinstance(error, OSError) and os_error_number(error) is None:
             raise
         raise UserError(f"cannot write {what} ({first_line(error)}); {FREE_SPACE}") from error
 

@@ -102,6 +102,13 @@ def _recover(folder: Path) -> None:
     delete(replaced)
 
 
+def holds_only(folder: Path, names: set[str]) -> bool:
+    """Whether a folder is absent, or holds nothing but these names."""
+    if not folder.exists():
+        return True
+    return folder.is_dir() and {path.name for path in folder.iterdir()} <= names
+
+
 def acquire_lock(path: Path, busy: str, timeout: float = 0.0) -> FileLock:
     """Take the lock file `path`; the operating system releases it when the process dies.
 

@@ -17,7 +17,7 @@ from typing import Any
 import yaml
 from filelock import FileLock
 
-from gpt2repro.files import acquire_lock, write_json, write_text
+from gpt2repro.files import acquire_lock, holds_only, write_json, write_text
 
 
 MODEL_FOLDER = "model"
@@ -55,10 +55,7 @@ class RunFolder:
 
     def is_untouched(self) -> bool:
         """Whether the directory is absent, or holds only what an interrupted start left behind."""
-        leftovers = {self.lock_file.name, f"{self.recipe.name}.tmp"}
-        if not self.path.exists():
-            return True
-        return self.path.is_dir() and {path.name for path in self.path.iterdir()} <= leftovers
+        return holds_only(self.path, {self.lock_file.name, f"{self.recipe.name}.tmp"})
 
     # ---- checkpoints ----
 

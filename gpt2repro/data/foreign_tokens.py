@@ -11,7 +11,7 @@
   last hundredth of all tokens in the order of the file names, at most 10 million, is held out, and the document that
   lies across that border is cut.
 
-All integers are little-endian. None of the four brings its tokenizer along, so GPT-2's is assumed, and an id that GPT-2
+All integers are little-endian. None of the four comes with a tokenizer, so GPT-2's is assumed, and an id that GPT-2
 does not have is an error. Both ends of each file are checked when the folder is opened, the rest as it is read.
 """
 
@@ -151,7 +151,7 @@ def _build_nanogpt(path: Path) -> TokenFile:
     try:
         array = np.lib.format.open_memmap(path, mode="r")
     except (ValueError, EOFError) as error:
-        raise UserError(f"{path} is cut off or no .npy file ({first_line(error)}); copy it again") from error
+        raise UserError(f"{path} is truncated or not an .npy file ({first_line(error)}); copy it again") from error
     if array.dtype != "<u2" or array.ndim != 1:
         raise UserError(
             f"{path} holds {array.dtype} in {array.ndim} dimensions, not uint16 in one; write it as build-nanogpt does"

@@ -1,7 +1,7 @@
 """The manifest of a directory of tokens: what it holds, where that comes from, and the hashes that prove it.
 
 manifest.json is written last and atomically, so a directory without one is unfinished. A folder with another trainer's
-tokens has no such file; its manifest is made up from what its files tell.
+tokens has no such file; its manifest is inferred from its files.
 """
 
 import dataclasses
@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 
 from gpt2repro.data.foreign_tokens import GPT2_VOCAB_SIZE, ForeignTokens, TokenFile, foreign_format, read_foreign_tokens
-from gpt2repro.data.shards import SPLITS, Shard, Split, has_tokens, require, token_dtype
-from gpt2repro.errors import UserError, first_line
+from gpt2repro.data.shards import SPLITS, Shard, Split, checked_value, has_tokens, token_dtype
+from gpt2repro.errors import UserError, first_line, refuse
 from gpt2repro.files import file_problem, write_json
 
 
@@ -32,7 +32,7 @@ class TokenizerRecord:
     name: as `prepare_data.py --tokenizer` names it.
     vocab_size: number of token ids, end-of-text included.
     eot_id: id of `<|endoftext|>`; None if the tokenizer has none.
-    sha256: of tokenizer.json; None: the directory brings no tokenizer along.
+    sha256: of tokenizer.json; None: the directory comes without a tokenizer.
     """
 
     name: str
@@ -44,17 +44,17 @@ class TokenizerRecord:
     def from_dict(cls, content: dict[str, Any]) -> "TokenizerRecord":
         """Raises KeyError or TypeError for a key that is missing or has another type."""
         return cls(
-            name=require(content, "name", str),
-            vocab_size=require(content, "vocab_size", int),
-            eot_id=require(content, "eot_id", int | None),
-            sha256=require(content, "sha256", str | None),
+            name=checked_value(content, "name", str),
+            vocab_size=checked_value(content, "vocab_size", int),
+            eot_id=checked_value(content, "eot_id", int | None),
+            sha256=checked_value(content, "sha256", str | None),
         )
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
 
     def is_same_as(self, other: "TokenizerRecord") -> bool:
-        """By definition; by name and size if one of the two directories brings no tokenizer along."""
+        """By definition; by name and size if one of the two directories comes without a tokenizer."""
         if self.sha256 and other.sha256:
             return self.sha256 == other.sha256
         return (self.name, self.vocab_size) == (other.name, other.vocab_size)
@@ -155,7 +155,7 @@ class Manifest:
 
     @classmethod
     def open(cls, data_dir: str | Path) -> "Manifest":
-        """The manifest of a prepared directory, or one made up for a folder with another trainer's tokens.
+        """The manifest of a prepared directory, or one inferred from the files of another trainer.
 
         Raises:
             UserError: neither of the two, unfinished or damaged.
@@ -204,8 +204,7 @@ class Manifest:
             problems = [problem for problem in progress(checked) if problem]
         problems += self._total_problems(root)
         problems += self._tokenizer_problems(root)
-        if problems:
-            raise UserError("\n".join(f"{problem}; {remedy(root)}" for problem in problems))
+        refuse([f"{problem}; {remedy(root)}" for problem in problems])
 
     def verify_changed(self, data_dir: str | Path, verified: dict[str, list[int]]) -> dict[str, list[int]]:
         """Hash the shards that have changed since the last call. Another trainer's files have no hashes, and pass.
@@ -231,8 +230,7 @@ class Manifest:
         with ThreadPoolExecutor() as pool:  # hashing releases the GIL
             checked = pool.map(file_problem, to_hash.keys(), to_hash.values())
             problems = [problem for problem in checked if problem]
-        if problems:
-            raise UserError("\n".join(f"{problem}; {remedy(root)}" for problem in problems))
+        refuse([f"{problem}; {remedy(root)}" for problem in problems])
         return found
 
     def _shard_problem(self, root: Path, shard: Shard) -> str | None:

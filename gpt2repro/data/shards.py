@@ -44,10 +44,10 @@ class Shard:
     def from_dict(cls, content: dict[str, Any]) -> "Shard":
         """Raises KeyError or TypeError for a key that is missing or has another type."""
         return cls(
-            file=require(content, "file", str),
-            tokens=require(content, "tokens", int),
-            documents=require(content, "documents", int),
-            sha256=require(content, "sha256", str),
+            file=checked_value(content, "file", str),
+            tokens=checked_value(content, "tokens", int),
+            documents=checked_value(content, "documents", int),
+            sha256=checked_value(content, "sha256", str),
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -69,7 +69,7 @@ class Split:
     @classmethod
     def from_dict(cls, content: dict[str, Any]) -> "Split":
         """Raises KeyError or TypeError for a key that is missing or has another type."""
-        tokens, documents, text_bytes = (require(content, unit, int) for unit in UNITS)
+        tokens, documents, text_bytes = (checked_value(content, unit, int) for unit in UNITS)
         return cls(tokens, documents, text_bytes, tuple(Shard.from_dict(shard) for shard in content["shards"]))
 
     def to_dict(self) -> dict[str, Any]:
@@ -80,8 +80,8 @@ class Split:
         return {"tokens": self.tokens, "documents": self.documents, "bytes": self.bytes}
 
 
-def require(content: dict[str, Any], key: str, kind: type | UnionType) -> Any:
-    """content[key]. Raises KeyError or TypeError if it is missing or not of that type."""
+def checked_value(content: dict[str, Any], key: str, kind: type | UnionType) -> Any:
+    """The value of a key of a JSON object. Raises KeyError if it is missing, TypeError if it has another type."""
     value = content[key]
     if not isinstance(value, kind):
         raise TypeError(f"{key} is {value!r}")

@@ -51,7 +51,7 @@ class Tokenizer:
     encode_batch: EncodeBatch
     fast: PreTrainedTokenizerBase
 
-    def describe(self) -> TokenizerRecord:
+    def record(self) -> TokenizerRecord:
         """Its record in the manifest; the hash is that of tokenizer.json's text."""
         definition = self.fast.backend_tokenizer.to_str(pretty=True)
         return TokenizerRecord(self.name, self.vocab_size, self.eot_id, sha256(definition.encode()).hexdigest())

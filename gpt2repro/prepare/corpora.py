@@ -1,11 +1,14 @@
-"""Corpora: which exist, and how each becomes pieces that processes read independently of each other."""
+"""Corpora: which exist, and how each becomes pieces that processes read independently of each other.
+
+To add one, enter it in LOCAL_CORPORA or HUB_CORPORA, at the end of this file.
+"""
 
 import difflib
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
 
@@ -16,23 +19,44 @@ from gpt2repro.prepare.retries import HUB_REMEDY, reading, with_retries
 
 
 @dataclass(frozen=True)
-class HubCorpus:
-    """A dataset of the Hub under a name of its own, with the validation split of its best-known recipe."""
+class CorpusQuery:
+    """Which documents are asked for.
 
-    hub_id: str
-    config: str | None
-    default_split: dict
+    name: a key of LOCAL_CORPORA or HUB_CORPORA, or a dataset's Hub id (or a local folder in the Hub's format).
+    source: for `files`, a file or folder; for shakespeare, a local copy of the text.
+    text_column: the column of documents in tables.
+    hub_config, split, revision: select the data of a Hub dataset.
+    """
+
+    name: str
+    source: str | None = None
+    text_column: str = "text"
+    hub_config: str | None = None
+    split: str = "train"
+    revision: str | None = None
 
 
-LOCAL_CORPORA = ("python-docs", "shakespeare", "shakespeare-char", "files")
-HUB_CORPORA = {
-    "fineweb-edu": HubCorpus("HuggingFaceFW/fineweb-edu", "sample-10BT", {"val_tokens": 100_000_000}),  # build-nanogpt
-    "fineweb": HubCorpus("HuggingFaceFW/fineweb", "sample-10BT", {"val_tokens": 100_000_000}),  # llm.c
-    "openwebtext": HubCorpus("Skylion007/openwebtext", None, {"val_fraction": 0.0005}),  # nanoGPT
-    # The last two have validation sets of their own on the Hub.
-    "wikitext-103": HubCorpus("Salesforce/wikitext", "wikitext-103-raw-v1", {"val_fraction": 0.005}),
-    "tinystories": HubCorpus("roneneldan/TinyStories", None, {"val_fraction": 0.005}),
-}
+@dataclass(frozen=True)
+class ValidationSplit:
+    """How validation is split off: by one of the two numbers, the other is 0.
+
+    tokens: the first documents, until they have this many tokens.
+    fraction: this fraction of the documents, chosen by hash; of a single text, its end.
+    """
+
+    tokens: int = 0
+    fraction: float = 0.0
+
+    def to_dict(self) -> dict[str, int | float]:
+        """What the manifest records."""
+        return {"val_tokens": self.tokens} if self.tokens else {"val_fraction": self.fraction}
+
+    def __str__(self) -> str:
+        return f"--val_tokens {self.tokens}" if self.tokens else f"--val_fraction {self.fraction}"
+
+
+DEFAULT_SPLIT = ValidationSplit(fraction=0.005)
+SMALL_CORPUS_SPLIT = ValidationSplit(fraction=0.1)  # as nanoGPT's data/shakespeare*/prepare.py
 
 
 @dataclass(frozen=True)
@@ -42,7 +66,7 @@ class Corpus:
     pieces: the files in order, cut where their format allows it.
     facts: the manifest's record of the origin (Hub id, configuration, commit; or files and their sizes).
     single_text: the corpus is one long text, which is split for validation by position, not by document.
-    default_split: val_tokens or val_fraction, used if the user asks for neither.
+    default_split: used if the user gives neither --val_tokens nor --val_fraction.
     default_tokenizer: a name that build_tokenizer understands.
     modified: modification times of its local files, in nanoseconds since 1970. A preparation resumes only with the same
         ones; they are not part of the facts, because a copy of the data has others.
@@ -51,7 +75,7 @@ class Corpus:
     pieces: list[Piece]
     facts: dict
     single_text: bool = False
-    default_split: dict = field(default_factory=lambda: {"val_fraction": 0.005})
+    default_split: ValidationSplit = DEFAULT_SPLIT
     default_tokenizer: str = "gpt2"
     modified: list[int] = field(default_factory=list)
 
@@ -73,37 +97,21 @@ class Corpus:
         return [tuple(part) for part in parts]
 
 
-def open_corpus(
-    name: str,
-    source: str | None = None,
-    text_column: str = "text",
-    hub_config: str | None = None,
-    split: str = "train",
-    revision: str | None = None,
-) -> Corpus:
-    """The corpus called `name`; nothing large is read yet.
+def open_corpus(query: CorpusQuery) -> Corpus:
+    """The corpus that is asked for; nothing large is read yet.
 
-    Args:
-        name: one of LOCAL_CORPORA or HUB_CORPORA, or a dataset's Hub id (or a local folder in the Hub's format).
-        source: for `files`, a file or folder; for shakespeare, a local copy of the text.
-        text_column: the column of documents in tables.
-        hub_config, split, revision: select the data of a Hub dataset.
     Raises:
         UserError: unknown name, missing source, unreadable or unreachable data.
     """
-    if name == "python-docs":
-        facts = {"python": sys.version.split()[0]}
-        return Corpus([Piece("python-docs")], facts, False, {"val_fraction": 0.1}, "bpe:2048")
-    if name in ("shakespeare", "shakespeare-char"):
-        return _shakespeare(name, source)
-    if name == "files":
-        return _files(source, text_column)
-    if name in HUB_CORPORA:
-        known = HUB_CORPORA[name]
-        return _hub(known.hub_id, hub_config or known.config, split, revision, text_column, known.default_split)
-    if "/" in name or Path(name).is_dir():
-        return _hub(name, hub_config, split, revision, text_column, {"val_fraction": 0.005})
-    raise UserError(f"unknown corpus {name!r}; {_suggestion(name)}")
+    if query.name in LOCAL_CORPORA:
+        return LOCAL_CORPORA[query.name](query)
+    if query.name in HUB_CORPORA:
+        known = HUB_CORPORA[query.name]
+        hub_query = replace(query, name=known.hub_id, hub_config=query.hub_config or known.config)
+        return _open_hub(hub_query, known.default_split)
+    if "/" in query.name or Path(query.name).is_dir():
+        return _open_hub(query, DEFAULT_SPLIT)
+    raise UserError(f"unknown corpus {query.name!r}; {_suggestion(query.name)}")
 
 
 def _suggestion(name: str) -> str:
@@ -114,31 +122,55 @@ def _suggestion(name: str) -> str:
     return f"use one of {', '.join(known)}, or a Hub id such as owner/name"
 
 
-def _shakespeare(name: str, source: str | None) -> Corpus:
-    built_in.shakespeare(source)  # fails now if it is unavailable
-    tokenizer = "char" if name == "shakespeare-char" else "gpt2"
-    facts = {"url": built_in.SHAKESPEARE_URL, "sha256": built_in.SHAKESPEARE_SHA256}
-    return Corpus([Piece("shakespeare", source or "")], facts, True, {"val_fraction": 0.1}, tokenizer)
+# ---- local corpora ----
 
 
-def _files(source: str | None, text_column: str) -> Corpus:
-    if source is None:
+def _open_python_docs(query: CorpusQuery) -> Corpus:
+    return Corpus(
+        pieces=[Piece("python-docs")],
+        facts={"python": sys.version.split()[0]},
+        default_split=SMALL_CORPUS_SPLIT,
+        default_tokenizer="bpe:2048",
+    )
+
+
+def _open_shakespeare(query: CorpusQuery) -> Corpus:
+    built_in.shakespeare(query.source)  # fails now if it is unavailable
+    return Corpus(
+        pieces=[Piece("shakespeare", query.source or "")],
+        facts={"url": built_in.SHAKESPEARE_URL, "sha256": built_in.SHAKESPEARE_SHA256},
+        single_text=True,
+        default_split=SMALL_CORPUS_SPLIT,
+    )
+
+
+def _open_shakespeare_char(query: CorpusQuery) -> Corpus:
+    return replace(_open_shakespeare(query), default_tokenizer="char")
+
+
+def _open_files(query: CorpusQuery) -> Corpus:
+    if query.source is None:
         raise UserError("the corpus `files` needs --source FILE_OR_FOLDER")
-    root = Path(source)
+    root = Path(query.source)
     if not root.exists():
-        raise UserError(f"--source {source} does not exist")
+        raise UserError(f"--source {query.source} does not exist")
     candidates = sorted(path for path in root.rglob("*") if path.is_file()) if root.is_dir() else [root]
     files = [path for path in candidates if readers.file_suffix(path) in readers.SUFFIXES]
     if not files:
         raise UserError(
-            f"--source {source} holds no file that ends in .txt, .jsonl, .json or .parquet (or the first three + .gz)"
+            f"--source {query.source} holds no file that ends in .txt, .jsonl, .json or .parquet (or the first three "
+            "+ .gz)"
         )
 
-    pieces = list(chain.from_iterable(readers.cut_file(path, text_column) for path in files))
+    pieces = list(chain.from_iterable(readers.cut_file(path, query.text_column) for path in files))
     single_text = len(files) == 1 and bool(pieces) and pieces[0].reader == "text"
-    split = {"val_fraction": 0.1 if single_text else 0.005}
-    facts = _file_facts(files, root if root.is_dir() else root.parent)
-    return Corpus(pieces, facts, single_text, split, modified=_modification_times(files))
+    return Corpus(
+        pieces=pieces,
+        facts=_file_facts(files, root if root.is_dir() else root.parent),
+        single_text=single_text,
+        default_split=SMALL_CORPUS_SPLIT if single_text else DEFAULT_SPLIT,
+        modified=_modification_times(files),
+    )
 
 
 def _file_facts(files: list[Path], root: Path) -> dict:
@@ -150,28 +182,38 @@ def _modification_times(files: list[Path]) -> list[int]:
     return [path.stat().st_mtime_ns for path in files]
 
 
-def _hub(hub_id: str, config: str | None, split: str, revision: str | None, column: str, default_split: dict) -> Corpus:
+# ---- the Hub ----
+
+
+def _open_hub(query: CorpusQuery, default_split: ValidationSplit) -> Corpus:
     """A dataset of the Hub, pinned to a commit, or a local folder in the Hub's format."""
     import datasets
     from huggingface_hub import HfApi
 
+    hub_id, revision = query.name, query.revision
     local = Path(hub_id).is_dir()
     if local and revision:
         raise UserError(f"--revision {revision}: {hub_id} is a folder, which has no revisions; leave it out")
     with reading(hub_id, HUB_REMEDY):
         if not local:  # pin the commit, so that the manifest says exactly what was read
             revision = HfApi().dataset_info(hub_id, revision=revision).sha
-        builder = datasets.load_dataset_builder(hub_id, config, revision=revision)
+        builder = datasets.load_dataset_builder(hub_id, query.hub_config, revision=revision)
     files = builder.config.data_files or {}
-    if split not in files:
-        raise UserError(f"{hub_id} has no split {split!r} but {', '.join(files)}; choose with --split")
+    if query.split not in files:
+        raise UserError(f"{hub_id} has no split {query.split!r} but {', '.join(files)}; choose with --split")
 
-    facts = {"hub_id": hub_id, "config": config, "split": split, "revision": revision, "text_column": column}
+    facts = {
+        "hub_id": hub_id,
+        "config": query.hub_config,
+        "split": query.split,
+        "revision": revision,
+        "text_column": query.text_column,
+    }
     kind = type(builder).__module__.split(".")[-1]  # of datasets.packaged_modules
-    pieces = _cut_hub_files(files[split], kind, column)
+    pieces = _cut_hub_files(files[query.split], kind, query.text_column)
     if not local:
         return Corpus(pieces, facts, default_split=default_split)
-    paths = [Path(path) for path in files[split]]
+    paths = [Path(path) for path in files[query.split]]
     facts |= _file_facts(paths, Path(hub_id))
     return Corpus(pieces, facts, default_split=default_split, modified=_modification_times(paths))
 
@@ -182,3 +224,32 @@ def _cut_hub_files(paths: list[str], kind: str, column: str) -> list[Piece]:
     with ThreadPoolExecutor(16) as pool:  # the footer of each file says where it can be cut
         cut = pool.map(lambda path: with_retries(readers.cut_parquet, path, column), paths)
         return list(chain.from_iterable(cut))
+
+
+# ---- the registries ----
+
+
+@dataclass(frozen=True)
+class HubCorpus:
+    """A dataset of the Hub under a name of its own, with the validation split of its best-known recipe."""
+
+    hub_id: str
+    config: str | None = None
+    default_split: ValidationSplit = DEFAULT_SPLIT
+
+
+LOCAL_CORPORA: dict[str, Callable[[CorpusQuery], Corpus]] = {
+    "python-docs": _open_python_docs,
+    "shakespeare": _open_shakespeare,
+    "shakespeare-char": _open_shakespeare_char,
+    "files": _open_files,
+}
+HUB_CORPORA = {
+    # The validation splits of build-nanogpt, llm.c and nanoGPT.
+    "fineweb-edu": HubCorpus("HuggingFaceFW/fineweb-edu", "sample-10BT", ValidationSplit(tokens=100_000_000)),
+    "fineweb": HubCorpus("HuggingFaceFW/fineweb", "sample-10BT", ValidationSplit(tokens=100_000_000)),
+    "openwebtext": HubCorpus("Skylion007/openwebtext", default_split=ValidationSplit(fraction=0.0005)),
+    # These have validation sets of their own on the Hub.
+    "wikitext-103": HubCorpus("Salesforce/wikitext", "wikitext-103-raw-v1"),
+    "tinystories": HubCorpus("roneneldan/TinyStories"),
+}

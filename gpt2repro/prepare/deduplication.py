@@ -21,7 +21,7 @@ import importlib.util
 import json
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
@@ -29,17 +29,18 @@ from pathlib import Path
 import numpy as np
 
 from gpt2repro.errors import UserError
-from gpt2repro.files import write_json
-from gpt2repro.prepare.corpora import open_corpus
+from gpt2repro.files import holds_only, write_json
 from gpt2repro.prepare.deduplication_report import report, statistics
 from gpt2repro.prepare.executors import Stage, run_stages
 from gpt2repro.prepare.readers import DOCUMENT_NOTES, Piece
-from gpt2repro.prepare.request import EXECUTORS, Execution
+from gpt2repro.prepare.request import Execution, refuse_other_settings
 from gpt2repro.prepare.urls import url_key
 from gpt2repro.processes import end_with_parent
 
 
 METHODS = ("url", "minhash")
+# Of datatrove's MinhashConfig, whose defaults these are. Documents of fewer than n_grams words all pass.
+MINHASH = {"n_grams": 5, "num_buckets": 14, "hashes_per_bucket": 8}
 MAX_TASKS = 500  # a merging task opens the signature files of all tasks, and 1024 open files are a common limit
 SETTINGS, STATISTICS, REPORT = "settings.json", "statistics.json", "report.md"
 
@@ -62,22 +63,11 @@ class DedupOptions:
 
     methods: one or both of METHODS; URLs come first.
     text_column, url_column: of the input. Documents without a URL all pass the first method.
-    n_grams, num_buckets, hashes_per_bucket: of MinHash. Documents of fewer words than n_grams all pass it.
     """
 
-    methods: tuple[str, ...] = METHODS
+    methods: tuple[str, ...]
     text_column: str = "text"
     url_column: str = "url"
-    n_grams: int = 5
-    num_buckets: int = 14
-    hashes_per_bucket: int = 8
-
-    def minhash(self) -> dict | None:
-        """datatrove's MinhashConfig, or None without MinHash."""
-        if "minhash" not in self.methods:
-            return None
-        names = ("n_grams", "num_buckets", "hashes_per_bucket")
-        return {name: getattr(self, name) for name in names}
 
     def settings(self, files: list[InputFile]) -> dict:
         """What settings.json records, and by which an unfinished or finished deduplication is recognized."""
@@ -85,37 +75,36 @@ class DedupOptions:
             "methods": [method for method in METHODS if method in self.methods],
             "text_column": self.text_column,
             "url_column": self.url_column,
-            "minhash": self.minhash(),
+            "minhash": MINHASH if "minhash" in self.methods else None,
             "files": [{"name": file.name, "bytes": sum(piece.bytes for piece in file.pieces)} for file in files],
         }
 
 
-def deduplicate(
-    source: str | Path | Sequence[str | Path | Piece], output_dir: Path, options: DedupOptions, execution: Execution
-) -> dict | None:
-    """Write the documents of `source` that repeat no earlier one into `output_dir`/documents.
+def deduplicate(pieces: list[Piece], output_dir: Path, options: DedupOptions, execution: Execution) -> dict | None:
+    """Write the documents that repeat no earlier one into `output_dir`/documents.
 
     The same call resumes an interrupted deduplication, and returns at once if it is already finished.
 
     Args:
-        source: a file, or a folder whose files are taken in their order, or several of them; or the pieces of a corpus.
-            Each file is one task, or each run of files if there are more than MAX_TASKS.
+        pieces: of a corpus, in order. Each of its files is one task, or each run of files if there are more than
+            MAX_TASKS.
     Returns:
         The content of statistics.json, see `statistics`; None if Slurm's jobs are submitted but not done.
     Raises:
-        UserError: a package, file or column is missing, the directory holds something else, or a task failed.
+        UserError: a package or column is missing, the directory holds something else, or a task failed.
     """
-    check_options(options, execution)
-    files = find_files(source, options)
+    check_methods(options.methods)
+    check_packages(options.methods, execution.executor)
+    files = group_by_file(pieces, options.url_column if "url" in options.methods else None)
     settings = options.settings(files)
-    output_dir = Path(output_dir).resolve()  # Slurm's and Ray's tasks may run in another folder
+    output_dir = output_dir.resolve()  # Slurm's and Ray's tasks may run in another folder
     finished = open_or_create(output_dir, settings)
     if finished is not None:
         return finished
     check_columns(files[0].pieces[0])
     write_json(output_dir / SETTINGS, settings)
 
-    if not run_stages(build_stages(files, output_dir, options), output_dir, execution):
+    if not run_stages(build_stages(files, output_dir, options.methods), output_dir, execution):
         return None
 
     result = statistics(output_dir, settings)
@@ -128,17 +117,18 @@ def deduplicate(
 # ---- the input and the output directory ----
 
 
-def check_options(options: DedupOptions, execution: Execution) -> None:
-    """Raise UserError for unknown names and missing packages."""
-    methods = options.methods
-    if not methods or not set(methods) <= set(METHODS):
-        raise UserError(f"deduplication by {', '.join(methods) or 'nothing'}: use some of {', '.join(METHODS)}")
-    if execution.executor not in EXECUTORS:
-        raise UserError(f"executor {execution.executor!r}: use one of {', '.join(EXECUTORS)}")
+def check_methods(methods: tuple[str, ...]) -> None:
+    """Raise UserError for a method that is not one of METHODS."""
+    if not set(methods) <= set(METHODS):
+        raise UserError(f"deduplication by {', '.join(methods)}: use some of {', '.join(METHODS)}")
+
+
+def check_packages(methods: tuple[str, ...], executor: str) -> None:
+    """Raise UserError for missing packages."""
     needed = ["datatrove", "orjson"]
     if "minhash" in methods:
         needed.append("spacy")
-    if execution.executor == "ray":
+    if executor == "ray":
         needed.append("ray")
     missing = [package for package in needed if importlib.util.find_spec(package) is None]
     if missing:
@@ -146,12 +136,12 @@ def check_options(options: DedupOptions, execution: Execution) -> None:
         raise UserError(f"deduplication needs {', '.join(missing)}; pip install {install}")
 
 
-def find_files(source: str | Path | Sequence[str | Path | Piece], options: DedupOptions) -> list[InputFile]:
-    """The files of the input, in corpus order."""
-    pieces: list[Piece] = []
-    for item in [source] if isinstance(source, str | Path) else source:
-        pieces += [item] if isinstance(item, Piece) else open_corpus("files", str(item), options.text_column).pieces
-    url_column = options.url_column if "url" in options.methods else None
+def group_by_file(pieces: list[Piece], url_column: str | None) -> list[InputFile]:
+    """The files that the pieces are cut from, in corpus order, with absolute paths.
+
+    Args:
+        url_column: the column to read URLs from; None: they are not needed.
+    """
     by_path: dict[str, list[Piece]] = {}
     for piece in pieces:
         path = piece.path if "://" in piece.path else os.path.abspath(piece.path)
@@ -171,24 +161,15 @@ def open_or_create(output_dir: Path, settings: dict) -> dict | None:
     output_dir.mkdir(parents=True, exist_ok=True)
     if (output_dir / STATISTICS).exists():
         result = json.loads((output_dir / STATISTICS).read_text())
-        _refuse_other_settings(output_dir, settings, result.get("settings", {}))
+        refuse_other_settings(output_dir, result["settings"], settings)
         remove_work(output_dir)  # in case it was killed just before
         return result
     if (output_dir / SETTINGS).exists():
-        _refuse_other_settings(output_dir, settings, json.loads((output_dir / SETTINGS).read_text()))
+        refuse_other_settings(output_dir, json.loads((output_dir / SETTINGS).read_text()), settings)
         return None
-    if not {path.name for path in output_dir.iterdir()} <= {SETTINGS + ".tmp"}:
+    if not holds_only(output_dir, {SETTINGS + ".tmp"}):
         raise UserError(f"{output_dir} is not empty and was not made by deduplication; choose another directory")
     return None
-
-
-def _refuse_other_settings(output_dir: Path, settings: dict, recorded: dict) -> None:
-    differences = [key for key in settings if recorded.get(key) != settings[key]]
-    if differences:
-        raise UserError(
-            f"{output_dir} holds a deduplication with other settings ({', '.join(differences)}); "
-            "choose another directory, or delete it"
-        )
 
 
 def remove_work(output_dir: Path) -> None:
@@ -201,7 +182,7 @@ def check_columns(piece: Piece) -> None:
     """Raise UserError if the first row of the first file lacks a column; later rows may lack the URL."""
     next(piece.documents(), None)
     row = next(piece.rows(), None)
-    if row is not None and piece.url_column and piece.url_column not in row:
+    if isinstance(row, dict) and piece.url_column and piece.url_column not in row:
         raise UserError(
             f"{piece.path} has no column {piece.url_column!r} but {', '.join(sorted(row))}; choose with --url_column"
         )
@@ -274,7 +255,7 @@ def _watch_parent() -> None:
 # ---- the stages ----
 
 
-def build_stages(files: list[InputFile], output_dir: Path, options: DedupOptions) -> list[Stage]:
+def build_stages(files: list[InputFile], output_dir: Path, methods: tuple[str, ...]) -> list[Stage]:
     """The pipelines of the deduplication, in order."""
     from datatrove.pipeline import dedup
     from datatrove.pipeline.dedup.minhash import MinhashConfig
@@ -289,7 +270,7 @@ def build_stages(files: list[InputFile], output_dir: Path, options: DedupOptions
     stages: list[Stage] = []
     without_url_duplicates: list = []  # the first filter, without a writer: for the signatures of the second method
     filters: list = []
-    if "url" in options.methods:
+    if "url" in methods:
         config = dedup.ExactDedupConfig(url_key, document_priority, hash_config)
         signatures = dedup.ExactDedupSignature(work("url_signatures"), config)
         duplicates = dedup.ExactFindDedups(work("url_signatures"), work("url_duplicates"), config)
@@ -300,9 +281,8 @@ def build_stages(files: list[InputFile], output_dir: Path, options: DedupOptions
         without_url_duplicates = [dedup.ExactDedupFilter(work("url_duplicates"), config)]
         removed = _parquet_writer(output_dir / "removed" / "url")
         filters.append(dedup.ExactDedupFilter(work("url_duplicates"), config, removed))
-    minhash = options.minhash()
-    if minhash:
-        config = MinhashConfig(**minhash, hash_config=hash_config)
+    if "minhash" in methods:
+        config = MinhashConfig(**MINHASH, hash_config=hash_config)
         signatures = dedup.MinhashDedupSignature(work("minhash_signatures"), config)
         buckets = dedup.MinhashDedupBuckets(work("minhash_signatures"), work("minhash_pairs"), config=config)
         clusters = dedup.MinhashDedupCluster(

@@ -89,7 +89,7 @@ def _notes(folder: Path) -> dict[str, int]:
 
 
 def _cluster_sizes(output_dir: Path, method: str) -> dict[str, int]:
-    """size -> clusters of so many documents, in ascending order."""
+    """size -> number of clusters of that many documents, in ascending order."""
     rows = read_rows(output_dir / "removed" / method, ["url", "cluster"])
     removed = Counter(cluster_of(method, row) for row in rows)
     clusters = Counter(removed.values())
@@ -126,7 +126,7 @@ def _counts_table(result: dict) -> list[str]:
 
 def _notes_line(notes: dict[str, int]) -> str:
     return (
-        f"Left out: {notes['no text']:,} rows without text, {notes['no JSON']:,} lines that are no JSON. "
+        f"Left out: {notes['no text']:,} rows without text, {notes['no JSON']:,} lines that are not JSON. "
         f"Repaired: {notes['repaired']:,} documents with halves of surrogate pairs."
     )
 
@@ -138,7 +138,7 @@ def _minhash_line(n_grams: int, num_buckets: int, hashes_per_bucket: int) -> str
     )
     return (
         f"MinHash compares sets of {n_grams}-grams of words, in {num_buckets} buckets of {hashes_per_bucket} hashes. "
-        f"By the bucket formula it finds, of pairs with a Jaccard similarity so high: {found}."
+        f"By the bucket formula it finds this share of the pairs at the given Jaccard similarity: {found}."
     )
 
 
@@ -164,7 +164,7 @@ class Example(NamedTuple):
 
 
 def examples(output_dir: Path, method: str) -> list[Example]:
-    """From the first clusters; a document that its URL kept may have been removed by MinHash then."""
+    """From the first clusters. MinHash may later have removed the document that the URL filter kept."""
     columns = ["text", "id", "url", "bytes", "cluster"]
     removed: dict = {}
     for row in read_rows(output_dir / "removed" / method, columns):

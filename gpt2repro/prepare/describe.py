@@ -1,5 +1,6 @@
 """What a prepared directory holds, for a person to read."""
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -100,6 +101,6 @@ def histogram(counts: np.ndarray) -> list[str]:
     for power in range(used.min(initial=64), used.max(initial=0) + 1):
         count = int(counts[power])
         lengths = f"{2**power:,} to {2 ** (power + 1) - 1:,}"
-        bar = "#" * -(-LONGEST_BAR * count // largest)
+        bar = "#" * math.ceil(LONGEST_BAR * count / largest)
         lines.append(f"{lengths:>24} {count:12,} {bar}")
     return lines

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gpt2repro.errors import UserError, first_line
+from gpt2repro.files import CHECKOUT
 from gpt2repro.prepare.request import Execution
 
 
@@ -134,7 +135,7 @@ def _slurm_executors(stages: list[Stage], output_dir: Path, execution: Execution
     """datatrove's executor of each stage, dependent on the one before."""
     from datatrove.executor import SlurmPipelineExecutor
 
-    paths = {"PATH": Path(sys.executable).parent, "PYTHONPATH": Path(__file__).resolve().parents[2]}
+    paths = {"PATH": Path(sys.executable).parent, "PYTHONPATH": CHECKOUT}
     environment = " ".join(f"{name}={shlex.quote(str(path))}:${name}" for name, path in paths.items())
     executors: list = []
     for stage in stages:

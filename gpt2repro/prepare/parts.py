@@ -1,6 +1,6 @@
-"""One part of the corpus, from documents to shards and a record; and all parts put together.
+"""One part of the corpus, from documents to shards and a record; then the shards of all parts under their final names.
 
-Each part is read, tokenized, written and recorded by one process, so no token crosses a process border. In the end the
+Each part is read, tokenized, written and recorded by one process, so no token crosses a process border. At the end the
 train shards of all parts are renamed into place; the validation shards, which are small, are merged.
 """
 
@@ -131,7 +131,10 @@ def split_documents(pieces: tuple[Piece, ...], job: Job, notes: dict[str, int]) 
 
 
 class PartWriter:
-    """Writes the documents of a part to its shards until the quota is reached; `complete` tells whether it was not."""
+    """Writes the documents of a part to its shards.
+
+    complete: False once the quota cut the part short.
+    """
 
     def __init__(self, number: int, job: Job, quota: Quota):
         self.job, self.quota = job, quota
@@ -149,8 +152,12 @@ class PartWriter:
 
     @property
     def counts(self) -> Counts:
-        writers = self.writers.values()
-        return Counts(*(sum(getattr(writer, unit) for writer in writers) for unit in Counts._fields))
+        train, val = self.writers["train"], self.writers["val"]
+        return Counts(
+            documents=train.documents + val.documents,
+            tokens=train.tokens + val.tokens,
+            bytes=train.bytes + val.bytes,
+        )
 
     def add(self, documents: Sequence[SplitDocument], tokens: Sequence) -> None:
         """Append documents, given the token ids of each."""
@@ -203,20 +210,20 @@ def _shards_exist(record: PartRecord, split: str, first_shard: int, job: Job) ->
     return True
 
 
-# ---- all parts put together ----
+# ---- the final shards ----
 
 
-def put_together(records: list[PartRecord], job: Job) -> dict[str, Split]:
-    """Give the shards of all parts their final names; returns the splits that they make up.
+def finalize_shards(records: list[PartRecord], job: Job) -> dict[str, Split]:
+    """Move the shards of all parts to their final names; returns the splits that they form.
 
-    It can be interrupted and repeated: each shard is found under its old name or its new one.
+    Can be interrupted and repeated: each shard is found under its old name or its new one.
     """
-    splits = {split: _put_together_split(split, records, job) for split in SPLITS}
+    splits = {split: _finalize_split(split, records, job) for split in SPLITS}
     flush(job.directory.path)
     return splits
 
 
-def _put_together_split(split: str, records: list[PartRecord], job: Job) -> Split:
+def _finalize_split(split: str, records: list[PartRecord], job: Job) -> Split:
     parts = [record.splits[split] for record in records]
     found = [shard for part in parts for shard in part.shards]
     several = sum(bool(part.documents) for part in parts) > 1

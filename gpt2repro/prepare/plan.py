@@ -37,8 +37,8 @@ from gpt2repro.data.shards import Split
 class Quota:
     """What is left of the limits when a part begins.
 
-    val_tokens: documents go to validation until it has so many more tokens.
-    tokens, documents: at most so many, of both splits; None: unlimited.
+    val_tokens: documents go to validation until it has this many more tokens.
+    tokens, documents: upper limits over both splits; None: unlimited.
     """
 
     val_tokens: int = 0
@@ -99,8 +99,8 @@ class PartRecord:
         }
 
     def total(self, unit: str) -> int:
-        """Tokens, documents or bytes of both splits."""
-        return sum(getattr(split, unit) for split in self.splits.values())
+        """The size of both splits in one of shards.UNITS."""
+        return sum(split.totals()[unit] or 0 for split in self.splits.values())
 
 
 class Plan(NamedTuple):

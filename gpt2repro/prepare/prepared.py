@@ -20,15 +20,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from filelock import FileLock, Timeout
-
 from gpt2repro.data.manifest import MANIFEST, Manifest, TokenizerRecord, remedy
 from gpt2repro.data.shards import SPLITS, token_dtype
-from gpt2repro.errors import UserError, first_line
-from gpt2repro.files import file_problem, write_json
-from gpt2repro.prepare.corpora import Corpus, open_corpus
+from gpt2repro.errors import UserError, first_line, os_error_number, refuse
+from gpt2repro.files import acquire_lock, file_problem, holds_only, write_json
+from gpt2repro.prepare.corpora import Corpus, ValidationSplit, open_corpus
 from gpt2repro.prepare.plan import PartRecord
-from gpt2repro.prepare.request import Request
+from gpt2repro.prepare.request import Request, refuse_other_settings
 
 
 FACT_NAMES = {"files": "list of files", "modified": "modification times"}  # other facts are named like their flags
@@ -122,24 +120,18 @@ class OutputDirectory:
         Raises:
             UserError: the directory holds something else, which is never overwritten; or its files are damaged.
         """
-        if self._is_empty():
+        leftovers = {self.unfinished.name + ".tmp", self.lock.name}  # of a start that was killed at once
+        if holds_only(self.path, leftovers):
             return None
         recorded = self._manifest_settings()
         if recorded is not None:
-            self._refuse_other_settings(recorded, request.settings())
+            refuse_other_settings(self.path, recorded, request.settings())
             return self._finished_manifest(request)
         unfinished = Unfinished.read(self.unfinished)
         if unfinished is not None:
-            self._refuse_other_settings(unfinished.settings, self._fixed_settings(request))
+            refuse_other_settings(self.path, unfinished.settings, self._fixed_settings(request))
             return None
         raise UserError(f"{self.path} exists and was not made by prepare_data.py; choose another --output_dir")
-
-    def _is_empty(self) -> bool:
-        """Whether the directory is missing, or was left before its first file was written."""
-        if not self.path.exists():
-            return True
-        leftovers = {self.unfinished.name + ".tmp", self.lock.name}
-        return self.path.is_dir() and {path.name for path in self.path.iterdir()} <= leftovers
 
     def _manifest_settings(self) -> dict | None:
         """The settings that the manifest records; None if there is no manifest of ours."""
@@ -154,22 +146,12 @@ class OutputDirectory:
             return request.settings()
         return request.deduplication_settings() if self.deduplicated.exists() else {}
 
-    def _refuse_other_settings(self, recorded: dict, asked: dict) -> None:
-        differences = [key for key in asked if key in recorded and recorded[key] != asked[key]]
-        if differences:
-            raise UserError(
-                f"{self.path} holds data prepared with other settings ({', '.join(differences)}); "
-                "choose another --output_dir, or delete it"
-            )
-
     def _finished_manifest(self, request: Request) -> Manifest:
         """The manifest, after a quick check of the files and, if it is local, of the corpus."""
         if request.corpus == "files" or Path(request.corpus).is_dir():
             self.open_corpus(request)
         manifest = Manifest.read(self.path)
-        damaged = manifest.missing_shards(self.path)
-        if damaged:
-            raise UserError("\n".join(f"{problem}; {remedy(self.path)}" for problem in damaged))
+        refuse([f"{problem}; {remedy(self.path)}" for problem in manifest.missing_shards(self.path)])
         self.tidy()  # in case it was killed just before
         return manifest
 
@@ -180,10 +162,7 @@ class OutputDirectory:
             UserError: the corpus is unavailable, or differs from the one that the directory was started with.
         """
         recorded = self._recorded_corpus()
-        revision = request.revision or recorded.get("revision")
-        corpus = open_corpus(
-            request.corpus, request.source, request.text_column, request.hub_config, request.split, revision
-        )
+        corpus = open_corpus(request.corpus_query(recorded.get("revision")))
         facts = dict(corpus.facts)
         if "modified" in recorded:
             facts["modified"] = corpus.modified
@@ -223,13 +202,8 @@ class OutputDirectory:
     def locked(self) -> Iterator[None]:
         """Create the directory and lock it against other preparations; the lock of a killed process is released."""
         self.path.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(self.lock, blocking=False)
-        try:
-            lock.acquire()
-        except Timeout as error:
-            raise UserError(
-                f"{self.path} is being prepared by another process; wait for it, or choose another --output_dir"
-            ) from error
+        busy = f"{self.path} is being prepared by another process; wait for it, or choose another --output_dir"
+        lock = acquire_lock(self.lock, busy)
         try:
             yield
         finally:
@@ -256,9 +230,7 @@ def explain_disk_errors(output_dir: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        number = getattr(error, "errno", None)
-        in_rust = f"(os error {errno.ENOSPC})" in str(error)  # tokenizers raises no OSError
-        if in_rust or number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        if os_error_number(error) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise UserError(
                 f"no space is left for {output_dir}; finished parts are kept: make space, repeat the command"
             ) from error
@@ -296,14 +268,18 @@ def check_space(directory: OutputDirectory, corpus: Corpus, vocab_size: int, req
 
 
 def refuse_empty_splits(
-    directory: OutputDirectory, records: list[PartRecord], val_split: dict, corpus: Corpus, request: Request
+    directory: OutputDirectory,
+    records: list[PartRecord],
+    val_split: ValidationSplit,
+    corpus: Corpus,
+    request: Request,
 ) -> None:
     """Raise UserError if a split has no tokens; then the parts are discarded, so that the same directory takes other
     settings."""
     for name in SPLITS:
         if not any(record.splits[name].tokens for record in records):
             directory.discard_parts()
-            raise UserError(f"the {name} split got no document ({val_split}); {_more_documents(corpus, request)}")
+            raise UserError(f"the {name} split got no document with {val_split}; {_more_documents(corpus, request)}")
 
 
 def _more_documents(corpus: Corpus, request: Request) -> str:

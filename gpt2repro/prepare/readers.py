@@ -23,6 +23,7 @@ GZIP_RATIO = 4  # estimated bytes of text for each byte of a compressed file
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 SKIP_REASONS = ("no text", "no JSON")  # of rows that are skipped and counted: the text is null, the line is not JSON
 DOCUMENT_NOTES = ("repaired", *SKIP_REASONS)  # what is counted
+NOT_JSON = object()  # a row that could not be parsed; None is the row `null`
 
 
 class Document(NamedTuple):
@@ -60,45 +61,44 @@ class Piece:
     builder: str = ""
     url_column: str | None = None
 
-    def rows(self) -> Iterator[dict | None]:
-        """The rows as they are in the file, of Parquet only the columns needed; None for a line that is not JSON."""
+    def rows(self) -> Iterator[object]:
+        """The rows as they are in the file, of Parquet only the columns needed; NOT_JSON for a line that is not JSON.
+        Rows of JSON files that are not objects are not documents, but may occur."""
         return READERS[self.reader](self)
 
     def documents(self) -> Iterator[Document]:
         """One document for each row.
 
         Raises:
-            UserError: no such column, not a column of text, or most lines are not JSON.
+            UserError: a row is not an object or lacks the column, the column is not text, or most lines are not JSON.
         """
-        for row in self.rows():
-            if row is None:
-                yield Document(None, note="no JSON")
-                continue
-            text = self._value(row)
-            if text is None:
-                yield Document(None, note="no text")
-                continue
-            if not isinstance(text, str):
-                raise UserError(
-                    f"{self.path}: column {self.column!r} holds {type(text).__name__}, not text; choose with "
-                    "--text_column"
-                )
-            repaired = encodable(text)
-            note = "" if repaired is text else "repaired"
-            yield Document(repaired, self._url(row), note)
+        return (self._document(row) for row in self.rows())
 
     def texts(self) -> Iterator[str]:
         return (document.text for document in self.documents() if document.text is not None)
 
-    def _value(self, row: object) -> object:
-        if isinstance(row, dict) and self.column in row:
-            return row[self.column]
-        names = ", ".join(row) if isinstance(row, dict) else f"a {type(row).__name__}"
-        raise UserError(f"{self.path} has no column {self.column!r} but {names}; choose with --text_column")
-
-    def _url(self, row: dict) -> str | None:
+    def _document(self, row: object) -> Document:
+        if row is NOT_JSON:
+            return Document(None, note="no JSON")
+        if not isinstance(row, dict):
+            raise UserError(
+                f"{self.path}: the row {json.dumps(row):.40} is not an object with a column {self.column!r}; fix the "
+                "file, or leave it out"
+            )
+        if self.column not in row:
+            names = ", ".join(row)
+            raise UserError(f"{self.path} has no column {self.column!r} but {names}; choose with --text_column")
+        text = row[self.column]
+        if text is None:
+            return Document(None, note="no text")
+        if not isinstance(text, str):
+            raise UserError(
+                f"{self.path}: column {self.column!r} holds {type(text).__name__}, not text; choose with --text_column"
+            )
         url = row.get(self.url_column)
-        return url if isinstance(url, str) and url.strip() else None
+        has_url = isinstance(url, str) and url.strip()
+        repaired = encodable(text)
+        return Document(repaired, url if has_url else None, "" if repaired is text else "repaired")
 
 
 def encodable(text: str) -> str:
@@ -215,13 +215,13 @@ def _read_text(piece: Piece) -> Iterator[dict]:
     yield {piece.column: text}
 
 
-def _read_json_list(piece: Piece) -> Iterator[dict]:
+def _read_json_list(piece: Piece) -> Iterator[object]:
     with reading(piece.path), _open_bytes(Path(piece.path)) as file:
         rows = json.loads(file.read().removeprefix(BYTE_ORDER_MARK))
     yield from rows
 
 
-def _read_json_lines(piece: Piece) -> Iterator[dict | None]:
+def _read_json_lines(piece: Piece) -> Iterator[object]:
     parsed = broken = 0
     complaint = ""  # about the first broken line
     for position, line in _lines(piece):
@@ -229,7 +229,7 @@ def _read_json_lines(piece: Piece) -> Iterator[dict | None]:
             row = json.loads(line)
             parsed += 1
         except (ValueError, RecursionError) as error:
-            row = None
+            row = NOT_JSON
             broken += 1
             complaint = complaint or f"the line at byte {position:,}: {first_line(error)}"
         yield row
@@ -291,7 +291,7 @@ def _each(origin: str, items: Iterator) -> Iterator:
         yield item
 
 
-READERS: dict[str, Callable[[Piece], Iterator[dict | None]]] = {
+READERS: dict[str, Callable[[Piece], Iterator[object]]] = {
     "python-docs": _read_python_docs,
     "shakespeare": _read_shakespeare,
     "text": _read_text,

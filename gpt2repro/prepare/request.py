@@ -2,9 +2,10 @@
 
 import dataclasses
 from dataclasses import dataclass
+from pathlib import Path
 
 from gpt2repro.errors import UserError
-from gpt2repro.prepare.corpora import Corpus
+from gpt2repro.prepare.corpora import Corpus, CorpusQuery, ValidationSplit
 
 
 EXECUTORS = ("local", "slurm", "ray")
@@ -47,19 +48,47 @@ class Request:
         """The name of the tokenizer, as build_tokenizer understands it."""
         return self.tokenizer or corpus.default_tokenizer
 
-    def validation_split(self, corpus: Corpus) -> dict:
-        """How validation is split off: {"val_tokens": N} or {"val_fraction": F}.
+    def corpus_query(self, recorded_revision: str | None = None) -> CorpusQuery:
+        """The corpus to open.
+
+        Args:
+            recorded_revision: the commit that an earlier attempt read; --revision has precedence.
+        """
+        return CorpusQuery(
+            name=self.corpus,
+            source=self.source,
+            text_column=self.text_column,
+            hub_config=self.hub_config,
+            split=self.split,
+            revision=self.revision or recorded_revision,
+        )
+
+    def validation_split(self, corpus: Corpus) -> ValidationSplit:
+        """The split that is asked for, or the corpus's own.
 
         Raises:
-            UserError: val_tokens, which counts documents from the start, of a corpus that is one document.
+            UserError: val_tokens, which takes whole documents, of a corpus that is a single one.
         """
-        if self.val_tokens is None and self.val_fraction is None:
-            return corpus.default_split
         if self.val_fraction is not None:
-            return {"val_fraction": self.val_fraction}
+            return ValidationSplit(fraction=self.val_fraction)
+        if self.val_tokens is None:
+            return corpus.default_split
         if corpus.single_text:
             raise UserError(f"--val_tokens {self.val_tokens}: one long text is split by position; use --val_fraction F")
-        return {"val_tokens": self.val_tokens}
+        return ValidationSplit(tokens=self.val_tokens)
+
+
+def refuse_other_settings(directory: Path, recorded: dict, asked: dict) -> None:
+    """Raise UserError if work in a directory was recorded with other settings than those that are asked for.
+
+    A setting that is not recorded did not exist yet, and is not compared.
+    """
+    differences = [key for key in asked if key in recorded and recorded[key] != asked[key]]
+    if differences:
+        raise UserError(
+            f"{directory} holds data prepared with other settings ({', '.join(differences)}); "
+            "choose another --output_dir, or delete it"
+        )
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """Reading other people's data: every failure becomes one line, and remote sources are retried."""
 
 import contextlib
+import itertools
 import time
 from collections.abc import Callable, Iterator
 
@@ -35,17 +36,17 @@ def reading(origin: str, remedy: str = "fix the file, or leave it out") -> Itera
 
 
 def with_retries(function: Callable, *args):
-    """Call `function`, again with exponential backoff while a remote source fails.
+    """Call `function`; while a remote source fails, call it again with exponential backoff.
 
     Raises:
         UserError: the last attempt failed too.
     """
-    for attempt in range(1, ATTEMPTS):
+    for attempt in itertools.count(1):
         try:
             return function(*args)
-        except RemoteError:
+        except RemoteError as error:
+            if attempt == ATTEMPTS:
+                raise UserError(
+                    f"{error}; tried {ATTEMPTS} times. Finished parts are kept: repeat the command"
+                ) from error
             time.sleep(FIRST_DELAY * 2 ** (attempt - 1))
-    try:
-        return function(*args)
-    except RemoteError as error:
-        raise UserError(f"{error}; tried {ATTEMPTS} times. Finished parts are kept: repeat the command") from error

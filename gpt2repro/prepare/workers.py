@@ -68,7 +68,8 @@ def prepare_parts(
     shared = context.RawArray("q", len(parts) * len(Counts._fields))
     scoreboard = Scoreboard(shared)
     for number, record in records.items():
-        scoreboard.set(number, Counts(*(record.total(unit) for unit in Counts._fields)))
+        counts = Counts(record.total("documents"), record.total("tokens"), record.total("bytes"))
+        scoreboard.set(number, counts)
 
     def show() -> None:
         progress(scoreboard.total())

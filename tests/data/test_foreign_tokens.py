@@ -224,9 +224,14 @@ def set_header(index, value):
 NPY, BIN, DS = "edufineweb_train_000001.npy", "fineweb_train_000001.bin", "00000_unshuffled.ds"
 DAMAGES = {
     "nanoGPT, odd": ("nanoGPT", "train.bin", lambda path: cut(path, 1), "47,999 bytes, an odd number"),
-    "npy, truncated": ("build-nanogpt", NPY, lambda path: cut(path, 2), "is cut off or no .npy file"),
-    "npy, empty": ("build-nanogpt", NPY, lambda path: path.write_bytes(b""), "is cut off or no .npy file"),
-    "npy, not one": ("build-nanogpt", NPY, lambda path: path.write_bytes(b"PK\3\4" * 99), "is cut off or no .npy file"),
+    "npy, truncated": ("build-nanogpt", NPY, lambda path: cut(path, 2), "is truncated or not an .npy file"),
+    "npy, empty": ("build-nanogpt", NPY, lambda path: path.write_bytes(b""), "is truncated or not an .npy file"),
+    "npy, not one": (
+        "build-nanogpt",
+        NPY,
+        lambda path: path.write_bytes(b"PK\3\4" * 99),
+        "is truncated or not an .npy file",
+    ),
     "npy, int64": ("build-nanogpt", NPY, lambda path: np.save(path, TRAIN), "holds int64 in 1 dimensions, not uint16"),
     "npy, 2-D": (
         "build-nanogpt",

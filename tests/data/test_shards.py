@@ -46,7 +46,7 @@ def write_prepared(directory, shard_tokens=50):
         "val": write(directory, make_documents()[:3], shard_tokens, "val"),
     }
     tokenizer.fast.save_pretrained(directory / "tokenizer")
-    record = dataclasses.replace(tokenizer.describe(), eot_id=EOT)
+    record = dataclasses.replace(tokenizer.record(), eot_id=EOT)
     Manifest({"name": "files"}, record, splits).write(directory)
     return directory
 

@@ -223,7 +223,7 @@ def test_the_first_merge_is_the_most_frequent_pair():
 
 def test_bpe_is_trained_the_same_way_each_time(topics, tokenizers_of):
     again = build_tokenizer("bpe:500", [*topics, *NASTY.values()])
-    assert again.describe() == tokenizers_of["bpe:500"].describe()
+    assert again.record() == tokenizers_of["bpe:500"].record()
 
 
 # ---- char ----
@@ -260,11 +260,11 @@ def test_a_saved_tokenizer_gives_the_same_ids(tokenizers_of, topics, tmp_path, n
     assert loaded(texts, split_special_tokens=True)["input_ids"] == expected
     assert loaded.batch_decode(expected) == texts
     assert loaded.eos_token_id == tokenizer.eot_id
-    assert sha256((tmp_path / "tokenizer.json").read_bytes()).hexdigest() == tokenizer.describe().sha256
+    assert sha256((tmp_path / "tokenizer.json").read_bytes()).hexdigest() == tokenizer.record().sha256
 
     rebuilt = build_tokenizer(str(tmp_path), [])
     assert rebuilt.encode_batch(texts) == expected
-    assert rebuilt.describe() == dataclasses.replace(tokenizer.describe(), name=str(tmp_path))
+    assert rebuilt.record() == dataclasses.replace(tokenizer.record(), name=str(tmp_path))
 
 
 def test_padding_and_truncation_of_a_saved_tokenizer_do_not_reach_the_data(topics, tmp_path):

@@ -17,13 +17,17 @@ import pytest
 
 from gpt2repro.errors import UserError
 from gpt2repro.prepare import built_in, corpora, readers
-from gpt2repro.prepare.corpora import open_corpus
+from gpt2repro.prepare.corpora import CorpusQuery, HubCorpus, ValidationSplit
 
 
 ROOT = Path(__file__).resolve().parents[2]
 ROWS = [{"text": "one"}, {"text": "two\r\n\0 zwei"}, {"text": ""}, {"text": "three 👋"}]
 TEXTS = [row["text"] for row in ROWS]
 LINES = "".join(json.dumps(row) + "\n" for row in ROWS).encode()
+
+
+def open_corpus(*args, **kwargs):
+    return corpora.open_corpus(CorpusQuery(*args, **kwargs))
 
 
 def parquet(rows):
@@ -127,7 +131,7 @@ def test_a_text_file_is_one_document(tmp_path, name, pack):
     write_files(tmp_path, {name: pack(text.encode())})
     corpus = open_corpus("files", str(tmp_path / name))
     assert list(corpus.texts()) == [text]
-    assert corpus.single_text and corpus.default_split == {"val_fraction": 0.1}
+    assert corpus.single_text and corpus.default_split == ValidationSplit(fraction=0.1)
 
 
 def test_a_folder_is_read_in_the_order_of_its_paths(tmp_path):
@@ -204,6 +208,13 @@ UNREADABLE = {
         "a.parquet",
         parquet([{"content": "x", "id": 1}]),
         ["a.parquet", "content, id", "--text_column"],
+    ),
+    "null": ("a.jsonl", b'{"text": "x"}\nnull\n', ["a.jsonl: the row null is not an object with a column 'text'"]),
+    "null in a list": ("a.json", b'[{"text": "x"}, null]', ["a.json: the row null is not an object"]),
+    "lists": (
+        "a.jsonl",
+        b'["x"]\n',
+        ['a.jsonl: the row ["x"] is not an object', "fix the file"],
     ),
     "numbers": ("a.jsonl", b'{"text": 3}\n', ["a.jsonl", "'text' holds int, not text"]),
     "mostly broken lines": (
@@ -293,7 +304,11 @@ def test_offline_mode_is_one_line(monkeypatch):
 def test_hub_corpora_of_the_recipes(monkeypatch):
     """Ids, configurations and splits are those of build-nanogpt's fineweb.py and nanoGPT's data/openwebtext."""
     seen = {}
-    monkeypatch.setattr(corpora, "_hub", lambda *args: seen.setdefault(args[0], args[1:]))
+
+    def record(query, split):
+        seen[query.name] = (query.hub_config, query.split, query.revision, query.text_column, split.to_dict())
+
+    monkeypatch.setattr(corpora, "_open_hub", record)
     for name in corpora.HUB_CORPORA:
         open_corpus(name)
     assert seen == {
@@ -303,6 +318,15 @@ def test_hub_corpora_of_the_recipes(monkeypatch):
         "Salesforce/wikitext": ("wikitext-103-raw-v1", "train", None, "text", {"val_fraction": 0.005}),
         "roneneldan/TinyStories": (None, "train", None, "text", {"val_fraction": 0.005}),
     }
+
+
+def test_a_corpus_is_added_by_one_entry(dataset, monkeypatch):
+    mine = corpora.Corpus([], {"origin": "mine"})
+    monkeypatch.setitem(corpora.LOCAL_CORPORA, "mine", lambda query: mine)
+    monkeypatch.setitem(corpora.HUB_CORPORA, "theirs", HubCorpus(dataset, "small"))
+    assert open_corpus("mine") is mine
+    assert read("theirs") == ["small"]
+    assert mistake("minee").endswith("did you mean mine?")
 
 
 @pytest.mark.parametrize(
@@ -327,7 +351,7 @@ def test_shakespeare_from_a_local_copy(shared):
         corpus = open_corpus(name, str(source))
         assert list(corpus.texts()) == [source.read_text()]
         assert corpus.single_text and corpus.default_tokenizer == tokenizer
-        assert corpus.default_split == {"val_fraction": 0.1}
+        assert corpus.default_split == ValidationSplit(fraction=0.1)
 
 
 @pytest.mark.parametrize("content", [b"", b"To be, or not to be"])

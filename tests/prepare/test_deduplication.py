@@ -19,6 +19,7 @@ import pytest
 
 from gpt2repro.errors import UserError
 from gpt2repro.prepare import deduplication
+from gpt2repro.prepare.corpora import CorpusQuery, open_corpus
 from gpt2repro.prepare.deduplication import METHODS, DedupOptions
 from gpt2repro.prepare.deduplication_report import match_probability
 from gpt2repro.prepare.request import Execution
@@ -39,7 +40,10 @@ def deduplicate(source, output_dir, methods=METHODS, **options):
     """Takes the fields of DedupOptions and of Execution as keywords."""
     execution = {name: options.pop(name) for name in EXECUTION & options.keys()}
     options = DedupOptions(tuple(methods), **options)
-    return deduplication.deduplicate(source, output_dir, options, Execution(**execution))
+    paths = [source] if isinstance(source, Path) else source
+    corpora = [open_corpus(CorpusQuery("files", str(path), options.text_column)) for path in paths]
+    pieces = [piece for corpus in corpora for piece in corpus.pieces]
+    return deduplication.deduplicate(pieces, output_dir, options, Execution(**execution))
 
 
 def five_grams(text):
@@ -222,6 +226,16 @@ def test_the_bucket_formula():
 
 # ---- the executors ----
 
+OPEN_FILES = """
+import sys
+from pathlib import Path
+from gpt2repro.prepare.corpora import CorpusQuery, open_corpus
+from gpt2repro.prepare.deduplication import METHODS, DedupOptions, deduplicate
+from gpt2repro.prepare.request import Execution
+
+pieces = [piece for path in sys.argv[2:] for piece in open_corpus(CorpusQuery("files", path)).pieces]
+""".strip()
+
 
 @pytest.mark.slow
 @installed
@@ -236,12 +250,8 @@ def test_workers_change_nothing(source, finished, tmp_path):
 @pytest.mark.slow
 def test_ray_on_one_machine_gives_the_same(source, tmp_path):
     files = [source / "b.parquet", source / "c.jsonl"]
-    expected = deduplicate(files, tmp_path / "local", ["minhash"], num_buckets=2)
-    code = (
-        "import sys; from gpt2repro.prepare.deduplication import DedupOptions, deduplicate; "
-        "from gpt2repro.prepare.request import Execution; "
-        "deduplicate(sys.argv[2:], sys.argv[1], DedupOptions(('minhash',), num_buckets=2), Execution(2, 'ray'))"
-    )
+    expected = deduplicate(files, tmp_path / "local", ["minhash"])
+    code = f"{OPEN_FILES}; deduplicate(pieces, Path(sys.argv[1]), DedupOptions(('minhash',)), Execution(2, 'ray'))"
     command = [sys.executable, "-c", code, tmp_path / "ray", *files]
     process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert process.returncode == 0, process.stderr
@@ -330,18 +340,18 @@ def test_slurm_is_not_asked_twice(source, slurm, tmp_path, capsys):
 
 # ---- interruptions ----
 
-DIE = """
-import os, signal, sys
+DIE = f"""{OPEN_FILES}
+import os, signal
 from datatrove.io import DataFolder
-from gpt2repro.prepare.deduplication import DedupOptions, deduplicate
-from gpt2repro.prepare.request import Execution
 
-original, number = DataFolder.open, int(sys.argv[2])
+original, last_file, number = DataFolder.open, os.environ["DIE_AT_FILE"], int(os.environ["DIE_AT_NUMBER"])
+"""
+DIE += """
 
 def dying(self, path, mode="rb", *args, **kwargs):
     global number
     file = original(self, path, mode, *args, **kwargs)
-    if "w" in mode and f"{self.path}/{path}".endswith(sys.argv[1]):
+    if "w" in mode and f"{self.path}/{path}".endswith(last_file):
         number -= 1
         if not number:
             file.write(b"half of what should be there" if "b" in mode else "half")
@@ -350,7 +360,7 @@ def dying(self, path, mode="rb", *args, **kwargs):
     return file
 
 DataFolder.open = dying
-deduplicate(sys.argv[3], sys.argv[4], DedupOptions(), Execution())
+deduplicate(pieces, Path(sys.argv[1]), DedupOptions(METHODS), Execution())
 """
 
 
@@ -365,9 +375,10 @@ deduplicate(sys.argv[3], sys.argv[4], DedupOptions(), Execution())
     ],
 )
 def test_a_killed_run_is_finished_by_the_same_call(source, finished, tmp_path, file, number):
-    command = [sys.executable, "-c", DIE, file, str(number), source, tmp_path / "out"]
+    command = [sys.executable, "-c", DIE, tmp_path / "out", source]
+    env = os.environ | {"DIE_AT_FILE": file, "DIE_AT_NUMBER": str(number)}
     with (tmp_path / "console").open("w") as console:  # no pipe, which datatrove's idle helpers would hold open
-        process = subprocess.Popen(command, cwd=ROOT, stdout=console, stderr=console, start_new_session=True)
+        process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=console, stderr=console, start_new_session=True)
         assert process.wait(timeout=120) == -signal.SIGKILL, (tmp_path / "console").read_text()
     os.killpg(process.pid, signal.SIGKILL)  # those helpers
     assert not (tmp_path / "out" / "statistics.json").exists()
@@ -381,11 +392,7 @@ def test_a_killed_run_is_finished_by_the_same_call(source, finished, tmp_path, f
 def test_workers_end_with_a_killed_run(source, tmp_path):
     """They would continue its tasks, and write the same files as the repeated call."""
     os.mkfifo(tmp_path / "endless.jsonl")  # its reader waits forever
-    code = (
-        "import sys; from gpt2repro.prepare.deduplication import DedupOptions, deduplicate; "
-        "from gpt2repro.prepare.request import Execution; "
-        "deduplicate(sys.argv[2:], sys.argv[1], DedupOptions(('url',)), Execution(2))"
-    )
+    code = f"{OPEN_FILES}; deduplicate(pieces, Path(sys.argv[1]), DedupOptions(('url',)), Execution(2))"
     command = [sys.executable, "-c", code, tmp_path / "out", source / "c.jsonl", tmp_path / "endless.jsonl"]
     with (tmp_path / "console").open("w") as console:
         process = subprocess.Popen(command, cwd=ROOT, stdout=console, stderr=console, start_new_session=True)
@@ -441,17 +448,9 @@ def test_missing_packages_are_named(source, tmp_path, monkeypatch):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize(
-    "arguments, message",
-    [
-        ({"methods": ["urls"]}, "use some of url, minhash"),
-        ({"methods": []}, "use some of url, minhash"),
-        ({"executor": "spark"}, "use one of local, slurm, ray"),
-    ],
-)
-def test_unknown_names(source, tmp_path, arguments, message):
-    with pytest.raises(UserError, match=message):
-        deduplicate(source, tmp_path / "out", **arguments)
+def test_an_unknown_method(source, tmp_path):
+    with pytest.raises(UserError, match="deduplication by urls, minhash: use some of url, minhash"):
+        deduplicate(source, tmp_path / "out", ["urls", "minhash"])
 
 
 @installed
@@ -481,11 +480,13 @@ def test_unusable_sources(source, tmp_path):
 
 
 @installed
-@pytest.mark.parametrize("change", [{"num_buckets": 9}, {"methods": ["url"]}, {"text_column": "url"}])
-def test_other_settings_are_refused(source, finished, change):
+@pytest.mark.parametrize("change", [{"minhash": {"num_buckets": 9}}, {"methods": ["url"]}, {"text_column": "url"}])
+def test_other_settings_are_refused(source, finished, change, monkeypatch):
+    options = dict(change)
+    monkeypatch.setattr(deduplication, "MINHASH", deduplication.MINHASH | options.pop("minhash", {}))
     before = contents(finished[0])
     with pytest.raises(UserError, match="other settings"):
-        deduplicate(source, finished[0], **change)
+        deduplicate(source, finished[0], **options)
     assert contents(finished[0]) == before
 
 

@@ -25,7 +25,7 @@ import prepare_data
 from gpt2repro.data.shards import Split
 from gpt2repro.errors import UserError
 from gpt2repro.prepare import readers, retries
-from gpt2repro.prepare.corpora import open_corpus
+from gpt2repro.prepare.corpora import CorpusQuery, open_corpus
 from gpt2repro.prepare.parts import Counts, Job
 from gpt2repro.prepare.plan import PartRecord, Quota, plan
 from gpt2repro.prepare.prepared import OutputDirectory
@@ -223,7 +223,7 @@ def lengths(texts, tokenizer):
 
 
 def test_the_source_is_cut_into_parts(source, texts, small_parts):
-    corpus = open_corpus("files", str(source))
+    corpus = open_corpus(CorpusQuery("files", str(source)))
     parts = corpus.parts()
     assert len(parts) > 4
     assert all(len(part) == 1 or sum(piece.bytes for piece in part) <= PART_BYTES for part in parts)
@@ -299,7 +299,7 @@ def test_tokens_are_tiktokens_one_by_one(topics, encoding, tmp_path, monkeypatch
     monkeypatch.setattr(readers, "PART_BYTES", 500_000)
     documents = NASTY[:8] + topics[:20] + NASTY[8:]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
-    assert len(open_corpus("files", str(tmp_path / "a.jsonl")).parts()) == 3
+    assert len(open_corpus(CorpusQuery("files", str(tmp_path / "a.jsonl"))).parts()) == 3
     prepare("files", "--source", tmp_path / "a.jsonl", "--output_dir", tmp_path / "out", "--val_tokens", 30)
 
     expected = [[50256, *encoding.encode_ordinary(text)] for text in documents]
@@ -412,7 +412,7 @@ def test_each_line_is_read_once_wherever_the_file_is_cut(tmp_path, end):
 def test_lines_are_read_once_whatever_the_size_of_a_part(tmp_path, monkeypatch, part_bytes):
     monkeypatch.setattr(readers, "PART_BYTES", part_bytes)
     (tmp_path / "a.jsonl").write_bytes(LINES)
-    corpus = open_corpus("files", str(tmp_path / "a.jsonl"))
+    corpus = open_corpus(CorpusQuery("files", str(tmp_path / "a.jsonl")))
     assert len(corpus.pieces) == -(-len(LINES) // part_bytes)
     assert list(corpus.texts()) == LINE_TEXTS
 
@@ -424,7 +424,7 @@ def test_row_groups_are_read_once(tmp_path, monkeypatch, row_group_size, part_by
     table = pyarrow.table({"id": list(range(40)), "text": texts})
     pyarrow.parquet.write_table(table, tmp_path / "a [1].parquet", row_group_size=row_group_size)
     monkeypatch.setattr(readers, "PART_BYTES", part_bytes)
-    corpus = open_corpus("files", str(tmp_path))
+    corpus = open_corpus(CorpusQuery("files", str(tmp_path)))
     assert list(corpus.texts()) == texts
     groups = -(-40 // row_group_size)
     borders = [(piece.start, piece.stop) for piece in corpus.pieces]
@@ -616,7 +616,7 @@ def test_ctrl_c(preparer, command, uninterrupted, tmp_path):
 def test_no_python_runs_inside_the_reader_of_a_local_table(source, texts, monkeypatch):
     """pyarrow swallows a KeyboardInterrupt that is raised in Python code called by it."""
     monkeypatch.setattr(fsspec, "open", None)
-    assert list(open_corpus("files", str(source / "b.parquet")).texts()) == texts[150:]
+    assert list(open_corpus(CorpusQuery("files", str(source / "b.parquet"))).texts()) == texts[150:]
 
 
 @pytest.mark.parametrize("moment", ["while they start", "while they work"])

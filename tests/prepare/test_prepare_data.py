@@ -386,7 +386,7 @@ def test_a_corpus_that_changes_is_noticed(tmp_path, monkeypatch, kind):
     corpus = ["files", "--source", folder] if kind == "files" else [folder]
     command = [*corpus, "--output_dir", tmp_path / "out", "--val_tokens", 9]
     with monkeypatch.context() as patch:
-        patch.setattr(parts, "put_together", None)  # fails once all parts are made
+        patch.setattr(parts, "finalize_shards", None)  # fails once all parts are made
         with pytest.raises(TypeError):
             prepare(*command)
     before = (folder / "data" / "train-0.parquet").stat()
