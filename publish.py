@@ -43,9 +43,9 @@ def main(argv: list[str]) -> None:
 
     model = from_gpt2(source)
     tokenizer = load_tokenizer(args.tokenizer) if args.tokenizer else tokenizer_for(source, model)
-    if len(tokenizer) > model.config.unpadded_vocab_size:
+    if len(tokenizer) > model.config.vocab_size:
         raise UserError(
-            f"the tokenizer has {len(tokenizer)} tokens, the model {model.config.unpadded_vocab_size}; "
+            f"the tokenizer has {len(tokenizer)} tokens, the model {model.config.vocab_size}; "
             "pass the one that it was trained with as --tokenizer"
         )
     if not is_folder:

@@ -26,6 +26,7 @@ from gpt2repro.evaluation.validation import validation_losses
 from gpt2repro.hub.model_card import model_card
 from gpt2repro.hub.upload import create_repository, upload
 from gpt2repro.models.folder import save_model_folder
+from gpt2repro.models.padding import without_padding
 from gpt2repro.models.unwrap import full_tensor, unwrapped
 from gpt2repro.processes import on_main
 from gpt2repro.recipe import Recipe
@@ -102,7 +103,7 @@ def main(argv: list[str]) -> None:
         sys.exit(EXIT_CODE)
     if accelerator.is_main_process:
         with report_write_errors(recipe.output_dir):
-            finish(plan, folder, trained, run)
+            finish(plan, folder, without_padding(trained), run)
     folder.unlock()
 
 
@@ -209,7 +210,7 @@ def finish(plan: Plan, folder: RunFolder, model: PreTrainedModel, run: RunState)
     """Draw the loss curve, save the model folder, push it if asked to, and print the results and where they are.
 
     Args:
-        model: unwrapped, with the weights to export.
+        model: unwrapped and without padding rows, with the weights to export.
         run: at their step: the last, or with `patience` the one with the best validation loss.
     """
     recipe, data, step = plan.recipe, plan.data, run.step

@@ -54,7 +54,8 @@ def test_a_stopped_run_resumes_and_ends_as_it_would_have(trainer_server, tmp_pat
         assert [row[key] for row in rows if row.get(key) is not None] == pytest.approx(old, rel=1e-4)
     old_weights = load_file(GOLDEN / "model" / "model.safetensors")
     for name, tensor in load_file(tmp_path / "run" / "model" / "model.safetensors").items():
-        torch.testing.assert_close(tensor, old_weights[name], rtol=1e-3, atol=1e-5)
+        old_weight = old_weights[name][: len(tensor)]  # exports had the padding rows of training then
+        torch.testing.assert_close(tensor, old_weight, rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize("folder", ["model", "run/checkpoints/step_00000004"])
@@ -64,7 +65,7 @@ def test_a_model_folder_and_a_checkpoint_open(folder):
     ids = tokenizer("The assert statement", return_tensors="pt").input_ids[:, :16]
     with torch.no_grad():
         expected = model(ids).logits
-        torch.testing.assert_close(from_gpt2(GOLDEN / folder)(ids).logits, expected)
+        torch.testing.assert_close(from_gpt2(GOLDEN / folder)(ids).logits, expected[..., : len(tokenizer)])
         old_class = get_class_from_dynamic_module("modeling_gpt2repro.GPT2ReproForCausalLM", str(GOLDEN / folder))
         theirs = old_class.from_pretrained(GOLDEN / folder)
         torch.testing.assert_close(theirs(ids).logits, expected)

@@ -22,6 +22,7 @@ import train_accelerate
 from gpt2repro.data.batches import MicroBatches
 from gpt2repro.data.manifest import Manifest
 from gpt2repro.data.token_stream import TokenStream, unigram_entropy
+from gpt2repro.data.tokenization import padded_vocab_size
 from gpt2repro.errors import UserError
 from gpt2repro.files import file_sha256
 from gpt2repro.recipe import Recipe
@@ -166,6 +167,20 @@ def test_validation_loss_is_that_of_the_saved_model_over_all_windows(trained, da
         logits = torch.cat([model(batch).logits for batch in inputs.split(64)])
     expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten()).item()
     assert rows(output_dir, "val_loss")[-1]["val_loss"] == pytest.approx(expected, abs=1e-5)
+
+
+def test_padding_rows_are_in_checkpoints_and_not_in_the_model_folder(trained, data_dir):
+    output_dir, _ = trained
+    real = Manifest.read(data_dir).tokenizer.vocab_size
+    rows_of = {}
+    for folder in (RunFolder(output_dir).latest_checkpoint(), output_dir / "model"):
+        config = json.loads((folder / "config.json").read_text())
+        weights = load_file(folder / "model.safetensors")
+        rows_of[folder.name] = config["vocab_size"], len(weights["transformer.wte.weight"])
+        assert config["unpadded_vocab_size"] == real
+    checkpoint_rows, model_rows = rows_of.values()
+    assert model_rows == (real, real)
+    assert checkpoint_rows == (padded_vocab_size(real),) * 2 and checkpoint_rows[0] > real
 
 
 def test_saved_model_works_for_a_stranger(trained, tmp_path):

@@ -17,7 +17,8 @@ from gpt2repro.data.tokenization import build_tokenizer, padded_vocab_size
 from gpt2repro.errors import UserError, refuse
 from gpt2repro.files import CHECKOUT
 from gpt2repro.models.folder import find_model, load_tokenizer
-from gpt2repro.models.openai_weights import StoredGPT2, gpt2_config, open_gpt2
+from gpt2repro.models.openai_weights import StoredGPT2, open_gpt2
+from gpt2repro.models.padding import padded
 from gpt2repro.models.sampling import prompt_text
 from gpt2repro.processes import cpu_asked, missing_gpu, on_main, world_size
 from gpt2repro.recipe import Recipe
@@ -146,7 +147,7 @@ def starting_point(
     if own_config is not None:
         return adapt_config(own_config, recipe), None
     pretrained = open_gpt2(find_model(recipe.init_from))
-    config = adapt_config(pretrained.config, recipe)
+    config = adapt_config(padded(pretrained.config), recipe)
     return config, None if has_checkpoint else pretrained
 
 
@@ -167,7 +168,7 @@ def newest_config(folder: RunFolder) -> GPT2ReproConfig | None:
     """The configuration in the newest checkpoint whose config.json is intact; None if there is none."""
     for path in reversed(folder.complete_checkpoints()):
         if checkpoint.find_damage(path, "config.json") is None:
-            return gpt2_config(str(path))
+            return GPT2ReproConfig.from_pretrained(path)
     return None
 
 
@@ -230,9 +231,10 @@ def plan_problems(plan: Plan) -> list[str]:
     """Contradictions between recipe, data, tokenizer and model."""
     recipe, config, tokenized = plan.recipe, plan.config, plan.data.tokenizer
     problems = []
-    if config.unpadded_vocab_size < tokenized.vocab_size:
+    model_tokens = config.unpadded_vocab_size or config.vocab_size
+    if model_tokens < tokenized.vocab_size:
         problems.append(
-            f"the model has unpadded_vocab_size={config.unpadded_vocab_size}, but {', '.join(recipe.sources)} was "
+            f"the model has unpadded_vocab_size={model_tokens}, but {', '.join(recipe.sources)} was "
             f"tokenized with {tokenized.name}, {tokenized.vocab_size} ids; choose a model and data with the same "
             "vocabulary"
         )
