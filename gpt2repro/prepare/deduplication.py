@@ -161,7 +161,7 @@ def open_or_create(output_dir: Path, settings: dict) -> dict | None:
     output_dir.mkdir(parents=True, exist_ok=True)
     if (output_dir / STATISTICS).exists():
         result = json.loads((output_dir / STATISTICS).read_text())
-        refuse_other_settings(output_dir, result["settings"], settings)
+        refuse_other_settings(output_dir, result.get("settings", {}), settings)
         remove_work(output_dir)  # in case it was killed just before
         return result
     if (output_dir / SETTINGS).exists():
