@@ -111,7 +111,8 @@ def encoding() -> tiktoken.Encoding:
 @pytest.fixture(scope="session")
 def trainer_server():
     """Starts train_accelerate.py on the CPU, one process a run."""
-    with ForkServer("import matplotlib.pyplot, train_accelerate", {"ACCELERATE_USE_CPU": "true"}) as server:
+    modules = ["matplotlib.pyplot", "train_accelerate", "trainer_faults"]
+    with ForkServer(modules, {"ACCELERATE_USE_CPU": "true"}) as server:
         yield server
 
 

@@ -3,14 +3,16 @@ when it cannot be had, and what a server that fails, stalls or cuts connections 
 
 import io
 import json
+from functools import partial
 
+import preparer_faults as faults
 import pyarrow
 import pyarrow.parquet
 import pytest
 from hub_server import HubServer
-from preparer import Preparer, contents, documents_of, manifest_of
-
-import prepare_data
+from preparer import Preparer, documents_of, manifest_of
+from support import contents
+from support import prepare as prepare_here
 
 
 TEXTS = [f"document {number} " + "some words " * (number % 9) for number in range(120)]
@@ -27,17 +29,7 @@ configs:
   data_files: small/*.parquet
 ---
 """
-SETUP = """
-import types, time
-import huggingface_hub.utils._http as http
-http.time = types.SimpleNamespace(**vars(time) | {"sleep": lambda seconds: time.sleep(seconds / 1000)})
-datasets.config.STREAMING_READ_MAX_RETRIES = 2
-for name in ("READ_RETRY", "READ_SERVER_UNAVAILABLE_RETRY", "OPEN_RETRY"):
-    setattr(datasets.config, f"STREAMING_{name}_INTERVAL", 0.01)
-retries.FIRST_DELAY = 0.01
-retries.ATTEMPTS = 3
-readers.PART_BYTES = 1500
-"""
+IMPATIENT = partial(faults.impatient_hub_client, part_bytes=1500)
 CLIENT_TRIES = 6  # http_backoff of huggingface_hub gives up after so many
 
 
@@ -98,7 +90,7 @@ def tokenizer(tmp_path_factory):
     folder = tmp_path_factory.mktemp("bpe")
     (folder / "a.jsonl").write_bytes(jsonl(TEXTS))
     command = ["files", "--source", folder / "a.jsonl", "--output_dir", folder / "out", "--tokenizer", "bpe:300"]
-    prepare_data.main([*map(str, command), "--val_fraction", "0.2"])
+    prepare_here(*command, "--val_fraction", 0.2)
     return folder / "out" / "tokenizer"
 
 
@@ -106,7 +98,7 @@ def tokenizer(tmp_path_factory):
 def prepare(preparer, tokenizer):
     """Run prepare_data.py; returns the finished command."""
 
-    def run(*args, before=SETUP):
+    def run(*args, before=(IMPATIENT,)):
         return preparer.run("--tokenizer", tokenizer, "--val_tokens", 400, *args, before=before)
 
     return run
@@ -230,8 +222,8 @@ def test_what_cannot_be_had_is_one_line(prepare, tmp_path, dataset, options, wor
 
 
 def test_a_gated_dataset_with_access(prepare, tmp_path):
-    log_in = "os.environ['HF_TOKEN'] = 'hf_bob'\n"
-    command = prepare("ada/gated", "--output_dir", tmp_path, before=log_in + SETUP)
+    log_in = partial(faults.log_in, "hf_bob")
+    command = prepare("ada/gated", "--output_dir", tmp_path, before=[log_in, IMPATIENT])
     assert command.status == 0, command.lines
     assert documents_of(tmp_path, "val") + documents_of(tmp_path, "train") == TEXTS
 
