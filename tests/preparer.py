@@ -13,12 +13,21 @@ from fork_server import ForkServer
 from support import wait_until
 
 
+MODULES = [
+    "prepare_data",
+    "preparer_faults",
+    # What a command imports only when it needs it. The first imports torch, which takes seconds.
+    "transformers.models.auto.tokenization_auto",
+    "fsspec.implementations.http",
+    "pyarrow.parquet",
+]
+
+
 class Preparer(ForkServer):
     """`with Preparer(folder, environment) as preparer`; `folder` takes what the commands print."""
 
     def __init__(self, folder: Path, environment: dict | None = None):
-        modules = ["fsspec", "pyarrow.parquet", "prepare_data", "preparer_faults"]
-        super().__init__(modules, environment or {})
+        super().__init__(MODULES, environment or {})
         self.folder, self.commands = folder, 0
 
     def start(self, *argv, before: Sequence[Callable] = ()) -> "Command":
