@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
-from gpt2repro.errors import Parser, UserError, run_script
+from gpt2repro.errors import Parser, UserError, refuse, run_script
 from gpt2repro.evaluation.hellaswag import (
     FULL_SET,
     HUB_ID,
@@ -109,8 +109,7 @@ def check_arguments(args: argparse.Namespace) -> None:
         find_model(args.model)
     except UserError as error:
         problems.append(str(error))
-    if problems:
-        raise UserError("\n".join(problems))
+    refuse(problems)
 
 
 def check_vocabulary(name: str, encoded: list, vocab_size: int) -> None:

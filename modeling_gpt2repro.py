@@ -13,23 +13,41 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
+import transformers
 from torch import nn
+
+
+if tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 17):
+    raise ImportError(
+        "this model needs transformers>=5.17 and torch>=2.11, but finds transformers "
+        f"{transformers.__version__}; run `pip install -U transformers torch`"
+    )
+
 from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
+    AutoModelForQuestionAnswering,
     AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
     initialization,
 )
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.generation import GenerationMixin
+from transformers.generation.continuous_batching.cache import PagedAttentionCache
 from transformers.loss.loss_utils import fixed_cross_entropy
 from transformers.masking_utils import create_causal_mask
-from transformers.modeling_layers import GenericForSequenceClassification, GradientCheckpointingLayer
+from transformers.modeling_layers import (
+    GenericForQuestionAnswering,
+    GenericForSequenceClassification,
+    GenericForTokenClassification,
+    GradientCheckpointingLayer,
+)
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
@@ -38,11 +56,27 @@ from transformers.utils.output_capturing import capture_outputs
 IGNORE_INDEX = -100  # label of positions without loss, the convention of torch and transformers
 LOGITS_PER_CHUNK = 2**27  # logits that the loss materializes at once: 0.5 GiB in float32
 
+# transformers 5.24 renamed past_key_values to cache. The models here accept both names from callers; this is the name
+# that the installed release uses in its outputs and its mask functions.
+CACHE = "cache" if hasattr(BaseModelOutputWithPast, "cache") else "past_key_values"
+
+# Keywords that may reach the trunk beside its named arguments. Attention functions read some of them and ignore the
+# rest. Any other keyword is refused: ignoring one silently can change the result, as `cache` did.
+KNOWN_KEYWORDS = frozenset(
+    (
+        *("output_attentions", "output_hidden_states"),  # read by capture_outputs
+        "num_items_in_batch",  # Trainer passes it to every model; the generic heads hand it on
+        "is_causal",
+        *("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"),  # packing: TRL, data collators
+        *("attention_instances", "forward_batch"),  # vLLM, SGLang
+    )
+)
+
 
 class GPT2ReproConfig(PreTrainedConfig):
     """Configuration under GPT-2's own field names; the defaults are GPT-2 124M without dropout.
 
-    vocab_size is the number of embedding rows, padded to a multiple of 64 for faster matrix products;
+    vocab_size is the number of embedding rows, padded to a multiple of 64 in training for faster matrix products;
     unpadded_vocab_size is the number of real tokens. Padding is invisible: see `GPT2ReproForCausalLM`.
 
     Raises:
@@ -50,7 +84,7 @@ class GPT2ReproConfig(PreTrainedConfig):
     """
 
     model_type = "gpt2repro"
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference = ["past_key_values", "cache"]
     attribute_map = {
         "hidden_size": "n_embd",
         "max_position_embeddings": "n_positions",
@@ -59,7 +93,7 @@ class GPT2ReproConfig(PreTrainedConfig):
     }
 
     vocab_size: int = 50304
-    unpadded_vocab_size: int = 50257
+    unpadded_vocab_size: int | None = None  # None means GPT-2's 50257 for its 50304 rows, otherwise all rows
     n_positions: int = 1024
     n_embd: int = 768
     n_layer: int = 12
@@ -89,19 +123,23 @@ class GPT2ReproConfig(PreTrainedConfig):
             raise ValueError(f"activation_function={self.activation_function!r} is unknown; GPT-2's is gelu_new")
         if self.n_embd % self.n_head:
             raise ValueError(f"n_embd={self.n_embd} is not a multiple of n_head={self.n_head}")
+        if self.unpadded_vocab_size is None:
+            self.unpadded_vocab_size = 50257 if self.vocab_size == 50304 else self.vocab_size
         if not 0 < self.unpadded_vocab_size <= self.vocab_size:
             raise ValueError(
                 f"unpadded_vocab_size={self.unpadded_vocab_size} must lie between 1 and vocab_size={self.vocab_size}, "
                 "the number of embedding rows"
             )
-        # register_for_auto_class, at the end of this file, records only the class being saved; Hub users need all four.
+        # register_for_auto_class, at the end of this file, records only the class being saved; Hub users need all.
         kwargs.setdefault(
             "auto_map",
             {
                 "AutoConfig": "modeling_gpt2repro.GPT2ReproConfig",
                 "AutoModel": "modeling_gpt2repro.GPT2ReproModel",
                 "AutoModelForCausalLM": "modeling_gpt2repro.GPT2ReproForCausalLM",
+                "AutoModelForQuestionAnswering": "modeling_gpt2repro.GPT2ReproForQuestionAnswering",
                 "AutoModelForSequenceClassification": "modeling_gpt2repro.GPT2ReproForSequenceClassification",
+                "AutoModelForTokenClassification": "modeling_gpt2repro.GPT2ReproForTokenClassification",
             },
         )
         super().__post_init__(**kwargs)
@@ -215,7 +253,7 @@ class GPT2ReproAttention(nn.Module):
         qkv = self.c_attn(hidden_states).view(B, T, 3, -1, self.head_dim)
         query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind()  # each (B, H, T, hs)
         if past_key_values is not None:
-            key, value = past_key_values.update(key, value, self.layer_idx)  # (B, H, S, hs)
+            key, value = past_key_values.update(key, value, self.layer_idx, kwargs=kwargs)  # (B, H, S, hs)
 
         attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
@@ -280,7 +318,7 @@ class GPT2ReproPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _input_embed_layer = "wte"
     _no_split_modules = ["GPT2ReproBlock"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = ["past_key_values", "cache"]
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
@@ -322,6 +360,16 @@ class GPT2ReproPreTrainedModel(PreTrainedModel):
         return embeddings
 
 
+def check_keywords(kwargs: dict, position_ids: torch.Tensor | None) -> None:
+    """Raise a ValueError for keywords that the model would have to ignore; None and False ask for nothing."""
+    given = {name for name, value in kwargs.items() if value is not None and value is not False}
+    unknown = sorted(given - KNOWN_KEYWORDS)
+    if unknown:
+        raise ValueError(f"{' and '.join(unknown)}: not supported by this language model; leave it out")
+    if position_ids is None and given & {"cu_seq_lens_q", "seq_idx"}:
+        raise ValueError("packed sequences need position_ids that restart at 0 with each sequence; give them too")
+
+
 class GPT2ReproModel(GPT2ReproPreTrainedModel):
     """The trunk: token and position embeddings, blocks, final LayerNorm."""
 
@@ -345,6 +393,7 @@ class GPT2ReproModel(GPT2ReproPreTrainedModel):
         past_key_values: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         use_cache: bool | None = None,
+        cache: Cache | None = None,
         **kwargs,
     ) -> BaseModelOutputWithPast:
         """Hidden states of the last block after the final LayerNorm.
@@ -353,26 +402,32 @@ class GPT2ReproModel(GPT2ReproPreTrainedModel):
             input_ids: (B, T) int64; or inputs_embeds: (B, T, D) float. Exactly one of the two.
             attention_mask: (B, S) 1 for real tokens and 0 for padding; None means no padding.
             position_ids: (B, T) int64; None means that positions continue from the cache.
-            past_key_values: keys and values of earlier positions.
+            cache, past_key_values: keys and values of earlier positions; two names of one argument.
+            kwargs: KNOWN_KEYWORDS, of which the attention function gets what it reads.
         Returns:
-            last_hidden_state (B, T, D); past_key_values, hidden_states and attentions if requested.
+            last_hidden_state (B, T, D); the cache, hidden_states and attentions if requested.
         Raises:
-            ValueError: not exactly one input, an unsupported input, or a sequence longer than n_positions.
+            ValueError: not exactly one input, an unknown keyword, two caches, or a sequence longer than n_positions.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
-        unsupported = [name for name in ("token_type_ids", "encoder_hidden_states") if kwargs.get(name) is not None]
-        if unsupported:
-            raise ValueError(f"{' and '.join(unsupported)}: not supported by this language model; leave it out")
+        if cache is not None and past_key_values is not None and cache is not past_key_values:
+            raise ValueError("cache and past_key_values are two names of one argument; give one of them")
+        cache = past_key_values if cache is None else cache
+        if isinstance(cache, PagedAttentionCache):  # generate_batch, whose further keywords change between releases
+            if CACHE == "past_key_values":  # before 5.24, the attention function updates this cache, not the model
+                kwargs["cache"], cache = cache, None
+        else:
+            check_keywords(kwargs, position_ids)
         if inputs_embeds is None:
             inputs_embeds = self.wte(input_ids)
-        if use_cache and past_key_values is None and not self.training:
-            past_key_values = DynamicCache(config=self.config)
+        if use_cache and cache is None and not self.training:
+            cache = DynamicCache(config=self.config)
 
         T = inputs_embeds.shape[1]
-        past = 0 if past_key_values is None else past_key_values.get_seq_length()
         positions = position_ids
         if positions is None:
+            past = 0 if cache is None else cache.get_seq_length()
             if isinstance(past, int):  # a static cache keeps its length on the device; `generate` checks it instead
                 self.check_length(past + T)
             positions = torch.arange(T, device=inputs_embeds.device)[None] + past
@@ -380,19 +435,19 @@ class GPT2ReproModel(GPT2ReproPreTrainedModel):
         causal_mask = None
         # Without padding, packing or cache, SDPA needs no mask but is_causal=True. transformers knows that too, but it
         # builds a mask tensor while torch.compile traces, even for our own arange of position_ids.
-        only_causal = attention_mask is None and position_ids is None and past_key_values is None
+        only_causal = attention_mask is None and position_ids is None and cache is None
         if not (only_causal and self.config._attn_implementation == "sdpa"):
             causal_mask = create_causal_mask(
                 config=self.config,
                 inputs_embeds=inputs_embeds,
                 attention_mask=attention_mask,
-                past_key_values=past_key_values,
                 position_ids=position_ids,
+                **{CACHE: cache},
             )
         hidden_states = self.drop(inputs_embeds + self.wpe(positions))
         for block in self.h:
-            hidden_states = block(hidden_states, causal_mask, past_key_values, position_ids=position_ids, **kwargs)
-        return BaseModelOutputWithPast(last_hidden_state=self.ln_f(hidden_states), past_key_values=past_key_values)
+            hidden_states = block(hidden_states, causal_mask, cache, position_ids=position_ids, **kwargs)
+        return BaseModelOutputWithPast(last_hidden_state=self.ln_f(hidden_states), **{CACHE: cache})
 
 
 class GPT2ReproForCausalLM(GPT2ReproPreTrainedModel, GenerationMixin):
@@ -400,7 +455,8 @@ class GPT2ReproForCausalLM(GPT2ReproPreTrainedModel, GenerationMixin):
 
     The padding rows of the vocabulary are invisible: the loss uses a softmax over the real tokens, and the logits of
     padding ids leave the model as the dtype's minimum, so they never affect sampling, beams or probabilities. (They do
-    affect a mean over all logits, as in label smoothing, which needs a model without padding rows.)
+    affect a mean over all logits, as in label smoothing, which needs a model without padding rows. Only a model in
+    training has them: nothing that is exported or published does.)
     """
 
     _tied_weights_keys = {"lm_head.weight": "transformer.wte.weight"}
@@ -434,10 +490,11 @@ class GPT2ReproForCausalLM(GPT2ReproPreTrainedModel, GenerationMixin):
         past_key_values: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         labels: torch.LongTensor | None = None,
-        shift_labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         num_items_in_batch: int | torch.Tensor | None = None,
+        cache: Cache | None = None,
+        skip_logits: bool | None = None,
         **kwargs,
     ) -> CausalLMOutputWithPast:
         """Next-token loss and logits; see `GPT2ReproModel.forward` for the other arguments.
@@ -445,13 +502,16 @@ class GPT2ReproForCausalLM(GPT2ReproPreTrainedModel, GenerationMixin):
         Args:
             labels: (B, T) int64 in the Hugging Face convention, e.g. input_ids: the model shifts them.
             shift_labels: (B, T) int64, already shifted: position t holds the token that follows input t. In both,
-                -100 is ignored by the loss.
+                -100 is ignored by the loss. Not in the signature, where Trainer looks for names with "label" and would
+                evaluate only batches that have them all.
             logits_to_keep: compute logits for this many last positions only (0: all), or for these indices.
             num_items_in_batch: divisor of the summed loss, for gradient accumulation; None means the mean.
+            skip_logits: with labels, return the loss alone; Trainer asks for it with use_liger_kernel.
         Returns:
             loss: () float32, nats per token, if labels were given. It always covers all positions.
             logits: (B, T or fewer, V). None in training with labels: they would be by far the largest tensor.
         """
+        shift_labels = kwargs.pop("shift_labels", None)
         outputs: BaseModelOutputWithPast = self.transformer(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -459,6 +519,7 @@ class GPT2ReproForCausalLM(GPT2ReproPreTrainedModel, GenerationMixin):
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
+            cache=cache,
             **kwargs,
         )
         hidden_states = outputs.last_hidden_state
@@ -468,7 +529,7 @@ class GPT2ReproForCausalLM(GPT2ReproPreTrainedModel, GenerationMixin):
             shift_labels = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
         if shift_labels is not None:
             loss = self._loss(hidden_states, shift_labels, num_items_in_batch)
-        if shift_labels is None or not self.training:
+        if shift_labels is None or not (self.training or skip_logits):
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             logits = self.lm_head(hidden_states[:, kept])
             logits[..., self.config.unpadded_vocab_size :] = torch.finfo(logits.dtype).min
@@ -476,7 +537,7 @@ class GPT2ReproForCausalLM(GPT2ReproPreTrainedModel, GenerationMixin):
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
+            **{CACHE: getattr(outputs, CACHE)},
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
@@ -488,10 +549,16 @@ class GPT2ReproForCausalLM(GPT2ReproPreTrainedModel, GenerationMixin):
         real = self.config.unpadded_vocab_size
         # FSDP2 replaces the head's class by a subclass of Linear with the same forward. Its weight is gathered by now,
         # since it is sharded together with the token embedding.
-        if type(self.lm_head).forward is nn.Linear.forward and not hasattr(self.lm_head, "_hf_hook"):
+        is_linear = type(self.lm_head).forward is nn.Linear.forward and not hasattr(self.lm_head, "_hf_hook")
+        if is_linear and type(self.lm_head.weight) in (nn.Parameter, torch.Tensor):
             return linear_cross_entropy(hidden, self.lm_head.weight, targets, real, num_items_in_batch)
-        # With an adapter (PEFT) or offloaded weights (accelerate), only the head's own forward computes its logits.
+        # With an adapter (PEFT), offloaded weights (accelerate) or quantized ones (torchao's are a subclass of Tensor),
+        # only the head's own forward computes its logits.
         return fixed_cross_entropy(self.lm_head(hidden)[:, :real].float(), targets, num_items_in_batch)
+
+
+# The heads do not call their mixin's __init__: it gets the trunk from AutoModel, which fails if this file is run as
+# remote code.
 
 
 class GPT2ReproForSequenceClassification(GenericForSequenceClassification, GPT2ReproPreTrainedModel):
@@ -500,7 +567,6 @@ class GPT2ReproForSequenceClassification(GenericForSequenceClassification, GPT2R
     base_model_prefix = "transformer"
 
     def __init__(self, config: GPT2ReproConfig):
-        # Not the mixin's __init__: it gets the trunk from AutoModel, which fails if this file is run as remote code.
         PreTrainedModel.__init__(self, config)
         self.num_labels = config.num_labels
         self.transformer = GPT2ReproModel(config)
@@ -508,11 +574,44 @@ class GPT2ReproForSequenceClassification(GenericForSequenceClassification, GPT2R
         self.post_init()
 
 
+class GPT2ReproForTokenClassification(GenericForTokenClassification, GPT2ReproPreTrainedModel):
+    """Dropout and a linear layer on every hidden state, as in GPT2ForTokenClassification."""
+
+    base_model_prefix = "transformer"
+
+    def __init__(self, config: GPT2ReproConfig):
+        PreTrainedModel.__init__(self, config)
+        self.num_labels = config.num_labels
+        self.transformer = GPT2ReproModel(config)
+        self.dropout = nn.Dropout(0.1)  # GPT2ForTokenClassification's default
+        self.score = nn.Linear(config.n_embd, config.num_labels)
+        self.post_init()
+
+
+class GPT2ReproForQuestionAnswering(GenericForQuestionAnswering, GPT2ReproPreTrainedModel):
+    """The first and the last position of the answer, as in GPT2ForQuestionAnswering."""
+
+    base_model_prefix = "transformer"
+    get_input_embeddings = PreTrainedModel.get_input_embeddings  # the mixin expects them under another name
+    set_input_embeddings = PreTrainedModel.set_input_embeddings
+
+    def __init__(self, config: GPT2ReproConfig):
+        PreTrainedModel.__init__(self, config)
+        self.transformer = GPT2ReproModel(config)
+        self.qa_outputs = nn.Linear(config.n_embd, 2)
+        self.post_init()
+
+
 # This makes save_pretrained and push_to_hub copy this file next to the weights.
 GPT2ReproConfig.register_for_auto_class()
 GPT2ReproModel.register_for_auto_class("AutoModel")
 GPT2ReproForCausalLM.register_for_auto_class("AutoModelForCausalLM")
+GPT2ReproForQuestionAnswering.register_for_auto_class("AutoModelForQuestionAnswering")
 GPT2ReproForSequenceClassification.register_for_auto_class("AutoModelForSequenceClassification")
+GPT2ReproForTokenClassification.register_for_auto_class("AutoModelForTokenClassification")
+
+# This table alone tells Trainer that label smoothing has to shift the labels, and pipelines that the class generates.
+MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[GPT2ReproConfig.model_type] = GPT2ReproForCausalLM.__name__
 
 
 def register_auto_classes() -> None:
@@ -520,4 +619,6 @@ def register_auto_classes() -> None:
     AutoConfig.register(GPT2ReproConfig.model_type, GPT2ReproConfig, exist_ok=True)
     AutoModel.register(GPT2ReproConfig, GPT2ReproModel, exist_ok=True)
     AutoModelForCausalLM.register(GPT2ReproConfig, GPT2ReproForCausalLM, exist_ok=True)
+    AutoModelForQuestionAnswering.register(GPT2ReproConfig, GPT2ReproForQuestionAnswering, exist_ok=True)
     AutoModelForSequenceClassification.register(GPT2ReproConfig, GPT2ReproForSequenceClassification, exist_ok=True)
+    AutoModelForTokenClassification.register(GPT2ReproConfig, GPT2ReproForTokenClassification, exist_ok=True)

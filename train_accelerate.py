@@ -21,7 +21,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from gpt2repro.data.batches import Batches, StepBatches
 from gpt2repro.data.order import stateless_seed
-from gpt2repro.errors import report_write_errors, run_script
+from gpt2repro.errors import refuse, report_write_errors, run_script
 from gpt2repro.evaluation.validation import validation_losses
 from gpt2repro.hub.model_card import model_card
 from gpt2repro.hub.upload import create_repository, upload
@@ -34,7 +34,7 @@ from gpt2repro.train.checkpoint import Checkpoints
 from gpt2repro.train.evaluations import Evaluations, load_hellaswag
 from gpt2repro.train.launch import begin_run, build_accelerator
 from gpt2repro.train.metrics import read_metrics
-from gpt2repro.train.optimizers import build_optimizers, set_lr
+from gpt2repro.train.optimizers import build_optimizers, launch_problems, set_lr
 from gpt2repro.train.preflight import Plan, resolve_and_check
 from gpt2repro.train.report import baseline_loss, files_text, losses_text, plot_losses
 from gpt2repro.train.run_state import RunState
@@ -45,7 +45,6 @@ from modeling_gpt2repro import GPT2ReproForCausalLM
 
 
 def main(argv: list[str]) -> None:
-    silence_libraries()
     plan = resolve_and_check(argv)
     recipe = plan.recipe
     accelerator = build_accelerator(recipe)
@@ -53,13 +52,15 @@ def main(argv: list[str]) -> None:
         return print_losses(plan, accelerator)
 
     # Build. Samples, checkpoints and the export use the raw model and optimizers, without accelerate's wrappers.
-    hellaswag = load_hellaswag(plan, accelerator)
+    hellaswag = load_hellaswag(plan)
     raw_model = build_model(plan)
     raw_optimizers = build_optimizers(raw_model, recipe)
+    refuse(launch_problems(recipe, accelerator, len(raw_optimizers)))
     model, *optimizers = accelerator.prepare(raw_model, *raw_optimizers)
     stop_request = StopRequest(recipe.max_hours)
     check_hub_access(recipe)
-    lock = begin_run(recipe, plan.data, accelerator)
+    folder = RunFolder(recipe.output_dir)
+    begin_run(recipe, plan.data, folder, accelerator)
 
     # Restore.
     telemetry = Telemetry(recipe, accelerator, raw_model)
@@ -68,8 +69,8 @@ def main(argv: list[str]) -> None:
     batches = Batches(plan.data.train, recipe, accelerator, run.guard.batch)
     evaluations = Evaluations(plan, hellaswag, accelerator, model, raw_model, telemetry)
     run.resume(checkpoints)
-
     model.train()
+
     while not run.finished:
         micro_batches = batches.of_step(run.step)
         lr = set_lr(optimizers, lr_at(run.step, recipe))
@@ -101,9 +102,8 @@ def main(argv: list[str]) -> None:
         sys.exit(EXIT_CODE)
     if accelerator.is_main_process:
         with report_write_errors(recipe.output_dir):
-            finish(plan, trained, run.step)
-    if lock is not None:
-        lock.release()
+            finish(plan, folder, trained, run)
+    folder.unlock()
 
 
 # ---- one step ----
@@ -199,22 +199,22 @@ def print_losses(plan: Plan, accelerator: Accelerator) -> None:
     model, *_ = accelerator.prepare(raw_model, *build_optimizers(raw_model, recipe))  # FSDP2 requires both
     for split, mixture in (("train", data.train), ("val", data.val)):
         for name, loss in validation_losses(model, mixture, recipe, accelerator).items():
-            accelerator.print(f"{name.replace('val', split, 1)} {loss:.4f}")
+            accelerator.print(f"{split + name.removeprefix('val')} {loss:.4f}")
 
 
 # ---- after the loop ----
 
 
-def finish(plan: Plan, model: PreTrainedModel, step: int) -> None:
+def finish(plan: Plan, folder: RunFolder, model: PreTrainedModel, run: RunState) -> None:
     """Draw the loss curve, save the model folder, push it if asked to, and print the results and where they are.
 
     Args:
         model: unwrapped, with the weights to export.
-        step: the step of these weights: the last, or with `patience` the one with the best validation loss.
+        run: at their step: the last, or with `patience` the one with the best validation loss.
     """
-    recipe, data, folder = plan.recipe, plan.data, RunFolder(plan.recipe.output_dir)
+    recipe, data, step = plan.recipe, plan.data, run.step
+    assert run.val_loss is not None, "a run ends with a validation"
     rows = read_metrics(folder.metrics)
-    val_loss = next(row["val_loss"] for row in rows if "val_loss" in row and row["step"] == step)
     samples = [row["samples"] for row in rows if "samples" in row and row["step"] <= step]
     baseline = baseline_loss(data)
     title = f"{folder.name}: GPT-2, {model.num_parameters() / 1e6:.1f}M parameters, {data.name}"
@@ -224,7 +224,7 @@ def finish(plan: Plan, model: PreTrainedModel, step: int) -> None:
     save_model_folder(folder.model, model, plan.tokenizer, card, folder.picture)
 
     at_step = f", at step {step:,}" if recipe.patience else ""
-    print(f"\n{losses_text(val_loss, baseline, data, at_step)}")
+    print(f"\n{losses_text(run.val_loss, baseline, data, at_step)}")
     for number, sample in enumerate(samples[-1] if samples else [], start=1):
         print(f"\n--- sample {number} ---\n{sample}")
     print(f"\n{files_text(folder)}")
@@ -233,4 +233,5 @@ def finish(plan: Plan, model: PreTrainedModel, step: int) -> None:
 
 
 if __name__ == "__main__":
+    silence_libraries()
     run_script(main)

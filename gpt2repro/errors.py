@@ -20,6 +20,12 @@ class SharedError(UserError):
     """A UserError that every rank raises after the main process has broadcast it; only the main process prints it."""
 
 
+def refuse(problems: list[str]) -> None:
+    """Raise a UserError with all problems, if there are any."""
+    if problems:
+        raise UserError("\n".join(problems))
+
+
 def first_line(error: Exception) -> str:
     """The first line of an exception's message, or its type if there is none; messages of libraries can fill a page."""
     server_message = getattr(error, "server_message", None)  # HfHubHTTPError puts the Hub's own words at the end

@@ -13,6 +13,10 @@ from filelock import FileLock, Timeout
 from gpt2repro.errors import UserError, first_line
 
 
+CHECKOUT = Path(__file__).resolve().parents[1]  # the root of the checkout, if this is one
+REPLACED = "replaced_"
+
+
 def flush(path: Path) -> None:
     """fsync a file, or the entries of a directory."""
     descriptor = os.open(path, os.O_RDONLY)
@@ -22,13 +26,18 @@ def flush(path: Path) -> None:
         os.close(descriptor)
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a text file atomically: readers see the old content or the new, even after a power loss."""
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a file atomically: readers see the old content or the new one, even after a power loss."""
     temporary = path.with_name(f"{path.name}.tmp")
-    temporary.write_text(text)
+    temporary.write_bytes(content)
     flush(temporary)
     temporary.replace(path)
     flush(path.parent)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file atomically, in UTF-8."""
+    write_bytes(path, text.encode())
 
 
 def write_json(path: Path, content: object) -> None:
@@ -42,9 +51,11 @@ def new_folder(folder: Path) -> Iterator[Path]:
 
     Yields:
         writing_NAME, an empty folder beside it to write into. When the block ends, its files are flushed and it is
-        renamed to NAME. The older folder is moved aside before and deleted after that, so that a complete one exists
-        at every moment. If the block raises, writing_NAME is deleted and the older folder stays.
+        renamed to NAME; the older folder is renamed to replaced_NAME before and deleted after that. A crash in between
+        leaves replaced_NAME, which the next call of `new_folder` or `delete_unfinished` gives its name back. If the
+        block raises, writing_NAME is deleted and the older folder stays.
     """
+    _recover(folder)
     temporary = folder.with_name(f"writing_{folder.name}")
     delete(temporary)
     temporary.mkdir(parents=True)
@@ -55,20 +66,25 @@ def new_folder(folder: Path) -> Iterator[Path]:
     except BaseException:
         delete(temporary)
         raise
-    replaced = _move_aside(folder) if folder.exists() else None
+    replaced = folder.with_name(f"{REPLACED}{folder.name}")
+    if folder.exists():
+        folder.rename(replaced)
     temporary.rename(folder)
     flush(folder.parent)
-    if replaced is not None:
-        delete(replaced)
+    delete(replaced)
 
 
 def delete_folder(folder: Path) -> None:
     """Delete a folder atomically: it is renamed first, so that an interruption leaves no partial folder of its name."""
-    delete(_move_aside(folder))
+    renamed = folder.with_name(f"removing_{folder.name}")
+    delete(renamed)
+    delete(folder.rename(renamed))
 
 
 def delete_unfinished(parent: Path) -> None:
-    """Delete what interrupted calls of `new_folder` and `delete_folder` left in a directory."""
+    """Clean up after interrupted calls of `new_folder` and `delete_folder` in a directory."""
+    for replaced in parent.glob(f"{REPLACED}*"):
+        _recover(parent / replaced.name.removeprefix(REPLACED))
     for leftover in (*parent.glob("writing_*"), *parent.glob("removing_*")):
         delete(leftover)
 
@@ -78,10 +94,12 @@ def delete(folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
 
 
-def _move_aside(folder: Path) -> Path:
-    aside = folder.with_name(f"removing_{folder.name}")
-    delete(aside)
-    return folder.rename(aside)
+def _recover(folder: Path) -> None:
+    """Finish a replacement that was interrupted: the older folder gets its name back if the new one has not got it."""
+    replaced = folder.with_name(f"{REPLACED}{folder.name}")
+    if replaced.exists() and not folder.exists():
+        replaced.rename(folder)
+    delete(replaced)
 
 
 def acquire_lock(path: Path, busy: str, timeout: float = 0.0) -> FileLock:

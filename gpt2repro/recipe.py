@@ -123,7 +123,7 @@ class Recipe:
         1000, "steps between checkpoints; the last step always has one", changeable=True, at_least=1
     )
     keep_last: int = option(
-        2, "newest checkpoints to keep, besides the one with the best validation loss", changeable=True, at_least=1
+        2, "newest checkpoints to keep, besides the best of those whose step was validated", changeable=True, at_least=1
     )
     keep_every: int = option(
         0, "also keep checkpoints whose step is a multiple of this; 0: none", changeable=True, at_least=0
@@ -181,13 +181,13 @@ class Recipe:
             return ramp[step]
         return ramp[ramp_steps] + (step - ramp_steps) * self.global_batch_tokens
 
-    def first_sample(self, step: int) -> int:
-        """Number of a step's first training sample, i.e. how many sequences the earlier steps consumed."""
-        return self.tokens_before(step) // self.sequence_length
+    def first_sample(self, batch: int) -> int:
+        """Number of a batch's first training sample, i.e. how many sequences the earlier batches have."""
+        return self.tokens_before(batch) // self.sequence_length
 
-    def accumulation(self, num_processes: int, step: int) -> int:
-        """Micro-batches per rank in a step."""
-        tokens = self.tokens_before(step + 1) - self.tokens_before(step)
+    def accumulation(self, num_processes: int, batch: int) -> int:
+        """Gradient accumulation: micro-batches per rank in a batch."""
+        tokens = self.tokens_before(batch + 1) - self.tokens_before(batch)
         return tokens // (self.micro_batch_size * self.sequence_length * num_processes)
 
     def problems(self, num_processes: int) -> list[str]:

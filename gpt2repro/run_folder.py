@@ -37,6 +37,7 @@ class RunFolder:
         self.model = self.path / MODEL_FOLDER
         self.lock_file = self.path / ".lock"
         self.verified = self.path / ".verified.json"
+        self._held_lock: FileLock | None = None
 
     @classmethod
     def around(cls, folder: Path) -> "RunFolder | None":
@@ -88,15 +89,20 @@ class RunFolder:
     def write_verified(self, verified: dict[str, list[int]]) -> None:
         write_json(self.verified, verified)
 
-    def lock(self) -> FileLock:
-        """Create the directory if it is absent, and keep other runs out of it.
+    def lock(self) -> None:
+        """Keep other runs out of the directory, which is created if it is absent, until `unlock` or the process ends.
 
         Raises:
-            UserError: another run still holds the lock after LOCK_TIMEOUT.
+            UserError: another run keeps writing to it.
         """
         self.path.mkdir(parents=True, exist_ok=True)
         busy = f"another run is writing to {self.path}; wait for it, or choose another --output_dir"
-        return acquire_lock(self.lock_file, busy, LOCK_TIMEOUT)
+        self._held_lock = acquire_lock(self.lock_file, busy, LOCK_TIMEOUT)
+
+    def unlock(self) -> None:
+        """Release the lock, if this process holds it."""
+        if self._held_lock is not None:
+            self._held_lock.release()
 
 
 def checkpoint_step(checkpoint: Path) -> int:

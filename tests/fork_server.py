@@ -93,7 +93,7 @@ class ForkServer:
         return pids
 
     def wait(self, pid: int) -> int:
-        """The exit status of a process; minus the signal that ended it.
+        """The exit status of a process; the negative signal number if it was killed.
 
         Raises:
             AssertionError: it did not end within PATIENCE, and was killed.

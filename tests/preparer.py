@@ -1,4 +1,4 @@
-"""prepare_data.py as a command that starts in milliseconds and can be killed, and what it leaves behind."""
+"""prepare_data.py as a command that starts in milliseconds and can be killed; helpers to read its output."""
 
 import json
 import os
@@ -24,7 +24,7 @@ MODULES = [
 
 
 class Preparer(ForkServer):
-    """`with Preparer(folder, environment) as preparer`; `folder` takes what the commands print."""
+    """`with Preparer(folder, environment) as preparer`; `folder` receives the commands' output."""
 
     def __init__(self, folder: Path, environment: dict | None = None):
         super().__init__(MODULES, environment or {})
@@ -37,7 +37,7 @@ class Preparer(ForkServer):
         return Command(self, super().start(["prepare_data.py", *argv], output, output, before), output)
 
     def run(self, *argv, before: Sequence[Callable] = ()) -> "Command":
-        """Run a command to its end."""
+        """Start a command and wait for it."""
         command = self.start(*argv, before=before)
         command.wait()
         return command
@@ -51,7 +51,7 @@ class Command:
         self.status: int | None = None
 
     def wait(self) -> int:
-        """Its exit status; minus the signal that ended it."""
+        """Its exit status; the negative signal number if it was killed."""
         self.status = self.preparer.wait(self.pid)
         return self.status
 
@@ -59,7 +59,7 @@ class Command:
         os.kill(self.pid, signal_number)
 
     def wait_until(self, condition: Callable):
-        """Wait until `condition` returns something true, which it must before the command ends; returns that."""
+        """Wait until `condition` returns something true, which it must before the command ends; return that."""
 
         def value_while_alive():
             value = condition()
@@ -89,7 +89,7 @@ class Command:
                 parent = int(stat.read_text().rpartition(")")[2].split()[1])
                 if parent == self.pid and b"spawn_main" in (stat.parent / "cmdline").read_bytes():
                     found.append(int(stat.parent.name))
-            except OSError:  # it has ended
+            except OSError:  # the process has ended
                 continue
         return found
 

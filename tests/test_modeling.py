@@ -544,7 +544,9 @@ def test_saved_folder_contains_the_code_and_the_auto_map(model, tmp_path):
         "AutoConfig": "modeling_gpt2repro.GPT2ReproConfig",
         "AutoModel": "modeling_gpt2repro.GPT2ReproModel",
         "AutoModelForCausalLM": "modeling_gpt2repro.GPT2ReproForCausalLM",
+        "AutoModelForQuestionAnswering": "modeling_gpt2repro.GPT2ReproForQuestionAnswering",
         "AutoModelForSequenceClassification": "modeling_gpt2repro.GPT2ReproForSequenceClassification",
+        "AutoModelForTokenClassification": "modeling_gpt2repro.GPT2ReproForTokenClassification",
     }
 
 
@@ -796,6 +798,23 @@ def test_new_tokens_start_at_the_mean_embedding_as_in_gpt2(model):
 def test_errors_for_inconsistent_sizes_name_them(fields, message):
     with pytest.raises(ValueError, match=message):
         GPT2ReproConfig(**TINY | fields)
+
+
+@pytest.mark.parametrize("rows, real", [(128, 128), (50257, 50257), (50304, 50257), (65536, 65536)])
+def test_the_number_of_rows_is_enough_for_a_configuration(rows, real):
+    assert GPT2ReproConfig(vocab_size=rows).unpadded_vocab_size == real
+
+
+def test_an_older_transformers_is_told_in_one_line(tmp_path):
+    """As 4.57 does, which lacks half of what the file imports."""
+    (tmp_path / "transformers").mkdir()
+    (tmp_path / "transformers" / "__init__.py").write_text('__version__ = "4.57.6"\n')
+    (tmp_path / "modeling_gpt2repro.py").write_bytes(Path(modeling_gpt2repro.__file__).read_bytes())
+    command = [sys.executable, "-c", "import modeling_gpt2repro"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    last_line = done.stderr.strip().splitlines()[-1]
+    assert last_line.startswith("ImportError: this model needs transformers>=5.17 and torch>=2.11")
+    assert "finds transformers 4.57.6; run `pip install" in last_line
 
 
 def test_config_answers_to_transformers_common_names():

@@ -22,11 +22,18 @@ from transformers import (
     AttentionInterface,
     AttentionMaskInterface,
     AutoModelForCausalLM,
+    ContinuousBatchingConfig,
     DynamicCache,
+    EarlyStoppingCallback,
+    GenerationConfig,
+    GPT2ForQuestionAnswering,
     GPT2ForSequenceClassification,
+    GPT2ForTokenClassification,
     GPT2LMHeadModel,
     PreTrainedTokenizerFast,
     StaticCache,
+    Trainer,
+    TrainingArguments,
     pipeline,
 )
 from transformers.masking_utils import flash_attention_mask
@@ -41,7 +48,9 @@ from gpt2repro.models.openai_weights import to_gpt2
 from modeling_gpt2repro import (
     GPT2ReproConfig,
     GPT2ReproForCausalLM,
+    GPT2ReproForQuestionAnswering,
     GPT2ReproForSequenceClassification,
+    GPT2ReproForTokenClassification,
     GPT2ReproModel,
     linear_cross_entropy,
     register_auto_classes,
@@ -306,6 +315,91 @@ def test_left_padding_uses_no_positions(model, reference, long_ids, kwargs):
     assert torch.equal(got[:, 30:], reference.generate(long_ids[:, :40], **kwargs))
 
 
+@pytest.mark.parametrize("name", ["cache", "past_key_values"])
+@pytest.mark.parametrize("part", ["language model", "trunk"])
+def test_the_cache_has_two_names(model, ids, part, name):
+    """transformers 5.24 calls `cache` what earlier releases call `past_key_values`; callers may use either."""
+    network = model if part == "language model" else model.transformer
+    cache = DynamicCache(config=model.config)
+    outputs = [network(ids[:, i : i + 4], **{name: cache})[0] for i in range(0, T, 4)]
+    assert cache.get_seq_length() == T
+    assert_close(torch.cat(outputs, dim=1), network(ids)[0], **CLOSE)
+    with pytest.raises(ValueError, match="two names of one argument"):
+        network(ids, cache=cache, past_key_values=DynamicCache(config=model.config))
+
+
+def test_continuous_batching_generates_what_each_prompt_does_alone(model):
+    """Its paged cache and further keywords differ between releases."""
+    prompts = [[5, 6, 7, 8], [9, 3, 12], [40, 2, 101, 33, 20, 12, 149]]
+    config = GenerationConfig(max_new_tokens=8, do_sample=False, eos_token_id=-1, pad_token_id=0)
+    small = ContinuousBatchingConfig(num_blocks=4, max_batch_tokens=64)
+    results = model.generate_batch(prompts, config, small, progress_bar=False, warmup=False)
+    for prompt, result in zip(prompts, sorted(results.values(), key=lambda result: int(result.request_id[4:]))):
+        alone = model.generate(torch.tensor([prompt]), max_new_tokens=8, do_sample=False)
+        assert result.generated_tokens == alone[0, len(prompt) :].tolist()
+
+
+# ---- Keywords ----
+
+
+def networks(config):
+    heads = (GPT2ReproForSequenceClassification, GPT2ReproForTokenClassification, GPT2ReproForQuestionAnswering)
+    return [head(copy.deepcopy(config)).eval() for head in (GPT2ReproForCausalLM, GPT2ReproModel, *heads)]
+
+
+@pytest.mark.parametrize("name", ["caches", "cache_position", "encoder_hidden_states", "sliding_window", "labls"])
+def test_no_keyword_is_ignored(model, ids, name):
+    for network in networks(model.config):
+        with pytest.raises(ValueError, match=f"^{name}: not supported by this language model; leave it out$"):
+            network(ids, **{name: ids})
+        network(ids, **{name: None})
+        network(ids, **{name: False})
+
+
+def test_keywords_of_training_and_serving_libraries_reach_the_attention_function(model, ids):
+    received = []
+
+    def attend(module, query, key, value, attention_mask, scaling=None, **kwargs):
+        received.append(kwargs)
+        return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling).transpose(1, 2), None
+
+    AttentionInterface.register("recording", attend)
+    try:
+        given = {"cu_seq_lens_q": torch.tensor([0, T]), "cu_seq_lens_k": torch.tensor([0, T])}
+        given |= {"max_length_q": T, "max_length_k": T, "seq_idx": torch.zeros(1, T), "is_causal": True}
+        given |= {"attention_instances": {0: "vLLM's"}, "forward_batch": "SGLang's"}
+        recording = make_model(attn_implementation="recording")
+        position_ids = torch.arange(T)[None]
+        logits = recording(ids, position_ids=position_ids, num_items_in_batch=7, use_cache=False, **given).logits
+        assert_close(logits, model(ids).logits, **CLOSE)
+        assert len(received) == LAYERS
+        assert all(kwargs[name] is value for kwargs in received for name, value in given.items())
+    finally:
+        del AttentionInterface._global_mapping["recording"]
+
+
+@pytest.mark.parametrize("name", ["cu_seq_lens_q", "seq_idx"])
+def test_packing_without_position_ids_is_refused(model, ids, name):
+    """SDPA and eager attention would let the sequences see each other, and positions would not restart."""
+    with pytest.raises(ValueError, match="packed sequences need position_ids"):
+        model(ids, **{name: torch.tensor([0, T])})
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_is_causal_false_is_honoured_as_in_gpt2(ids, attention):
+    model = make_model(attn_implementation=attention)
+    logits = model(ids, is_causal=False, use_cache=False).logits
+    expected = as_gpt2(model)(ids, is_causal=False, use_cache=False).logits
+    assert_close(logits[..., :V_REAL], expected, **CLOSE)
+    assert (logits - model(ids).logits).abs().max() > 0.1
+
+
+def test_skip_logits_leaves_the_loss_alone(model, ids):
+    outputs = model(ids, labels=ids, skip_logits=True)
+    assert outputs.logits is None
+    assert_close(outputs.loss, model(ids, labels=ids).loss)
+
+
 # ---- Attention ----
 
 
@@ -551,6 +645,85 @@ def test_a_frozen_head_has_no_gradient_and_changes_no_other(ids, tied):
     assert_close(got, expected, atol=0, rtol=0)
 
 
+def test_loss_of_a_model_quantized_by_torchao(ids):
+    """Its weights are a subclass of Tensor, which only the head's own forward knows how to multiply."""
+    quantization = pytest.importorskip("torchao.quantization")
+    model = make_model(tie_word_embeddings=False)
+    exact = model(ids, labels=ids).loss
+    quantization.quantize_(model, quantization.Int8WeightOnlyConfig())
+    assert type(model.lm_head.weight) is not torch.nn.Parameter, "the head was not quantized"
+    outputs = model(ids, labels=ids)
+    assert_close(outputs.loss, cross_entropy_of(outputs.logits, ids), **CLOSE)
+    assert 0 < (outputs.loss - exact).abs() < 0.2
+
+
+# ---- Trainer ----
+
+
+LOGGED = {"loss", "eval_loss", "eval_accuracy"}
+
+
+class Rows(torch.utils.data.Dataset):
+    """Sixteen sequences that count upwards from different tokens: learned within a few steps.
+
+    The first token has no label: Trainer would count it for GPT2LMHeadModel, whose loss then is 15/16 of the mean.
+    """
+
+    def __len__(self):
+        return 16
+
+    def __getitem__(self, i):
+        ids = torch.arange(i, i + T)
+        return {"input_ids": ids, "labels": ids.masked_fill(ids == i, -100)}
+
+
+def train_with_trainer(network, folder, callbacks=(), **arguments):
+    settings = dict(num_train_epochs=6, per_device_train_batch_size=4, learning_rate=1e-2, logging_steps=1, seed=1)
+    settings |= dict(per_device_eval_batch_size=4, eval_strategy="epoch", save_strategy="epoch", save_total_limit=2)
+    settings |= dict(report_to="none", use_cpu=True, disable_tqdm=True)
+
+    def compute_metrics(prediction):
+        guesses, labels = prediction.predictions[:, :-1].argmax(-1), prediction.label_ids[:, 1:]
+        return {"accuracy": float((guesses == labels).mean())}
+
+    trainer = Trainer(
+        model=network,
+        args=TrainingArguments(output_dir=folder, **settings | arguments),
+        train_dataset=Rows(),
+        eval_dataset=Rows(),
+        compute_metrics=compute_metrics,
+        callbacks=list(callbacks),
+    )
+    trainer.train()
+    return trainer
+
+
+@pytest.mark.parametrize("arguments", [{}, {"label_smoothing_factor": 0.1}], ids=["plain", "label smoothing"])
+def test_trainer_trains_and_evaluates_as_with_gpt2(tmp_path, arguments):
+    model = make_model(vocab_size=V_REAL, pad_token_id=None)
+    histories = []
+    for network, name in ((as_gpt2(model), "theirs"), (model, "ours")):
+        trainer = train_with_trainer(network, tmp_path / name, num_train_epochs=3, **arguments)
+        rows = trainer.state.log_history
+        histories.append([{key: row[key] for key in LOGGED & row.keys()} for row in rows])
+    assert sum("eval_loss" in row for row in histories[0]) == 3
+    for theirs, ours in zip(*histories, strict=True):
+        assert ours == pytest.approx(theirs, abs=1e-3)
+    assert histories[1][-2]["eval_loss"] < 0.7 * histories[1][0]["loss"]
+
+
+def test_trainer_stops_early_and_keeps_the_best_model(tmp_path):
+    arguments = dict(load_best_model_at_end=True, metric_for_best_model="eval_loss", greater_is_better=False)
+    arguments |= dict(num_train_epochs=30, learning_rate=0.2, lr_scheduler_type="constant")
+    stop = EarlyStoppingCallback(early_stopping_patience=1)
+    trainer = train_with_trainer(make_model(vocab_size=V_REAL), tmp_path, [stop], **arguments)
+    losses = [row["eval_loss"] for row in trainer.state.log_history if "eval_loss" in row]
+    assert len(losses) < 30, "it was not stopped"
+    assert losses[-1] > min(losses)
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(min(losses), abs=1e-5)
+    assert trainer.model.lm_head.weight is trainer.model.transformer.wte.weight
+
+
 # ---- torch.compile, torch.export ----
 
 
@@ -688,7 +861,7 @@ def test_config_survives_every_serialization(tmp_path):
         assert again.to_dict() == config.to_dict(), form
 
 
-# ---- Sequence classification ----
+# ---- Classification and question answering ----
 
 
 def make_classifiers(num_labels=3, **fields):
@@ -753,6 +926,42 @@ def test_classifier_without_a_padding_token_refuses_a_batch_as_gpt2_does(ids):
             network(ids)
         messages.append(str(raised.value))
     assert messages[0] == messages[1]
+
+
+def make_heads(ours_class, theirs_class, names):
+    """Ours and transformers' with the same weights; names: ours to theirs, of the head."""
+    causal = make_model(num_labels=3)
+    ours, gpt2 = ours_class(copy.deepcopy(causal.config)).eval(), to_gpt2(causal)
+    ours.transformer.load_state_dict(causal.transformer.state_dict())
+    gpt2.config.num_labels = 3
+    theirs = theirs_class(gpt2.config).eval()
+    theirs.transformer.load_state_dict(gpt2.transformer.state_dict())
+    for our_name, their_name in names.items():
+        theirs.get_submodule(their_name).load_state_dict(ours.get_submodule(our_name).state_dict())
+    return ours, theirs
+
+
+def assert_same_head(ours, theirs, ids, labels, fields):
+    outputs, expected = (network(ids, **labels) for network in (ours, theirs))
+    for field in ("loss", *fields):
+        assert_close(outputs[field], expected[field], **CLOSE)
+    outputs.loss.backward()
+    expected.loss.backward()
+    assert ours.get_input_embeddings() is ours.transformer.wte
+    got, wanted = (network.transformer.wte.weight.grad[:V_REAL] for network in (ours, theirs))
+    assert (got - wanted).abs().max() <= 1e-5 * wanted.abs().max()
+
+
+def test_token_classifier_equals_gpt2(ids):
+    ours, theirs = make_heads(GPT2ReproForTokenClassification, GPT2ForTokenClassification, {"score": "classifier"})
+    assert ours.dropout.p == theirs.dropout.p
+    assert_same_head(ours, theirs, ids, {"labels": ids % 3}, ["logits"])
+
+
+def test_question_answering_equals_gpt2(ids):
+    ours, theirs = make_heads(GPT2ReproForQuestionAnswering, GPT2ForQuestionAnswering, {"qa_outputs": "qa_outputs"})
+    labels = {"start_positions": torch.tensor([1, 4]), "end_positions": torch.tensor([3, 9])}
+    assert_same_head(ours, theirs, ids, labels, ["start_logits", "end_logits"])
 
 
 CLASSIFY_ELSEWHERE = """

@@ -84,11 +84,13 @@ class MicroBatches(Dataset):
                     yield tokens
                     done += 1
                 return
-            except UserError as error:  # a worker sends it as the last line of its traceback
+            except UserError as error:
+                # A worker's arrives with its traceback: "Caught UserError ... gpt2repro.errors.UserError: MESSAGE"
                 raise UserError(str(error).strip().rpartition("UserError: ")[2]) from error
             except (RuntimeError, OSError, EOFError) as error:
                 # An OSError or EOFError comes from the pipe of a worker that died.
-                has_died = "DataLoader worker" in str(error) or not isinstance(error, RuntimeError)
+                is_of_a_worker = "DataLoader worker" in str(error) or not isinstance(error, RuntimeError)
+                has_died = self.recipe.num_workers > 0 and is_of_a_worker
                 if not has_died or done == restarted_at:
                     raise
                 restarted_at = done

@@ -12,7 +12,7 @@ from gpt2repro.data.manifest import Manifest, TokenizerRecord
 from gpt2repro.data.order import MIXTURE_BLOCK, count_windows, mixture_slots
 from gpt2repro.data.shards import SPLITS, Split
 from gpt2repro.data.token_stream import TokenStream
-from gpt2repro.errors import UserError
+from gpt2repro.errors import UserError, refuse
 
 
 @dataclass(frozen=True)
@@ -178,8 +178,7 @@ def _open_manifests(directories: list[str]) -> list[Manifest]:
             manifests.append(Manifest.open(directory))
         except UserError as error:
             problems.append(str(error))
-    if problems:
-        raise UserError("\n".join(problems))
+    refuse(problems)
     return manifests
 
 

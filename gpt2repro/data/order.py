@@ -1,6 +1,6 @@
 """Which tokens a step trains on: a pure function of the seed and the sample's number.
 
-Nothing about the order is ever saved, so a run resumes from one integer, the step, and any world size reads the
+Nothing about the order is saved but the step (and the batches that rollbacks skip), and any world size reads the
 identical token stream.
 """
 

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from gpt2repro.data.token_stream import bits_per_byte
 from gpt2repro.evaluation.hellaswag import FULL_SET, HUB_ID, OPENAI_GPT2, with_error
+from gpt2repro.models.padding import without_padding
 from gpt2repro.run_folder import RunFolder
 from gpt2repro.train.metrics import exported_step, read_metrics
 
@@ -52,6 +53,7 @@ def model_card(
         last_step: the checkpoint's step if the model is a checkpoint; None: it is the run's exported model.
         license: of the weights, as the Hub abbreviates it; None: what the run's recipe says, if anything.
     """
+    model = without_padding(model)  # as it is saved
     record: dict[str, Any] = {}
     metrics: dict[str, Any] = {}
     if run is not None:
@@ -94,22 +96,22 @@ def _metrics_of_step(rows: list[dict], record: dict[str, Any], last_step: int | 
 
 
 def _usage(model: PreTrainedModel, load_from: str) -> str:
-    remote_code = "" if model.config.model_type == "gpt2" else ", trust_remote_code=True"
+    is_plain = model.config.model_type == "gpt2"
+    remote_code = "" if is_plain else ", trust_remote_code=True"
+    needs = "" if is_plain else "\n\nNeeds transformers 5.17 or later and torch 2.11 or later."
     return (
         "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
         f'model = AutoModelForCausalLM.from_pretrained("{load_from}"{remote_code})\n'
-        f'tokenizer = AutoTokenizer.from_pretrained("{load_from}"{remote_code})\n```'
+        f'tokenizer = AutoTokenizer.from_pretrained("{load_from}"{remote_code})\n```{needs}'
     )
 
 
 def _facts(model: PreTrainedModel, record: dict[str, Any], metrics: dict[str, Any]) -> list[list[str]]:
     """Rows of the first table: what the model is and how it was made."""
     config = model.config
-    tokens = getattr(config, "unpadded_vocab_size", config.vocab_size)
-    padding = f" and {config.vocab_size - tokens} padding rows" if config.vocab_size > tokens else ""
     architecture = (
         f"{config.n_layer} layers, {config.n_head} heads, width {config.n_embd}, {config.n_positions} positions, "
-        f"{tokens:,} tokens{padding}, {model.num_parameters():,} parameters"
+        f"{config.vocab_size:,} tokens, {model.num_parameters():,} parameters"
     )
     facts = [["architecture", architecture]]
     if not record:

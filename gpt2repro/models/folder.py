@@ -24,6 +24,7 @@ from gpt2repro.errors import UserError
 from gpt2repro.files import new_folder
 from gpt2repro.models.errors import explained
 from gpt2repro.models.openai_weights import from_gpt2
+from gpt2repro.models.padding import without_padding
 from gpt2repro.run_folder import RunFolder
 from modeling_gpt2repro import register_auto_classes
 
@@ -62,10 +63,13 @@ def save_model_folder(
 ) -> None:
     """Write weights, code, tokenizer, generation defaults, model card and loss curve, atomically.
 
+    No padding rows are written: what lies in a model folder is for anyone.
+
     Args:
         model: a plain model, see `unwrapped`.
         picture: the loss curve as PNG.
     """
+    model = without_padding(model)
     config = model.config
     if model.generation_config._from_model_config:  # nobody has chosen one
         model.generation_config = GenerationConfig(
@@ -89,6 +93,9 @@ def _save_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     settings["tokenizer_class"] = "PreTrainedTokenizerFast"
     # Otherwise transformers 4 returns token_type_ids, and GPT2LMHeadModel adds token 0's embedding at every position.
     settings["model_input_names"] = ["input_ids", "attention_mask"]
+    # GPT-2's own tokenizer names one, and CTranslate2 cannot open a model without; byte-level BPE never produces it.
+    if settings.get("unk_token") is None and settings.get("eos_token") is not None:
+        settings["unk_token"] = settings["eos_token"]
     for key in TOKENIZER_INTERNALS:
         settings.pop(key, None)
     path.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")

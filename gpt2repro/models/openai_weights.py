@@ -5,8 +5,8 @@
     gpt2 = to_gpt2(model)
 
 GPT2LMHeadModel stores its projections as Conv1D, (in, out); ours are nn.Linear, (out, in), so four weights per block
-are transposed. Our vocabulary has padding rows, which are zero after loading and cut off on export. Everything else is
-identical.
+are transposed. Everything else is identical: a model that is opened has no padding rows, even if its checkpoint has.
+Only who trains it asks for them, with `stored.build(padded(stored.config))`; they are zeros.
 """
 
 import contextlib
@@ -24,15 +24,14 @@ from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 from transformers import GenerationConfig, GPT2Config, GPT2LMHeadModel, PreTrainedConfig, PreTrainedModel
 
-from gpt2repro.data.tokenization import padded_vocab_size
 from gpt2repro.errors import UserError, first_line
 from gpt2repro.models.errors import explained
 from gpt2repro.models.foreign_checkpoints import check_tensors, read_checkpoint_file
+from gpt2repro.models.padding import EMBEDDINGS, unpadded
 from gpt2repro.models.unwrap import unwrapped
 from modeling_gpt2repro import GPT2ReproConfig, GPT2ReproForCausalLM
 
 
-VOCABULARY = ("transformer.wte.weight", "lm_head.weight")
 PROJECTIONS = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 GELUS = ("gelu_new", "gelu_pytorch_tanh", "gelu")  # the first two are the same function; the third is nanoGPT's
 MASK_BUFFERS = (".attn.bias", ".attn.masked_bias")  # causal masks that older releases of transformers saved
@@ -67,7 +66,7 @@ class StoredGPT2:
     """A GPT-2 checkpoint whose configuration is known and whose weights `build` reads. Made by `open_gpt2`.
 
     source, revision: what `open_gpt2` was asked for.
-    config: the checkpoint's configuration, with its vocabulary padded unless the folder is one of ours.
+    config: the checkpoint's configuration, without padding rows.
     open_tensors: locates the weights, on the Hub by downloading them; returns the tensors by our parameter names,
         projections (out, in).
     """
@@ -83,8 +82,8 @@ class StoredGPT2:
         Tensors are read one by one, so peak memory is little more than the size of the model.
 
         Args:
-            config: `self.config`, possibly with other dropout, or with a smaller n_positions, which crops the position
-                embeddings (nanoGPT's crop_block_size).
+            config: `self.config`, possibly `padded`, with other dropout, or with a smaller n_positions, which crops the
+                position embeddings (nanoGPT's crop_block_size).
             dtype: of the weights; None keeps the checkpoint's.
         Raises:
             UserError: the weights are missing, damaged or quantized.
@@ -137,12 +136,12 @@ def open_gpt2(source: str | Path, revision: str | None = None) -> StoredGPT2:
         if Path(source).is_file():
             fields, tensors = read_checkpoint_file(source)
             stored_tensors = {name: StoredTensor.of(tensor) for name, tensor in tensors.items()}
-            return StoredGPT2(source, revision, _padded_config(fields), lambda: stored_tensors)
+            return StoredGPT2(source, revision, unpadded(GPT2ReproConfig(**fields)), lambda: stored_tensors)
         stored_fields = _read_config(source, revision)
         is_ours = stored_fields.get("model_type") == GPT2ReproConfig.model_type
         config = GPT2ReproConfig.from_dict(stored_fields) if is_ours else _converted_config(source, stored_fields)
         open_tensors = functools.partial(_open_folder, source, revision, config, is_ours)
-        return StoredGPT2(source, revision, config, open_tensors)
+        return StoredGPT2(source, revision, unpadded(config), open_tensors)
 
 
 def gpt2_config(source: str | Path, revision: str | None = None) -> GPT2ReproConfig:
@@ -205,13 +204,7 @@ def _converted_config(source: str | Path, stored_fields: dict) -> GPT2ReproConfi
     _check_is_gpt2(source, stored_fields)
     theirs = GPT2Config.from_dict(stored_fields)
     fields = {name: getattr(theirs, name) for name in SHARED_FIELDS}
-    fields["unpadded_vocab_size"] = theirs.vocab_size
-    return _padded_config(fields)
-
-
-def _padded_config(fields: dict) -> GPT2ReproConfig:
-    rows = padded_vocab_size(fields["unpadded_vocab_size"])
-    return GPT2ReproConfig(**{**fields, "vocab_size": rows})
+    return GPT2ReproConfig(vocab_size=theirs.vocab_size, unpadded_vocab_size=theirs.vocab_size, **fields)
 
 
 def _check_is_gpt2(source: str | Path, stored_fields: dict) -> None:
@@ -248,7 +241,7 @@ def _read_weights(model: GPT2ReproForCausalLM, tensors: dict[str, StoredTensor])
     weights = {}
     # Largest first: a tensor is in memory twice while it is copied.
     for name, parameter in sorted(model.named_parameters(), key=lambda item: -item[1].numel()):
-        rows = model.config.unpadded_vocab_size if name in VOCABULARY else len(parameter)
+        rows = model.config.unpadded_vocab_size if name in EMBEDDINGS else len(parameter)
         weights[name] = torch.zeros(parameter.shape, dtype=model.config.dtype)
         weights[name][:rows] = tensors[name].read()[:rows]
     return weights
@@ -257,7 +250,7 @@ def _read_weights(model: GPT2ReproForCausalLM, tensors: dict[str, StoredTensor])
 def _open_folder(
     source: str | Path, revision: str | None, config: GPT2ReproConfig, is_ours: bool
 ) -> dict[str, StoredTensor]:
-    """The tensors of a model folder or Hub repository by our parameter names.
+    """The tensors of a model folder or Hub repository by our parameter names; `config` as the folder has it.
 
     Any release of transformers may have saved a GPT2LMHeadModel: with or without the `transformer.` prefix, the mask
     buffers and the head.
@@ -274,11 +267,8 @@ def _open_folder(
         raise UserError(
             f"{source} lacks lm_head.weight, but its config.json says tie_word_embeddings=false; correct one of them"
         )
-    expected_fields = config.to_dict()
-    if not is_ours:
-        expected_fields["vocab_size"] = config.unpadded_vocab_size  # GPT2LMHeadModel has no padding rows
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
-    check_tensors(expected_fields, shapes, str(source))
+    check_tensors(config.to_dict(), shapes, str(source))
     return tensors
 
 

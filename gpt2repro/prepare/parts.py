@@ -168,6 +168,8 @@ class PartWriter:
                 self.notes[document.note] += 1
 
     def _exceeds_quota(self, length: int) -> bool:
+        if self.quota.tokens is None and self.quota.documents is None:
+            return False
         counts = self.counts
         too_many_tokens = self.quota.tokens is not None and counts.tokens + length > self.quota.tokens
         return too_many_tokens or counts.documents == self.quota.documents

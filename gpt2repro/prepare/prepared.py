@@ -31,7 +31,7 @@ from gpt2repro.prepare.plan import PartRecord
 from gpt2repro.prepare.request import Request
 
 
-FACT_NAMES = {"files": "list of files", "modified": "modification times"}  # in messages; other facts have flags' names
+FACT_NAMES = {"files": "list of files", "modified": "modification times"}  # other facts are named like their flags
 
 
 @dataclass(frozen=True)
@@ -65,11 +65,11 @@ class Unfinished:
         """None if there is no such file of ours."""
         try:
             settings = dict(json.loads(path.read_text()))
-        except (OSError, ValueError, TypeError):
+            corpus_facts, modified = settings.pop("corpus_facts", {}), settings.pop("modified", None)
+            record, files = settings.pop("tokenizer_facts", None), settings.pop("tokenizer_files", None)
+            tokenizer = SavedTokenizer(TokenizerRecord.from_dict(record), files) if files else None
+        except (OSError, ValueError, KeyError, TypeError):
             return None
-        corpus_facts, modified = settings.pop("corpus_facts", {}), settings.pop("modified", None)
-        record, files = settings.pop("tokenizer_facts", None), settings.pop("tokenizer_files", None)
-        tokenizer = SavedTokenizer(TokenizerRecord.from_dict(record), files) if files else None
         return cls(settings, corpus_facts, modified, tokenizer)
 
     def write(self, path: Path) -> None:

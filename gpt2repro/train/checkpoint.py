@@ -44,7 +44,7 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
     return json.loads((checkpoint / STATE).read_text())
 
 
-def damage(checkpoint: Path, only: str | None = None) -> str | None:
+def find_damage(checkpoint: Path, only: str | None = None) -> str | None:
     """What is missing or altered in a checkpoint, or in its file `only`; None if it is intact."""
     try:
         hashes = json.loads((checkpoint / HASHES).read_text())
@@ -98,19 +98,18 @@ class Checkpoints:
         if self.uses_deepspeed:
             self._save_with_deepspeed(state)
             return
-        weights, moments = self._whole_tensors()
+        weights, moments = self._full_tensors()
         if not self.accelerator.is_main_process:
             return
-        if self.accelerator.device.type == "cpu":  # "offloaded" tensors still share memory with the live ones
-            weights = {name: tensor.clone() for name, tensor in weights.items()}
-            moments = {name: tensor.clone() for name, tensor in moments.items()}
+        weights = {name: self._copy(tensor) for name, tensor in weights.items()}
+        moments = {name: self._copy(tensor) for name, tensor in moments.items()}
         state = copy.deepcopy(state)
         if self.accelerator.scaler is not None:
             state["scaler"] = self.accelerator.scaler.state_dict()
         self.writer = Thread(target=self._write, args=(weights, moments, state))
         self.writer.start()
 
-    def _whole_tensors(self) -> tuple[Tensors, Tensors]:
+    def _full_tensors(self) -> tuple[Tensors, Tensors]:
         """Gather the weights, and the optimizers' tensors as PARAMETER.KEY, on the main process. All ranks call it."""
         options = StateDictOptions(full_state_dict=True, cpu_offload=True)
         weights = get_model_state_dict(self.model, options=options)
@@ -125,6 +124,12 @@ class Checkpoints:
             for key, tensor in of_parameter.items()
         }
         return {name: weights[name] for name in self.names}, moments
+
+    def _copy(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A tensor that training no longer changes. On the CPU the "offloaded" ones are the live ones; so are, beside a
+        GPU, the step counts of an optimizer that keeps them on the CPU."""
+        is_live = self.accelerator.device.type == "cpu" or tensor.dim() == 0
+        return tensor.clone() if is_live else tensor
 
     def wait(self) -> None:
         """Block until the checkpoint that is being written is on disk."""
@@ -152,12 +157,16 @@ class Checkpoints:
             with new_folder(self.folder.checkpoint(state["step"])) as folder:
                 save_file(weights, folder / MODEL, metadata={"format": "pt"})
                 save_file(moments, folder / OPTIMIZER)
-                self._write_the_rest(folder, state)
-            self._rotate()
+                self._write_metadata(folder, state)
             self.failure = None
         except Exception as error:  # an OSError, a SafetensorError, or tokenizers' plain Exception
             self.failure = f"the checkpoint at step {state['step']:,} could not be written ({first_line(error)})"
             self.say(f"{self.failure}; training continues")
+            return
+        try:
+            self._rotate()
+        except OSError as error:
+            self.say(f"older checkpoints could not be deleted ({first_line(error)}); training continues")
 
     def _save_with_deepspeed(self, state: dict[str, Any]) -> None:
         """DeepSpeed writes its own optimizer shards, from every rank; only the same world size can resume from them."""
@@ -173,11 +182,11 @@ class Checkpoints:
             self.accelerator.save_state(str(folder))
             self.accelerator.wait_for_everyone()
             if main:
-                self._write_the_rest(folder, state)
+                self._write_metadata(folder, state)
         if main:
             self._rotate()
 
-    def _write_the_rest(self, folder: Path, state: dict[str, Any]) -> None:
+    def _write_metadata(self, folder: Path, state: dict[str, Any]) -> None:
         """Write everything but the tensors; last, the hashes of all files."""
         (folder / STATE).write_text(json.dumps(state) + "\n")
         self.model.config.save_pretrained(folder)
@@ -215,7 +224,7 @@ class Checkpoints:
 
         def read() -> tuple[Path, dict[str, Any], bool] | None:
             candidates = self._best_first() if best else self.folder.complete_checkpoints()[::-1]
-            checkpoint = self._first_whole(candidates)
+            checkpoint = self._first_intact(candidates)
             if checkpoint is None:
                 return None
             if not self.uses_deepspeed:
@@ -251,11 +260,11 @@ class Checkpoints:
             state = {"state": moments, "param_groups": groups} if self.accelerator.is_main_process else {}
             set_optimizer_state_dict(self.model, self.optimizers, state, options=options)
 
-    def _first_whole(self, candidates: list[Path]) -> Path | None:
+    def _first_intact(self, candidates: list[Path]) -> Path | None:
         """The first intact candidate. If there is one, the damaged ones before it are renamed."""
         problems: dict[Path, str] = {}
         for checkpoint in candidates:
-            problem = damage(checkpoint)
+            problem = find_damage(checkpoint)
             if problem is None:
                 self._set_aside(problems, taken=checkpoint)
                 return checkpoint

@@ -7,6 +7,7 @@ from transformers import PreTrainedModel
 from gpt2repro.evaluation.hellaswag import ENDINGS, EncodedItem, encode_item, evaluate_hellaswag, load_items
 from gpt2repro.evaluation.validation import validation_losses
 from gpt2repro.models.sampling import generate
+from gpt2repro.processes import on_main
 from gpt2repro.train.preflight import Plan
 from gpt2repro.train.run_state import RunState
 from gpt2repro.train.telemetry import Telemetry
@@ -37,7 +38,7 @@ class Evaluations:
     def run_due(self, run: RunState) -> None:
         """Run and log the evaluations that are due after step run.step."""
         if run.is_due(self.recipe.validate_every):
-            self.validate(run)
+            self.validate(run)  # the first, as early stopping makes this step the last, after which all are due
         if self.hellaswag and run.is_due(self.recipe.hellaswag_every):
             self.score_hellaswag(run.step)
         if run.is_due(self.recipe.sample_every):
@@ -73,10 +74,9 @@ class Evaluations:
         self.telemetry.log(step, samples=samples)
 
 
-def load_hellaswag(plan: Plan, accelerator: Accelerator) -> list[EncodedItem]:
+def load_hellaswag(plan: Plan) -> list[EncodedItem]:
     """The encoded HellaSwag items; empty if the recipe does not evaluate on HellaSwag."""
     if not plan.recipe.hellaswag_every:
         return []
-    with accelerator.main_process_first():  # the main process downloads, the other ranks read its cache
-        items = load_items(plan.recipe.hellaswag_data)
+    items = on_main(lambda: load_items(plan.recipe.hellaswag_data))
     return [encode_item(item, plan.tokenizer, plan.config.n_positions) for item in items]

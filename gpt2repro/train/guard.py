@@ -11,6 +11,7 @@ from gpt2repro.recipe import Recipe
 
 
 WINDOW = 128  # recent finite losses that a new loss is compared with
+MIN_LOSSES = 64  # before the first z-score
 
 
 class Guard:
@@ -36,9 +37,11 @@ class Guard:
 
     def batch(self, step: int) -> int:
         """The number of the batch that step `step`, counted from 0, reads."""
-        for number in self.left_out:
-            step += number <= step
-        return step
+        batch = step
+        for left_out in self.left_out:
+            if left_out <= batch:
+                batch += 1
+        return batch
 
     def accepts(self, step: int, loss: float, grad_norm: float, scaler: torch.amp.GradScaler | None = None) -> bool:
         """Whether to apply the update of step `step`; False: skip it.
@@ -69,7 +72,7 @@ class Guard:
         self.zscore = None
         if not math.isfinite(loss):
             return
-        if len(self.losses) >= WINDOW // 2:
+        if len(self.losses) >= MIN_LOSSES:
             spread = statistics.stdev(self.losses)
             if spread > 0:
                 self.zscore = (loss - statistics.fmean(self.losses)) / spread

@@ -9,7 +9,6 @@ from uuid import uuid4
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, GradientAccumulationPlugin, InitProcessGroupKwargs
-from filelock import FileLock
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from gpt2repro.data.mixture import RunData
@@ -17,7 +16,6 @@ from gpt2repro.errors import UserError
 from gpt2repro.processes import cpu_asked, device_name, on_main, use_all_cores, world_size
 from gpt2repro.recipe import Recipe
 from gpt2repro.run_folder import RunFolder
-from gpt2repro.train.optimizers import launch_problems
 from gpt2repro.train.report import provenance
 from gpt2repro.train.tracker import start_tracker
 
@@ -28,7 +26,7 @@ def build_accelerator(recipe: Recipe) -> Accelerator:
     Raises:
         UserError: this launch cannot run the recipe.
     """
-    accumulation = recipe.accumulation(world_size(), step=0)
+    accumulation = recipe.accumulation(world_size(), batch=0)
     accelerator = Accelerator(
         cpu=cpu_asked(),
         # The other ranks wait while the main process hashes the data or writes a large checkpoint. That may take longer
@@ -44,9 +42,6 @@ def build_accelerator(recipe: Recipe) -> Accelerator:
             f"WORLD_SIZE={world_size()}, but accelerate runs {accelerator.num_processes} process(es); "
             "start the run with `accelerate launch` or torchrun"
         )
-    problems = launch_problems(recipe, accelerator)
-    if problems:
-        raise UserError("\n".join(problems))
     if accelerator.device.type == "cpu":
         use_all_cores()
     torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in float32
@@ -61,22 +56,20 @@ def build_accelerator(recipe: Recipe) -> Accelerator:
     return accelerator
 
 
-def begin_run(recipe: Recipe, data: RunData, accelerator: Accelerator) -> FileLock | None:
+def begin_run(recipe: Recipe, data: RunData, folder: RunFolder, accelerator: Accelerator) -> None:
     """Verify the data, lock the output directory, write recipe.yaml at the first start, and start the tracker.
 
-    Returns:
-        The lock that keeps other runs out, on the main process; None on other ranks.
     Raises:
+        UserError: this rank has other data than the main process.
         SharedError: a shard has changed, another run holds the directory, or the tracker does not start.
     """
     accelerator.wait_for_everyone()  # all ranks check the directory before the main process writes to it
+    _refuse_other_data(data)
     hardware = f"{accelerator.num_processes} x {device_name(accelerator.device)}"
-    locks = []
 
     def begin() -> None:
-        folder = RunFolder(recipe.output_dir)
         verified = data.verify_changed(folder.read_verified())
-        locks.append(folder.lock())
+        folder.lock()
         if not folder.recipe.exists():
             _report_assumed_tokenizers(data)
             folder.write_record(run_record(recipe, data, hardware))
@@ -84,7 +77,6 @@ def begin_run(recipe: Recipe, data: RunData, accelerator: Accelerator) -> FileLo
         start_tracker(recipe, folder.read_record().get("run_id"), accelerator)
 
     on_main(begin)
-    return locks[0] if locks else None
 
 
 def run_record(recipe: Recipe, data: RunData, hardware: str) -> dict:
@@ -100,6 +92,16 @@ def run_record(recipe: Recipe, data: RunData, hardware: str) -> dict:
         "versions": provenance(),
         "run_id": f"{plain_name}-{uuid4().hex[:8]}",
     }
+
+
+def _refuse_other_data(data: RunData) -> None:
+    """Machines without a shared file system may have different copies of the data."""
+    expected = on_main(lambda: data.fingerprint)
+    if data.fingerprint != expected:
+        raise UserError(
+            f"this rank's data has the fingerprint {data.fingerprint}, the main process's {expected}; copy the same "
+            "prepared directory to every machine"
+        )
 
 
 def _report_assumed_tokenizers(data: RunData) -> None:

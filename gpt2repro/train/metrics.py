@@ -1,4 +1,14 @@
-"""metrics.jsonl, the log of a run: rows are appended and never rewritten."""
+"""metrics.jsonl, the log of a run: one JSON object per row, appended and never rewritten.
+
+Every row has `step` and `tokens` (seen after that step), and the keys of one kind:
+
+    loss        training, every log_every steps: loss (mean since the row before, nats per token), lr, grad_norm (before
+                clipping), clipped (share of the steps), bad_steps (updates skipped so far), loss_zscore, update_ratio,
+                tokens_per_second, data_wait (share of the time), mfu, peak_memory_bytes, hours, hours_left, dollars
+    val_loss    validation: val_loss, and val_loss_NAME for each source of a mixture
+    hellaswag_acc   HellaSwag: hellaswag_acc, hellaswag_acc_norm, their standard errors, hellaswag_items
+    samples     continuations of the recipe's prompts
+"""
 
 import json
 from collections.abc import Iterator
@@ -70,7 +80,10 @@ def exported_step(rows: list[dict[str, Any]], record: dict[str, Any]) -> int:
 
 
 def _kind(row: dict[str, Any]) -> str:
-    return next(kind for kind in ROW_KINDS if kind in row)
+    for kind in ROW_KINDS:
+        if kind in row:
+            return kind
+    raise KeyError(f"a row has none of the keys {ROW_KINDS}, by which its kind is known: {list(row)}")
 
 
 def _rows(path: Path) -> Iterator[dict[str, Any]]:

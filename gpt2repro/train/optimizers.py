@@ -98,21 +98,30 @@ def optimizer_problems(recipe: Recipe) -> list[str]:
     return [f"{problem}; did you mean {nearest[0]}?" if nearest else problem]
 
 
-def launch_problems(recipe: Recipe, accelerator: Accelerator) -> list[str]:
-    """What in the recipe does not work with the launch's precision or distribution."""
-    deepspeed = accelerator.distributed_type == DistributedType.DEEPSPEED
+def launch_problems(recipe: Recipe, accelerator: Accelerator, n_optimizers: int) -> list[str]:
+    """What in the recipe is incompatible with the launch's precision or distribution.
+
+    Args:
+        n_optimizers: how many `build_optimizers` returned.
+    """
+    uses_deepspeed = accelerator.distributed_type == DistributedType.DEEPSPEED
     problems = []
     if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
         problems.append("mixed_precision=fp16 would run in float32 on the CPU; use bf16 or no")
-    if recipe.optimizer == "muon" and accelerator.mixed_precision == "fp16":
+    if n_optimizers > 1 and accelerator.mixed_precision == "fp16":
         # accelerate steps and updates its one GradScaler for each optimizer in turn: the second optimizer's gradients
         # are unscaled twice, and an overflow that only one of them sees skips only that one's step.
-        problems.append("optimizer=muon is two optimizers, which accelerate scales wrongly in fp16; use bf16, or adamw")
-    if recipe.optimizer == "muon" and deepspeed:
-        problems.append("optimizer=muon is two optimizers, but DeepSpeed takes only one; use FSDP2, or adamw")
-    if recipe.batch_ramp_start and deepspeed:
         problems.append(
-            f"batch_ramp_start={recipe.batch_ramp_start} varies the gradient accumulation, which DeepSpeed does not "
-            "support; use FSDP2"
+            f"optimizer={recipe.optimizer} is {n_optimizers} optimizers, which accelerate scales wrongly in fp16; use "
+            "bf16 or adamw"
+        )
+    if n_optimizers > 1 and uses_deepspeed:
+        problems.append(
+            f"optimizer={recipe.optimizer} is {n_optimizers} optimizers, but DeepSpeed takes only one; use FSDP2 or "
+            "adamw"
+        )
+    if recipe.batch_ramp_start and uses_deepspeed:
+        problems.append(
+            f"batch_ramp_start={recipe.batch_ramp_start} varies the accumulation, which DeepSpeed cannot; use FSDP2"
         )
     return problems

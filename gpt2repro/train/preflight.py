@@ -14,11 +14,12 @@ from gpt2repro.data.foreign_tokens import foreign_format
 from gpt2repro.data.manifest import MANIFEST
 from gpt2repro.data.mixture import RunData
 from gpt2repro.data.tokenization import build_tokenizer, padded_vocab_size
-from gpt2repro.errors import UserError
+from gpt2repro.errors import UserError, refuse
+from gpt2repro.files import CHECKOUT
 from gpt2repro.models.folder import find_model, load_tokenizer
 from gpt2repro.models.openai_weights import StoredGPT2, gpt2_config, open_gpt2
 from gpt2repro.models.sampling import prompt_text
-from gpt2repro.processes import cpu_asked, missing_gpu, world_size
+from gpt2repro.processes import cpu_asked, missing_gpu, on_main, world_size
 from gpt2repro.recipe import Recipe
 from gpt2repro.recipe_file import differences, parse_recipe
 from gpt2repro.run_folder import RunFolder
@@ -27,8 +28,7 @@ from gpt2repro.train.optimizers import optimizer_problems
 from modeling_gpt2repro import GPT2ReproConfig
 
 
-ROOT = Path(__file__).resolve().parents[2]
-DEMO = ROOT / "recipes" / "demo.yaml"
+DEMO = CHECKOUT / "recipes" / "demo.yaml"
 DROPOUTS = ("resid_pdrop", "embd_pdrop", "attn_pdrop")
 
 
@@ -57,8 +57,8 @@ def resolve_and_check(argv: list[str]) -> Plan:
         UserError: one line for each mistake.
     """
     recipe, problems = parse_recipe(argv, DEMO, GPT2ReproConfig)
-    is_demo = not any(word.split("=")[0] == "--config" for word in argv)
-    if is_demo and not problems and not recipe.data:
+    flags = {word.split("=")[0] for word in argv}
+    if not problems and not flags & {"--config", "--data_dir", "--data"}:
         prepare_demo(recipe)
     problems += recipe.problems(world_size()) + optimizer_problems(recipe) + missing_gpu() + tracker_problems(recipe)
     # --eval_only has neither an output directory nor checkpoints of its own.
@@ -88,15 +88,20 @@ def make_plan(recipe: Recipe, data: RunData, folder: RunFolder | None) -> Plan:
 
 
 def prepare_demo(recipe: Recipe) -> None:
-    """Say that a command without --config trains the demo; on the main process, prepare its corpus if missing."""
-    with PartialState(cpu=cpu_asked()).main_process_first():
-        if PartialState().is_main_process:
-            print(f"no --config: training the demo, {DEMO.relative_to(ROOT)}; recipes/ has the real ones", flush=True)
-            if not (Path(recipe.data_dir) / MANIFEST).exists():
-                script = str(ROOT / "prepare_data.py")
-                command = [sys.executable, script, recipe.corpus, "--output_dir", recipe.data_dir]
-                if subprocess.run(command).returncode != 0:
-                    raise UserError(f"the demo's corpus could not be prepared in {recipe.data_dir}")
+    """Say that a command without --config trains the demo; on the main process, prepare its corpus if it is missing."""
+    PartialState(cpu=cpu_asked())
+
+    def prepare() -> None:
+        name = DEMO.relative_to(CHECKOUT)
+        print(f"no --config: training the demo, {name}; recipes/ has the real ones", flush=True)
+        if (Path(recipe.data_dir) / MANIFEST).exists():
+            return
+        script = str(CHECKOUT / "prepare_data.py")
+        command = [sys.executable, script, recipe.corpus, "--output_dir", recipe.data_dir]
+        if subprocess.run(command).returncode != 0:
+            raise UserError(f"the demo's corpus could not be prepared in {recipe.data_dir}")
+
+    on_main(prepare)
 
 
 # ---- data ----
@@ -161,7 +166,7 @@ def scratch_config(recipe: Recipe, data: RunData) -> GPT2ReproConfig:
 def newest_config(folder: RunFolder) -> GPT2ReproConfig | None:
     """The configuration in the newest checkpoint whose config.json is intact; None if there is none."""
     for path in reversed(folder.complete_checkpoints()):
-        if checkpoint.damage(path, "config.json") is None:
+        if checkpoint.find_damage(path, "config.json") is None:
             return gpt2_config(str(path))
     return None
 
@@ -184,8 +189,7 @@ def adapt_config(stored: GPT2ReproConfig, recipe: Recipe) -> GPT2ReproConfig:
             chosen[name] = value
         elif value != stored_value:
             problems.append(f"model.{name}={value}, but init_from={recipe.init_from} has {stored_value}; drop it")
-    if problems:
-        raise UserError("\n".join(problems))
+    refuse(problems)
     return GPT2ReproConfig(**stored.to_dict() | chosen)
 
 

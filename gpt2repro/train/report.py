@@ -1,6 +1,8 @@
 """What a run reports at its end: the loss curve, the final losses, the software versions, and where its files are."""
 
 import contextlib
+import io
+import itertools
 import platform
 import subprocess
 from importlib.metadata import version
@@ -9,6 +11,7 @@ from typing import Any
 
 from gpt2repro.data.mixture import RunData
 from gpt2repro.data.token_stream import bits_per_byte, unigram_entropy
+from gpt2repro.files import CHECKOUT, write_bytes
 from gpt2repro.run_folder import RunFolder
 
 
@@ -17,10 +20,9 @@ LINE_COLORS = ("gray", "tab:green", "tab:red", "tab:purple", "tab:brown")
 
 def provenance() -> dict[str, Any]:
     """Versions of the software and, in a git checkout, the commit."""
-    root = Path(__file__).resolve().parents[2]
     commit = None
-    if (root / ".git").exists():  # an installed copy may lie inside another repository's checkout
-        git = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40"]
+    if (CHECKOUT / ".git").exists():  # an installed copy may lie inside another repository's checkout
+        git = ["git", "-C", str(CHECKOUT), "describe", "--always", "--dirty", "--abbrev=40"]
         with contextlib.suppress(OSError):  # git is not installed
             commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or None
     packages = ("torch", "transformers", "accelerate", "datasets")
@@ -48,13 +50,15 @@ def plot_losses(metrics: list[dict[str, Any]], lines: dict[str, float], path: Pa
     if val:
         last = val[-1][1]
         axes.plot(*zip(*val), color="tab:orange", marker="o", markersize=4, label=f"validation, last {last:.4f}")
-    for (name, loss), color in zip(lines.items(), LINE_COLORS):
+    for (name, loss), color in zip(lines.items(), itertools.cycle(LINE_COLORS)):
         axes.axhline(loss, linestyle="--", color=color, linewidth=1, label=f"{name}, {loss:.4f}")
     axes.set(xlabel="step", ylabel="loss, nats per token", title=title)
     axes.grid(alpha=0.3)
     axes.legend()
-    figure.savefig(path, dpi=120)
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", dpi=120)
     pyplot.close(figure)
+    write_bytes(path, picture.getvalue())
 
 
 def losses_text(val_loss: float, baseline: float, data: RunData, at_step: str) -> str:

@@ -107,7 +107,9 @@ class RunState:
         self.telemetry.say(f"{seen}: rolled back to step {self.step:,}, skipping them")
 
     def take_best(self, checkpoints: Checkpoints) -> None:
-        """With `patience`, load the weights with the best validation loss, unless the run was stopped early."""
-        if self.recipe.patience and self.stopping is None:
-            state = checkpoints.restore(best=True)
-            self.step = self.step if state is None else state["step"]
+        """With `patience`, a run that has come to its end takes the checkpoint with the best validation loss."""
+        if not self.recipe.patience or self.stopping is not None:
+            return
+        state = checkpoints.restore(best=True)
+        if state is not None:
+            self.step, self.val_loss = state["step"], state["val_loss"]

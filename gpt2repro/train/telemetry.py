@@ -18,6 +18,7 @@ from gpt2repro.run_folder import RunFolder
 from gpt2repro.train.guard import Guard
 from gpt2repro.train.metrics import Metrics
 from gpt2repro.train.speed import flops_per_token, peak_flops, peak_memory_bytes
+from gpt2repro.train.tracker import track
 
 
 UPDATE_RATIO_EVERY = 100  # steps; measuring it copies the weights
@@ -125,7 +126,8 @@ class Telemetry:
             seconds_waited: for data, since the process started.
         """
         self.losses.append(loss)
-        self.clipped += grad_norm > self.recipe.max_grad_norm
+        if grad_norm > self.recipe.max_grad_norm:
+            self.clipped += 1
         self.timed_steps += 1
         self.waited = seconds_waited
         self.bar.update()
@@ -226,14 +228,6 @@ class Telemetry:
             self.accelerator.trackers.clear()
             tracker = self.recipe.report_to
             self.say(f"report_to={tracker} failed ({first_line(error)}); metrics.jsonl continues without it")
-
-
-def track(accelerator: Accelerator, row: dict[str, Any]) -> None:
-    """Send the numbers in a row of metrics.jsonl to the tracker."""
-    values = {key: value for key, value in row.items() if key not in ("step", "tokens")}
-    numbers = {key: value for key, value in values.items() if isinstance(value, int | float)}
-    if numbers:
-        accelerator.log(numbers, step=row["step"])
 
 
 def _norm(tensors: list[torch.Tensor]) -> torch.Tensor:

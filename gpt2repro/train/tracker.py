@@ -12,7 +12,6 @@ from gpt2repro.errors import UserError, first_line
 from gpt2repro.recipe import Recipe
 from gpt2repro.run_folder import RunFolder
 from gpt2repro.train.metrics import read_metrics
-from gpt2repro.train.telemetry import track
 
 
 PROJECT = "gpt2repro"
@@ -61,6 +60,14 @@ def start_tracker(recipe: Recipe, run_id: str | None, accelerator: Accelerator) 
         raise UserError(
             f"report_to={recipe.report_to} does not start ({first_line(error)}); {REMEDIES[recipe.report_to]}"
         ) from error
+
+
+def track(accelerator: Accelerator, row: dict[str, Any]) -> None:
+    """Send the numbers in a row of metrics.jsonl to the tracker."""
+    values = {key: value for key, value in row.items() if key not in ("step", "tokens")}
+    numbers = {key: value for key, value in values.items() if isinstance(value, int | float)}
+    if numbers:
+        accelerator.log(numbers, step=row["step"])
 
 
 def _flat_settings(recipe: Recipe) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Tokenizers against tiktoken and OpenAI's own vocabulary files, before and after a trip through a folder."""
+"""Tokenizers against tiktoken and OpenAI's own vocabulary files, before and after being saved and loaded."""
 
 import dataclasses
 import importlib.util
@@ -36,7 +36,7 @@ NASTY = {
 
 @pytest.fixture(scope="module")
 def tokenizers_of(topics, gpt2):
-    """Name -> tokenizer; built from half a megabyte, which has every kind of character that the tests encode."""
+    """Name -> tokenizer, built from half a megabyte of text with every character that the tests encode."""
     texts = [*topics, *NASTY.values()]
     return {"gpt2": gpt2, "char": build_tokenizer("char", texts), "bpe:500": build_tokenizer("bpe:500", texts)}
 
@@ -85,14 +85,14 @@ def test_gpt2_equals_tiktoken_on_shakespeare(same_as_tiktoken, shared):
 
 
 def test_gpt2_equals_tiktoken_all_over_unicode(same_as_tiktoken):
-    """The two libraries carry Unicode tables of their own: letter, number, space or other, in any neighbourhood. All
-    1.1 million code points agree, which takes minutes; here is every 199th, and all of the first 1500."""
+    """The two libraries have Unicode tables of their own (letter, number, space, other). All 1.1 million code points
+    agree, which takes minutes to show; this tests every 199th, and all of the first 1500."""
     points = [*range(1500), *(point for point in range(1500, 0x110000, 199) if not 0xD800 <= point < 0xE000)]
     same_as_tiktoken([f"a{c}1{c}!{c} {c}{c}\n{c}" for c in map(chr, points)])
 
 
 def test_the_fast_tokenizer_has_openais_vocabulary_and_merges(gpt2, package_data):
-    """fast_from_tiktoken recovers the merges, which tiktoken throws away, in their order."""
+    """fast_from_tiktoken recovers the merges, which tiktoken discards, in order."""
     model = json.loads(gpt2.fast.backend_tokenizer.to_str())["model"]
     assert model["vocab"] == json.loads((package_data / "encoder.json").read_text())
     merges = (package_data / "vocab.bpe").read_text().splitlines()[1:]  # the first line is the version
@@ -114,8 +114,8 @@ BLANKS = [" ", "\n", "\t \n", "\u3000 ", "\r\n"]
 
 @pytest.mark.parametrize("text", ["a{}b", "{}1", "!{}", "{}", "x{}  .", "{}\nword {}y"])
 def test_blanks_that_tiktoken_gives_up_on(gpt2, encoding, text):
-    """A million of them before a letter are encoded by the equal tokenizer: shown on runs that tiktoken can do, and by
-    the rule that all blanks but the last are one piece."""
+    """A million blanks before a letter are encoded by the equivalent fast tokenizer, which is compared on runs that
+    tiktoken can encode."""
     texts = [text.replace("{}", blank * n) for blank in BLANKS for n in (1, 2, 7, 5000)]
     expected = [encoding.encode_ordinary(text) for text in texts]
     assert tokenization._fast_encode_batch(tokenization._gpt2_backend())(texts) == expected
@@ -207,7 +207,7 @@ def test_bpe_has_just_so_many_ids(topics, size):
 
 
 def test_bpe_round_trips_every_byte(tokenizers_of):
-    """UTF-8 leads with every byte but 0xC0, 0xC1 and 0xF5 ... 0xFF, none of which a text can hold."""
+    """UTF-8 uses every byte but 0xC0, 0xC1 and 0xF5 ... 0xFF."""
     text = "".join(map(chr, [*range(0x800), *range(0x800, 0xD800, 63), *range(0xE000, 0x110000, 0x3F1)]))
     assert len(set(text.encode())) == 256 - 13
     tokenizer = tokenizers_of["bpe:500"]
@@ -268,7 +268,7 @@ def test_a_saved_tokenizer_gives_the_same_ids(tokenizers_of, topics, tmp_path, n
 
 
 def test_padding_and_truncation_of_a_saved_tokenizer_do_not_reach_the_data(topics, tmp_path):
-    """A tokenizer keeps, in its file, the padding and truncation of its last batch."""
+    """A tokenizer's file keeps the padding and truncation of its last batch."""
     tokenizer = build_tokenizer("bpe:300", topics[:5])
     tokenizer.fast.pad_token = END_OF_TEXT
     tokenizer.fast(["a", topics[0]], padding=True, truncation=True, max_length=4)
@@ -278,7 +278,7 @@ def test_padding_and_truncation_of_a_saved_tokenizer_do_not_reach_the_data(topic
 
 
 def test_ids_with_gaps(tmp_path):
-    """The vocabulary reaches to the largest id, above what 16 bits hold."""
+    """The vocabulary extends to the largest id, beyond 16 bits."""
     tokenizer = build_tokenizer("char", ["ab"])
     tokenizer.fast.save_pretrained(tmp_path)
     path = tmp_path / "tokenizer.json"

@@ -1,4 +1,4 @@
-"""Corpora: what is in them, in what order, and what is said when they cannot be read."""
+"""Corpora: their documents, in order, and the error messages for unreadable ones."""
 
 import gzip
 import hashlib
@@ -116,7 +116,7 @@ def test_tables(tmp_path, name, content):
     write_files(tmp_path, {name: content})
     corpus = open_corpus("files", str(tmp_path / name))
     assert list(corpus.texts()) == TEXTS
-    assert list(corpus.texts()) == TEXTS  # a tokenizer takes a pass of its own
+    assert list(corpus.texts()) == TEXTS  # the tokenizer takes a pass of its own
     assert not corpus.single_text
     assert corpus.facts == {"files": [{"name": Path(name).name, "bytes": len(content)}]}
 
@@ -162,7 +162,7 @@ def test_the_text_column_is_chosen(tmp_path):
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.jsonl.gz", "list.json", "list.json.gz"])
 def test_rows_that_are_no_text(tmp_path, name):
-    """Null is left out, halves of surrogate pairs are repaired, a broken line is left out; and all are counted."""
+    """Null and broken lines are skipped, lone surrogates are repaired, and all are counted."""
     rows = [{"text": None}, {"text": "half \ud83d"}, {"text": ""}, {"text": "two"}]
     content = "\n".join(map(json.dumps, rows)) + '\n{"text": "broken\n'
     notes = ["no text", "repaired", "", "", "no JSON"]
@@ -182,7 +182,7 @@ def test_a_dictionary_of_texts_is_text(tmp_path):
 
 
 def test_a_column_is_measured_behind_a_column_of_structs(tmp_path, monkeypatch):
-    """Which is several columns of the file; a wrong measure made one part of a whole corpus."""
+    """A struct is several columns of the file; measuring the wrong one made a whole corpus a single part."""
     rows = [{"meta": {"a": 1, "b": 2, "c": 3}, "text": "".join(map(chr, range(n, n + 2000)))} for n in range(300, 320)]
     table = pyarrow.Table.from_pylist(rows)
     write_files(tmp_path, {"a.parquet": parquet_of(table, row_group_size=2, use_dictionary=False)})
@@ -243,7 +243,7 @@ def test_files_need_a_source(tmp_path):
 
 @pytest.fixture
 def dataset(tmp_path):
-    """A dataset repository as the Hub lays it out: data files by split, and a card that names configurations."""
+    """A dataset repository in the Hub's layout: data files by split, and a card that lists configurations."""
     card = "---\nconfigs:\n- config_name: small\n  data_files: small/*.parquet\n- config_name: default\n  data_files:\n"
     card += "  - split: train\n    path: data/train-*\n  - split: test\n    path: data/test-*\n  default: true\n---\n"
     files = {

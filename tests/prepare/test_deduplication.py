@@ -1,4 +1,4 @@
-"""Deduplication on real paragraphs in which duplicates are planted; every executor, interruptions, mistakes."""
+"""Deduplication of real paragraphs with planted duplicates; every executor, interruptions, mistakes."""
 
 import dataclasses
 import gzip
@@ -36,7 +36,7 @@ EXECUTION = {field.name for field in dataclasses.fields(Execution)}
 
 
 def deduplicate(source, output_dir, methods=METHODS, **options):
-    """With options of how it is run as well as of what comes out."""
+    """Takes the fields of DedupOptions and of Execution as keywords."""
     execution = {name: options.pop(name) for name in EXECUTION & options.keys()}
     options = DedupOptions(tuple(methods), **options)
     return deduplication.deduplicate(source, output_dir, options, Execution(**execution))
@@ -49,7 +49,7 @@ def five_grams(text):
 
 @pytest.fixture(scope="module")
 def paragraphs(topics):
-    """Real paragraphs of 40 words or more, of which no two share more than a tenth of their 5-grams."""
+    """Real paragraphs of 40 words or more; no two share more than a tenth of their 5-grams."""
     chosen = []
     for text in dict.fromkeys(paragraph for topic in topics for paragraph in topic.split("\n\n")):
         grams = five_grams(text)
@@ -59,19 +59,19 @@ def paragraphs(topics):
 
 
 def edited(text, words, number=1):
-    """`text` with so many words replaced, from its third on."""
+    """`text` with this many words replaced, starting after the third."""
     old = text.split()
     return " ".join(old[:3] + [f"replaced{number}x{i}" for i in range(words)] + old[3 + words :])
 
 
 @pytest.fixture(scope="module")
 def corpus(paragraphs):
-    """Rows of three files, and the ids of what must go: by URL, by MinHash."""
+    """Rows of three files, and the ids to be removed: by URL, by MinHash."""
     unique = iter(paragraphs)
     first, second, third = (
         [{"text": next(unique), "url": f"https://docs.org/{f}/{i}"} for i in range(40)] for f in "abc"
     )
-    # In an earlier row of a later file: it is the file that counts.
+    # An earlier row of a later file: the order of the files counts.
     second.insert(0, {"text": next(unique), "url": "HTTPS://Docs.org:443/a/7/?utm_source=feed#top"})
     third.insert(0, {"text": next(unique), "url": "https://docs.org/a/7"})
     second.append({"text": edited(first[3]["text"], 1), "url": "https://docs.org/b/new"})
@@ -94,7 +94,7 @@ def source(corpus, tmp_path_factory):
 
 def write(path, rows):
     lines = "".join(json.dumps(row) + "\n" for row in rows).encode()
-    if path.name == "c.jsonl":  # as other programs write them
+    if path.name == "c.jsonl":  # with a byte order mark, as some programs write it
         lines = b"\xef\xbb\xbf" + lines + b'{"text": "broken\n'
     if path.suffix == ".parquet":
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
@@ -107,7 +107,7 @@ def table(directory):
 
 
 def contents(directory):
-    """All but datatrove's logs, which have times in them."""
+    """Everything but datatrove's logs, which contain times."""
     paths = [path for path in directory.rglob("*") if path.is_file()]
     names = {path: path.relative_to(directory).as_posix() for path in paths}
     return {name: path.read_bytes() for path, name in names.items() if not name.startswith("logs/")}
@@ -115,7 +115,7 @@ def contents(directory):
 
 @pytest.fixture(scope="module")
 def finished(source, tmp_path_factory):
-    """One run with everything at its default, without a network, and what it returned."""
+    """The output directory and result of a run with defaults, without a network."""
     output_dir = tmp_path_factory.mktemp("finished")
     connect = socket.socket.connect
 
@@ -153,7 +153,7 @@ def test_statistics_count_what_was_planted(corpus, finished):
     assert result == json.loads((output_dir / "statistics.json").read_text())
     texts = {f"{n}/{i}": row["text"] for n, rows in files.items() for i, row in enumerate(rows)}
     size = {name: len(text.encode(errors="replace")) for name, text in texts.items() if text is not None}
-    size["c.jsonl/44"] += 2  # of U+FFFD, where Python puts a question mark
+    size["c.jsonl/44"] += 2  # U+FFFD is longer than the question mark that Python puts there
     assert result["notes"] == {"repaired": 1, "no text": 1, "no JSON": 1}
     expected = {"in": list(size), "removed_url": by_url, "removed_minhash": by_minhash}
     expected["out"] = [name for name in size if name not in by_url + by_minhash]
@@ -183,7 +183,7 @@ def test_nothing_but_the_result_is_left(finished):
 @pytest.mark.slow
 @installed
 def test_the_first_of_a_cluster_is_kept(paragraphs, tmp_path):
-    """Two later copies that resemble each other more than the first would outvote it in datatrove's clusters."""
+    """In datatrove's clusters, two later copies that are more similar to each other would displace the first."""
     long = [text for text in paragraphs if len(text.split()) >= 80][:30]
     write(tmp_path / "a.jsonl", [{"text": text} for text in long])
     copies = [edited(text, round(len(text.split()) * 0.12)) for text in long]
@@ -250,7 +250,7 @@ def test_ray_on_one_machine_gives_the_same(source, tmp_path):
 
 
 SBATCH = """#!/bin/bash
-# Runs the job at once, every task of its array, and says what Slurm says.
+# Runs every task of the job at once, and prints what Slurm prints.
 script="${@: -1}"
 echo "$*" >> calls
 grep -q merge_stats "$script" && { echo "Submitted batch job 1"; exit; }
@@ -264,7 +264,7 @@ echo "Submitted batch job $((100 + $(wc -l < calls)))"
 
 @pytest.fixture
 def slurm(tmp_path, monkeypatch):
-    """Slurm's commands, for one machine; the folder where they keep what they were told."""
+    """Slurm's commands for one machine; returns the folder where they log their calls."""
     scripts = {
         "sbatch": SBATCH,
         "srun": '#!/bin/bash\nwhile [[ $1 == -* ]]; do [[ $1 == -n ]] && shift; shift; done\nexec "$@"\n',
@@ -313,7 +313,7 @@ def test_slurm_runs_the_job_scripts(corpus, slurm, tmp_path, capsys):
 @pytest.mark.slow
 @installed
 def test_slurm_is_not_asked_twice(source, slurm, tmp_path, capsys):
-    """Jobs that wait or run are left alone: two of them would write the same files."""
+    """Jobs that are pending or running are not submitted again: two would write the same files."""
     (slurm / "sbatch").write_text("#!/bin/bash\necho x >> calls\necho Submitted batch job 7\n")
     (slurm / "queue").write_text("7 cpu dedup_documents me R\n")
     call = {"executor": "slurm", "slurm_partition": "cpu"}
@@ -379,8 +379,8 @@ def test_a_killed_run_is_finished_by_the_same_call(source, finished, tmp_path, f
 @installed
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
 def test_workers_end_with_a_killed_run(source, tmp_path):
-    """They would go on with its tasks, and write the files that the repeated call writes."""
-    os.mkfifo(tmp_path / "endless.jsonl")  # who reads it waits for ever
+    """They would continue its tasks, and write the same files as the repeated call."""
+    os.mkfifo(tmp_path / "endless.jsonl")  # its reader waits forever
     code = (
         "import sys; from gpt2repro.prepare.deduplication import DedupOptions, deduplicate; "
         "from gpt2repro.prepare.request import Execution; "
@@ -405,7 +405,7 @@ def test_workers_end_with_a_killed_run(source, tmp_path):
 def wait_for(condition, seconds=60):
     end = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < end, "in vain"
+        assert time.monotonic() < end, "timed out"
         time.sleep(0.05)
 
 

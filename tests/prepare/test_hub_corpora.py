@@ -1,5 +1,5 @@
-"""`prepare_data.py owner/dataset` by the real client, against the server in hub_server.py: what is read, what is said
-when it cannot be had, and what a server that fails, stalls or cuts connections costs."""
+"""`prepare_data.py owner/dataset` with the real client, against the server in hub_server.py: what is read, the messages
+when it is unavailable, and the cost of a server that fails, stalls or drops connections."""
 
 import io
 import json
@@ -30,7 +30,7 @@ configs:
 ---
 """
 IMPATIENT = partial(faults.impatient_hub_client, part_bytes=1500)
-CLIENT_TRIES = 6  # http_backoff of huggingface_hub gives up after so many
+CLIENT_TRIES = 6  # after which http_backoff of huggingface_hub gives up
 
 
 def parquet(texts):
@@ -111,7 +111,7 @@ def dataset(request):
 
 @pytest.fixture(scope="module")
 def undisturbed(hub, prepare, dataset, tmp_path_factory):
-    """What a server without faults gives, and how often each file is asked for."""
+    """The output with a healthy server, and how often it requests each file."""
     directory = tmp_path_factory.mktemp("undisturbed")
     hub.requests.clear()
     command = prepare(dataset, "--output_dir", directory)
@@ -120,13 +120,13 @@ def undisturbed(hub, prepare, dataset, tmp_path_factory):
 
 
 def downloads(hub):
-    """How often each data file was asked for."""
+    """How often each data file was requested."""
     names = [request.rpartition("/")[2] for request in hub.requests if request.startswith("GET /datasets/")]
     return {name: names.count(name) for name in names if name.startswith("train-")}
 
 
 def error_of(command):
-    """The one line that a failed command ends with; the client's own warnings stand before it."""
+    """The one line that a failed command ends with; the client's own warnings come before it."""
     errors = [line for line in command.lines if line.startswith("error: ")]
     assert command.status == 2 and len(errors) == 1 and command.lines[-1] == errors[0], command.lines
     assert not [line for line in command.lines if "Traceback" in line]
@@ -148,7 +148,7 @@ def test_a_dataset_is_prepared(hub, prepare, dataset, undisturbed, tmp_path):
 
 
 def test_tables_are_cut_between_row_groups(prepare, tmp_path):
-    """15 documents of some 80 bytes each are a part of 1500 bytes."""
+    """15 documents of about 80 bytes make a part of 1500 bytes."""
     prepare("ada/tables", "--output_dir", tmp_path, "--shard_tokens", 10**6)
     assert len(manifest_of(tmp_path)["splits"]["train"]["shards"]) > 4
 
@@ -191,7 +191,7 @@ def test_a_preparation_goes_on_with_the_commit_that_it_began_with(hub, prepare, 
 
 
 def test_another_process_reads_the_hub_as_well(hub, prepare, undisturbed, dataset, tmp_path):
-    """Spawned processes have the settings of the client; a cut connection makes it ask again."""
+    """Worker processes recover from a dropped connection, too."""
     hub.fail("GET /datasets/.*train-(00001|1)", "cut", after=3)
     command = prepare(dataset, "--output_dir", tmp_path, "--num_workers", 2)
     assert command.status == 0, command.lines
@@ -236,7 +236,7 @@ def test_a_gated_dataset_with_access(prepare, tmp_path):
     [(503, 2), (None, 2), ("cut", 2), ("stall", 1), (503, CLIENT_TRIES + 1), ("cut", CLIENT_TRIES + 1)],
 )
 def test_a_fault_that_passes(hub, prepare, dataset, undisturbed, tmp_path, status, times):
-    """Few are made up for by the client, which asks as often again; more cost one part, not the run."""
+    """The client retries a few failures by itself; more of them cost one part, not the run."""
     expected, counts = undisturbed
     hub.requests.clear()
     hub.fail("GET /datasets/.*/train-(00001|1)", status, times, after=1)
@@ -250,7 +250,7 @@ def test_a_fault_that_passes(hub, prepare, dataset, undisturbed, tmp_path, statu
 
 @pytest.mark.parametrize("status", [503, None, 404])
 def test_a_fault_that_stays(hub, prepare, dataset, undisturbed, tmp_path, status):
-    """One line after the attempts; what is finished stays, and the same command goes on when the server is back."""
+    """One line after the last attempt; finished parts stay, and the same command resumes when the server is back."""
     expected, counts = undisturbed
     hub.fail("GET /datasets/.*/train-(00001|1)", status, 10**6, after=1)
     line = error_of(prepare(dataset, "--output_dir", tmp_path))

@@ -1,5 +1,5 @@
-"""Preparation in parts: the same bytes for any number of processes, and wherever they are stopped, killed or run out
-of disk; and what a part, a limit and a cut of a file are."""
+"""Preparation in parts: the same bytes for any number of processes, wherever they are interrupted, killed or run out of
+disk; exact limits; files cut into pieces."""
 
 import contextlib
 import ctypes
@@ -41,7 +41,7 @@ SMALL_PARTS = partial(faults.small_parts, PART_BYTES)
 
 @pytest.fixture(scope="module")
 def source(texts, tmp_path_factory):
-    """A folder of the documents, in order; cut into half a dozen parts."""
+    """A folder of the documents, in order; it makes half a dozen parts."""
     folder = tmp_path_factory.mktemp("source")
     write_jsonl(folder / "a.jsonl", texts[:150])
     pyarrow.parquet.write_table(pyarrow.table({"text": texts[150:]}), folder / "b.parquet", row_group_size=10)
@@ -69,7 +69,7 @@ def preparer(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def uninterrupted(preparer, command, tmp_path_factory):
-    """What the command makes when nothing disturbs it, in one process."""
+    """The output of an undisturbed command with one process."""
     directory = tmp_path_factory.mktemp("uninterrupted")
     run = preparer.run(*command, "--output_dir", directory, before=[SMALL_PARTS])
     assert run.status == 0, run.lines
@@ -85,7 +85,7 @@ def parts_done(directory):
 
 def take(documents, quota):
     """What a plain loop over documents (split by hash, tokens) takes: the definition of all limits. Returns the
-    documents with their splits, and whether all were taken."""
+    documents with their final splits, and whether all were taken."""
     taken = []
     for split, tokens in documents:
         if sum(size for name, size in taken if name == "val") < quota.val_tokens:
@@ -131,7 +131,7 @@ def check_end(parts, quota, records, used):
 
 @pytest.mark.parametrize("num_workers", [1, 2, 3, 8])
 def test_parts_amount_to_the_plain_loop_in_any_order(num_workers):
-    """Parts end in any order, and now and then everything is killed and begun again with the finished ones."""
+    """Parts finish in any order; sometimes everything is killed and restarted with the finished ones."""
     generator = random.Random(num_workers)
     for _ in range(1500):
         parts, quota = random_case(generator)
@@ -150,11 +150,11 @@ def test_parts_amount_to_the_plain_loop_in_any_order(num_workers):
             records[number] = fake_record(parts[number], running.pop(number))
             made += 1
         check_end(parts, quota, records, used)
-        assert made <= 2 * len(parts)  # on trial, and again
+        assert made <= 2 * len(parts)  # speculatively, and again
 
 
 def test_every_order_of_the_parts():
-    """As above, but all orders in which two processes can end their parts."""
+    """As above, for every order in which two processes can finish their parts."""
     generator = random.Random(0)
     orders = 0
 
@@ -191,7 +191,7 @@ def test_no_part_is_made_twice_where_no_limit_is_met(quota):
 
 
 def test_while_validation_takes_the_beginning_the_end_is_made():
-    """So that few parts are made on a wrong guess."""
+    """Few parts are made on a wrong guess."""
     numbers = [number for number, _ in plan(5, {}, Quota(val_tokens=10))[1]]
     assert numbers == [0, 4, 3, 2, 1]
     assert [number for number, _ in plan(5, {}, Quota(val_tokens=10, tokens=99))[1]] == [0, 1, 2, 3, 4]
@@ -225,7 +225,7 @@ def test_the_source_is_cut_into_parts(source, texts, small_parts):
 def test_validation_takes_the_first_documents_over_several_parts(
     source, tokenizer, texts, lengths, tmp_path, small_parts, documents
 ):
-    """Just so many tokens that this document is the last, or one more, which takes the next."""
+    """Exactly the tokens up to this document; one token more takes the next document."""
     for more in (0, 1):
         val_tokens = sum(lengths[: documents + 1]) + more
         output_dir = tmp_path / f"{more}"
@@ -244,7 +244,7 @@ def test_validation_takes_the_first_documents_over_several_parts(
 )
 @pytest.mark.parametrize("split", ["val_tokens", "val_fraction"])
 def test_limits_take_a_beginning_of_the_corpus(source, tokenizer, texts, lengths, tmp_path, small_parts, limit, split):
-    """`tokens` here: just what the first 120 documents have, or one less, with which the last does not fit."""
+    """`tokens`: exactly those of the first 120 documents, or one less, so that the last does not fit."""
     if "documents" in limit:
         option, count = ["--max_documents", limit["documents"]], min(limit["documents"], 250)
     else:
@@ -286,7 +286,7 @@ NASTY = [
 
 
 def test_tokens_are_tiktokens_one_by_one(topics, encoding, tmp_path, monkeypatch):
-    """On real and on nasty text, position by position."""
+    """On real and on nasty text."""
     monkeypatch.setattr(readers, "PART_BYTES", 500_000)
     documents = NASTY[:8] + topics[:20] + NASTY[8:]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
@@ -312,7 +312,7 @@ def test_only_documents_that_are_taken_count_as_repaired(tokenizer, tmp_path):
 
 
 def test_characters_over_several_parts(source, texts, tmp_path, small_parts):
-    """They have no id that opens a document, so validation documents must be known otherwise when they are merged."""
+    """No id opens a document, so merging needs the recorded lengths of the validation documents."""
     prepare(
         *("files", "--source", source, "--output_dir", tmp_path / "out", "--tokenizer", "char"),
         *("--val_fraction", 0.3, "--shard_tokens", 500),
@@ -326,7 +326,7 @@ def test_characters_over_several_parts(source, texts, tmp_path, small_parts):
 
 
 def test_a_part_of_empty_documents_only(tmp_path, monkeypatch):
-    """Without an end-of-text token nothing is left of them."""
+    """Without an end-of-text token they have no tokens at all."""
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in ["ab"] * 50 + [""] * 500))
     monkeypatch.setattr(readers, "PART_BYTES", 1000)
     out = tmp_path / "out"
@@ -351,7 +351,7 @@ def test_merged_validation_is_what_one_part_writes(source, command, tmp_path, mo
 def test_a_part_whose_shard_is_gone_is_made_again(
     source, command, uninterrupted, tmp_path, monkeypatch, renamed, damage
 ):
-    """Before the shards have their final names, and while they are given them."""
+    """Before and while the shards are renamed into place."""
     monkeypatch.setattr(readers, "PART_BYTES", PART_BYTES)
     output_dir, replace, names = tmp_path / "out", Path.replace, []
 
@@ -442,7 +442,7 @@ def test_the_number_of_processes_makes_no_difference(preparer, command, uninterr
 
 @pytest.fixture(scope="module")
 def large(topics, tokenizer, tmp_path_factory):
-    """A command whose first two parts are done at once, while the others keep two processes busy for a while."""
+    """A command whose first two parts finish at once, while the others keep two processes busy for a while."""
     folder = tmp_path_factory.mktemp("large")
     for number in range(10):
         lines = [json.dumps({"text": f"{number} {topic}"}) for topic in (topics[:40] if number > 1 else topics[:2])]
@@ -459,7 +459,7 @@ def large_contents(preparer, large, tmp_path_factory):
 
 
 def test_processes_that_are_killed(preparer, large, large_contents, tmp_path):
-    """All of them; the command alone, whose workers neither stay nor disturb the next run; one of the workers."""
+    """All of them; the command alone, whose workers neither survive nor disturb the next run; one of the workers."""
     output_dir, workers = tmp_path / "out", []
     for killed in ("all", "command", "worker"):
         before = parts_done(output_dir)
@@ -501,7 +501,7 @@ def test_an_idle_worker_ends_with_the_command(preparer, topics, tokenizer, tmp_p
 
 
 def test_thirty_kills(preparer, command, uninterrupted, tmp_path):
-    """At random moments, in first and in repeated runs; the same files every time."""
+    """At random moments of first and resumed runs; the same files every time."""
     began = time.monotonic()
     preparer.run(*command, "--output_dir", tmp_path / "timed", before=[SMALL_PARTS])
     duration = time.monotonic() - began
@@ -526,8 +526,8 @@ def test_thirty_kills(preparer, command, uninterrupted, tmp_path):
 
 
 def kill_before_each_change(preparer, source, tokenizer, tmp_path, finished):
-    """Kill a small preparation before it makes its first change of the directory, the second, ...: see
-    sigkill_before_change. Yields what the repeated command then leaves, and what it should."""
+    """Kill a small preparation before its first, second, ... change of the directory; see sigkill_before_change.
+    Yields what the same command then makes of the directory, and what it should."""
     command = ["files", "--source", source, "--tokenizer", tokenizer, "--val_fraction", 0.3]
     few_parts = partial(faults.small_parts, 2 * PART_BYTES)
     preparer.run(*command, "--output_dir", tmp_path / "expected", before=[few_parts])
@@ -556,7 +556,7 @@ def test_a_kill_before_each_change_of_the_directory(preparer, source, tokenizer,
 
 
 def test_ctrl_c(preparer, command, uninterrupted, tmp_path):
-    """At random moments of the work."""
+    """At random moments of the tokenization."""
     generator, interrupted = random.Random(1), 0
     for number in range(8):
         output_dir = tmp_path / f"{number}"
@@ -576,7 +576,7 @@ def test_ctrl_c(preparer, command, uninterrupted, tmp_path):
 
 
 def test_no_python_runs_inside_the_reader_of_a_local_table(source, texts, monkeypatch):
-    """pyarrow drops the KeyboardInterrupt of a Ctrl-C that meets Python code which it has called."""
+    """pyarrow swallows a KeyboardInterrupt that is raised in Python code called by it."""
     monkeypatch.setattr(fsspec, "open", None)
     assert list(open_corpus("files", str(source / "b.parquet")).texts()) == texts[150:]
 
@@ -590,7 +590,7 @@ def test_ctrl_c_with_processes(preparer, large, large_contents, tmp_path, moment
     if moment == "while they work":
         run.wait_until(lambda: parts_done(tmp_path / "out"))
     else:
-        for _ in range(10):  # in the middle of their imports; they leave it to the main process
+        for _ in range(10):  # during their imports; they leave it to the main process
             for worker in workers:
                 os.kill(worker, signal.SIGINT)
             time.sleep(0.1)
@@ -659,7 +659,7 @@ def test_a_file_that_cannot_grow(preparer, uneven, tokenizer, tmp_path, num_work
 
 
 def test_a_full_disk(preparer, command, uninterrupted, small_disk):
-    """Disks that are full at various points; on a larger one the same command resumes."""
+    """Disks that fill up at various points; once there is space the same command resumes."""
     everything = sum(map(len, uninterrupted.values()))
     reached = []
     for share in (0.3, 0.5, 0.7, 0.9, 1.0, 1.1):
@@ -682,7 +682,7 @@ def test_a_full_disk(preparer, command, uninterrupted, small_disk):
 
 
 class Flaky:
-    """A reader that fails for reasons that may pass, so many times."""
+    """A reader of a remote source that fails a number of times."""
 
     def __init__(self, failures, texts):
         self.failures, self.texts = failures, texts

@@ -117,7 +117,7 @@ def test_one_text_is_split_by_position(topics, encoding, tmp_path, fraction):
 
 
 def test_a_document_keeps_its_split_when_the_corpus_grows(texts, encoding, tmp_path):
-    """And exact copies stay together."""
+    """Exact copies stay together, too."""
     splits = []
     for number, documents in enumerate((texts[:120], texts + texts[:60])):
         lines = "\n".join(json.dumps({"text": text}) for text in documents)
@@ -133,7 +133,7 @@ def test_a_document_keeps_its_split_when_the_corpus_grows(texts, encoding, tmp_p
 @pytest.mark.slow
 def test_python_docs(python_docs, tmp_path, monkeypatch):
     """The demo's corpus, with its own tokenizer; `--verify` accepts it."""
-    monkeypatch.setattr(built_in, "python_docs", lambda: iter(python_docs))  # it takes seconds to collect them again
+    monkeypatch.setattr(built_in, "python_docs", lambda: iter(python_docs))  # collecting them again takes seconds
     prepare("python-docs", "--output_dir", tmp_path / "out")
     manifest, tokens = load(tmp_path / "out", "train")
     assert manifest["tokenizer"]["name"] == "bpe:2048" and manifest["tokenizer"]["eot_id"] == 2047
@@ -150,7 +150,7 @@ def test_python_docs(python_docs, tmp_path, monkeypatch):
 
 
 def test_shakespeare_char_is_nanogpts(shared, tmp_path):
-    """Numbers and ids of nanoGPT's data/shakespeare_char/prepare.py, written out."""
+    """Sizes and ids as in nanoGPT's data/shakespeare_char/prepare.py."""
     source = shared / "tinyshakespeare.txt"
     prepare("shakespeare-char", "--output_dir", tmp_path / "out", "--source", source)
     data = source.read_text()
@@ -164,7 +164,7 @@ def test_shakespeare_char_is_nanogpts(shared, tmp_path):
 
 
 def test_shakespeare_bpe_is_nanogpts(shared, tmp_path, encoding):
-    """301,966 and 36,059 tokens, as the readme of nanoGPT's data/shakespeare says, and an end-of-text before each."""
+    """301,966 and 36,059 tokens, as in the readme of nanoGPT's data/shakespeare, plus one end-of-text each."""
     source = shared / "tinyshakespeare.txt"
     prepare("shakespeare", "--output_dir", tmp_path / "out", "--source", source)
     data = source.read_text()
@@ -297,7 +297,7 @@ def test_an_unknown_flag_is_not_guessed():
 
 @pytest.mark.parametrize("inside", ["out", "deep/er/out"])
 def test_the_output_must_not_become_its_own_source(tmp_path, inside):
-    """When an interrupted preparation is repeated, what it left there would be read as documents."""
+    """A resumed preparation would read its own files as documents."""
     for number in range(20):
         (tmp_path / f"{number}.txt").write_text(f"document {number}")
     before = contents(tmp_path)
@@ -379,14 +379,14 @@ def dataset(folder, texts):
 
 @pytest.mark.parametrize("kind", ["files", "dataset"])
 def test_a_corpus_that_changes_is_noticed(tmp_path, monkeypatch, kind):
-    """While it is prepared also where the sizes of the files stay; afterwards by the sizes."""
+    """An unfinished preparation notices it even if the files' sizes stay the same; a finished one by the sizes."""
     monkeypatch.setattr(readers, "PART_BYTES", 100)
     texts = [f"document {n:02d} " + "word " * 9 for n in range(20)]
     folder = dataset(tmp_path / "source", texts)
     corpus = ["files", "--source", folder] if kind == "files" else [folder]
     command = [*corpus, "--output_dir", tmp_path / "out", "--val_tokens", 9]
     with monkeypatch.context() as patch:
-        patch.setattr(parts, "put_together", None)  # all parts are made, then it fails
+        patch.setattr(parts, "put_together", None)  # fails once all parts are made
         with pytest.raises(TypeError):
             prepare(*command)
     before = (folder / "data" / "train-0.parquet").stat()
@@ -439,13 +439,13 @@ def test_rows_left_out_are_counted_in_the_manifest(tmp_path):
 
 
 def test_the_tokenizer_is_kept_for_a_resume(command, tmp_path, monkeypatch):
-    """Until a setting or a file of it changes."""
+    """Unless a setting or one of its files changes."""
     built = []
     build = prepare_data.build_tokenizer
     monkeypatch.setattr(prepare_data, "build_tokenizer", lambda *args: built.append(1) or build(*args))
     out = tmp_path / "out"
     with monkeypatch.context() as patch:
-        patch.setattr(workers, "prepare_parts", None)  # fails when the tokenizer is there
+        patch.setattr(workers, "prepare_parts", None)  # fails once the tokenizer is built
         for change, count in (([], 1), ([], 1), (["--shard_tokens", 700], 2), ([], 3)):
             with pytest.raises(TypeError):
                 prepare(*command, *change, "--output_dir", out)
@@ -460,7 +460,7 @@ def test_the_tokenizer_is_kept_for_a_resume(command, tmp_path, monkeypatch):
 
 
 def test_a_source_that_fails_while_the_tokenizer_is_trained(command, tmp_path, monkeypatch):
-    """Or while the footers of its tables are read: it is tried again."""
+    """It is retried, as it is while the footers of tables are read."""
     failures, cut_parquet, texts = [1, 1], readers.cut_parquet, corpora.Corpus.texts
     monkeypatch.setattr(retries.time, "sleep", lambda seconds: None)
 

@@ -1,4 +1,4 @@
-"""prepare_data.py --dedup: what is removed is in no shard, and the manifest says how much it was."""
+"""prepare_data.py --dedup: removed documents are in no shard, and the manifest records how many there were."""
 
 import gzip
 import importlib.util
@@ -54,7 +54,7 @@ def test_without_datatrove_the_install_line_is_told_and_nothing_is_left(source, 
 @pytest.mark.slow
 @pytest.mark.skipif(not DATATROVE, reason="datatrove is not installed: pip install gpt2repro[dedup]")
 def test_what_is_no_duplicate_is_prepared_as_without_deduplication(tmp_path, topics):
-    """Every kind of file by the same reader: the same tokens, and the same rows left out and repaired."""
+    """The same reader reads every format: the same tokens, and the same rows skipped and repaired."""
     folder = tmp_path / "source"
     folder.mkdir()
     (folder / "a.txt").write_text(topics[0])

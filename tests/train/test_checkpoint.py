@@ -13,7 +13,7 @@ from accelerate.utils import DistributedType
 from gpt2repro.errors import UserError
 from gpt2repro.recipe import Recipe
 from gpt2repro.train import checkpoint
-from gpt2repro.train.checkpoint import Checkpoints, damage
+from gpt2repro.train.checkpoint import Checkpoints, find_damage
 from gpt2repro.train.optimizers import build_optimizers
 from modeling_gpt2repro import GPT2ReproConfig, GPT2ReproForCausalLM
 
@@ -65,7 +65,7 @@ def test_whatever_fails_while_saving_is_said_and_tried_again(checkpoints):
     with pytest.raises(UserError, match="step 1 could not be written"):
         checkpoints.close()
     checkpoints.tokenizer.full = False
-    assert damage(save(checkpoints, 2)) is None
+    assert find_damage(save(checkpoints, 2)) is None
     checkpoints.close()
 
 
@@ -113,9 +113,9 @@ def test_where_none_is_whole_nothing_is_set_aside(checkpoints):
 def test_one_file_can_be_asked_for(checkpoints):
     saved = save(checkpoints, 1)
     (saved / "model.safetensors").unlink()
-    assert "is missing" in damage(saved) and damage(saved, "config.json") is None
+    assert "is missing" in find_damage(saved) and find_damage(saved, "config.json") is None
     (saved / "config.json").write_text("{")
-    assert "is damaged" in damage(saved, "config.json")
+    assert "is damaged" in find_damage(saved, "config.json")
     hashes = json.loads((saved / "hashes.json").read_text())
     (saved / "hashes.json").write_text(json.dumps({name: sha for name, sha in hashes.items() if name != "config.json"}))
-    assert damage(saved, "config.json")
+    assert find_damage(saved, "config.json")

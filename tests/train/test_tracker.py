@@ -13,8 +13,8 @@ from transformers import GPT2Config
 from gpt2repro.errors import UserError
 from gpt2repro.recipe import Recipe
 from gpt2repro.train.metrics import read_metrics
-from gpt2repro.train.telemetry import Telemetry, track
-from gpt2repro.train.tracker import start_tracker
+from gpt2repro.train.telemetry import Telemetry
+from gpt2repro.train.tracker import start_tracker, track
 
 
 ROWS = [{"step": step, "tokens": step * 10, "loss": 5.0 - step, "samples": ["text"]} for step in (1, 2, 3, 4)]

@@ -1,0 +1,140 @@
+"""Files and folders that are complete or absent, whatever interrupts their writing."""
+
+import json
+import os
+
+import pytest
+from filelock import FileLock
+
+from gpt2repro import files
+from gpt2repro.errors import UserError
+from gpt2repro.files import acquire_lock, delete_folder, delete_unfinished, new_folder, write_json, write_text
+from gpt2repro.run_folder import RunFolder, checkpoint_step
+
+
+class Crash(BaseException):
+    """The end of the process: nothing that comes after it runs."""
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def write_version(folder, version):
+    with new_folder(folder) as unfinished:
+        (unfinished / "deep").mkdir()
+        (unfinished / "deep" / "file").write_text(version)
+
+
+def read_version(folder):
+    return (folder / "deep" / "file").read_text()
+
+
+def test_a_file_that_cannot_be_written_leaves_the_old_one(tmp_path):
+    path = tmp_path / "file.json"
+    write_json(path, {"old": 1})
+    with pytest.raises(TypeError):
+        write_json(path, {"new": object()})
+    assert json.loads(path.read_text()) == {"old": 1}
+    write_text(path, "ünï")
+    assert path.read_bytes() == "ünï".encode() and names(tmp_path) == ["file.json"]
+
+
+def test_what_has_its_name_was_flushed_before(tmp_path, monkeypatch):
+    """The order of system calls: every file, then its folder, then the rename, then the parent's names."""
+    calls = []
+    flush, rename = files.flush, os.rename
+    monkeypatch.setattr(files, "flush", lambda path: (calls.append(f"flush {path.name}"), flush(path)))
+    monkeypatch.setattr(os, "rename", lambda a, b, **k: (calls.append(f"rename {b.name}"), rename(a, b, **k)))
+    write_version(tmp_path / "model", "1")
+    assert calls == ["flush deep", "flush file", "flush writing_model", "rename model", f"flush {tmp_path.name}"]
+
+
+def test_a_folder_is_replaced_as_a_whole(tmp_path):
+    write_version(tmp_path / "model", "old")
+    with pytest.raises(OSError, match="full"), new_folder(tmp_path / "model") as unfinished:
+        (unfinished / "half").write_text("")
+        raise OSError("full")
+    assert names(tmp_path) == ["model"] and read_version(tmp_path / "model") == "old"
+    write_version(tmp_path / "model", "new")
+    assert names(tmp_path) == ["model"] and read_version(tmp_path / "model") == "new"
+
+
+@pytest.mark.parametrize("recover", [delete_unfinished, lambda parent: write_version(parent / "model", "newer")])
+@pytest.mark.parametrize("crash_at", [1, 2, 3])
+def test_a_replacement_that_is_cut_off_loses_no_folder(tmp_path, monkeypatch, crash_at, recover):
+    """Crashes before the first rename, between the two, and before the old folder is deleted."""
+    write_version(tmp_path / "model", "old")
+    calls = iter(range(1, 99))
+    with monkeypatch.context() as patch:
+        rename, delete = os.rename, files.delete
+
+        def counted(function):
+            def call(*args, **kwargs):
+                if next(calls) == crash_at:
+                    raise Crash
+                return function(*args, **kwargs)
+
+            return call
+
+        def delete_replaced(folder):
+            (counted(delete) if folder.exists() and folder.name.startswith("replaced_") else delete)(folder)
+
+        patch.setattr(os, "rename", counted(rename))
+        patch.setattr(files, "delete", delete_replaced)
+        with pytest.raises(Crash):
+            write_version(tmp_path / "model", "new")
+    recover(tmp_path)
+    assert names(tmp_path) == ["model"]
+    assert read_version(tmp_path / "model") in (("newer",) if recover is not delete_unfinished else ("old", "new"))
+
+
+def test_a_folder_is_deleted_under_another_name(tmp_path, monkeypatch):
+    write_version(tmp_path / "step_00000001", "1")
+    monkeypatch.setattr(files, "delete", lambda folder: None)  # the process ends before
+    delete_folder(tmp_path / "step_00000001")
+    assert names(tmp_path) == ["removing_step_00000001"]
+    monkeypatch.undo()
+    delete_unfinished(tmp_path)
+    assert names(tmp_path) == []
+
+
+def test_a_lock_that_another_holds_is_one_line(tmp_path):
+    with FileLock(tmp_path / ".lock"), pytest.raises(UserError, match="^busy$"):
+        acquire_lock(tmp_path / ".lock", "busy")
+    acquire_lock(tmp_path / ".lock", "busy").release()
+
+
+# ---- the layout of a run ----
+
+
+def test_only_checkpoints_count_as_checkpoints(tmp_path):
+    run = RunFolder(tmp_path)
+    assert run.complete_checkpoints() == [] and run.latest_checkpoint() is None
+    for name in ("step_00000020", "step_00000003", "step_best", "step_00000020.bak", "writing_step_00000040"):
+        (run.checkpoints / name).mkdir(parents=True)
+    assert [checkpoint_step(path) for path in run.complete_checkpoints()] == [3, 20]
+    assert run.latest_checkpoint() == run.checkpoint(20)
+
+
+def test_a_model_and_a_checkpoint_know_their_run(tmp_path):
+    run = RunFolder(tmp_path / "run")
+    run.checkpoint(5).mkdir(parents=True)
+    run.model.mkdir()
+    assert RunFolder.around(run.model) is None  # there is no record
+    run.recipe.write_text("")
+    run.metrics.write_text("")
+    for folder in (run.model, run.checkpoint(5)):
+        assert RunFolder.around(folder).path == run.path
+    assert RunFolder.around(run.path) is None and RunFolder.around(tmp_path) is None
+
+
+def test_an_interrupted_start_leaves_the_directory_untouched(tmp_path):
+    run = RunFolder(tmp_path / "run")
+    assert run.is_untouched()
+    run.lock()
+    (run.path / "recipe.yaml.tmp").write_text("seed")
+    assert run.is_untouched()
+    run.unlock()
+    run.write_record({"seed": 1})
+    assert not run.is_untouched() and run.read_record() == {"seed": 1}
