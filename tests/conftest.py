@@ -18,7 +18,7 @@ from gpt2repro.prepare import built_in
 ROOT = Path(__file__).resolve().parents[1]
 
 # `make quick` promises to start no process: it leaves out tests that are marked slow, and those that use one of these.
-PROCESS_FIXTURES = {"run_script", "trainer_server", "preparer", "train"}
+PROCESS_FIXTURES = {"run_script", "trainer_server", "preparer", "train", "python", "job"}
 PROCESS_EVENTS = ("subprocess.Popen", "os.fork", "os.posix_spawn", "os.system")  # of sys.addaudithook
 quick_test: str | None = None  # the test that is running, unless it is slow
 
