@@ -14,8 +14,9 @@ import socket
 import subprocess
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
 from support import PATIENCE, ROOT
 
@@ -60,7 +61,7 @@ class ForkServer:
         stdout: Path,
         stderr: Path,
         before: Sequence[Callable[[], object]] = (),
-        environment: dict[str, str] | None = None,
+        environment: Mapping[str, str] = MappingProxyType({}),
     ) -> int:
         """Start a script in a session of its own.
 
@@ -68,19 +69,23 @@ class ForkServer:
             argv: name of a script of the project, then its flags.
             before: called in the new process before the script's main. Anything that pickles, so usually
                 functools.partial of a function that the server can import.
+            environment: further variables.
         Returns:
             The process id.
         """
         command = {"argv": list(map(str, argv)), "stdout": str(stdout), "stderr": str(stderr)}
-        self._send("start", command | {"before": list(before), "environment": environment or {}})
+        self._send("start", command | {"before": list(before), "environment": dict(environment)})
         return self._answer()
 
-    def start_processes(
-        self, world_size: int, argv: Sequence, stdout: Path, stderr: Path, before: Sequence[Callable[[], object]] = ()
-    ) -> list[int]:
-        """Start one process per rank, with the variables that `accelerate launch` would set; see start."""
+    def start_processes(self, world_size: int, *command, **options) -> list[int]:
+        """Start one process per rank, with the variables that `accelerate launch` would set.
+
+        Args:
+            command, options: as in start.
+        """
         if world_size == 1:
-            return [self.start(argv, stdout, stderr, before)]
+            return [self.start(*command, **options)]
+        environment = options.pop("environment", {})
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
@@ -88,8 +93,8 @@ class ForkServer:
         for rank in range(world_size):
             group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "RANK": rank, "LOCAL_RANK": rank}
             group |= {"WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
-            environment = {name: str(value) for name, value in group.items()}
-            pids.append(self.start(argv, stdout, stderr, before, environment))
+            rank_environment = environment | {name: str(value) for name, value in group.items()}
+            pids.append(self.start(*command, **options, environment=rank_environment))
         return pids
 
     def wait(self, pid: int) -> int:

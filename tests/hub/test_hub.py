@@ -325,15 +325,15 @@ def test_publish_makes_one_commit_on_a_branch_of_a_private_repository(hub, folde
 def test_publish_refuses_at_once_what_it_may_not_or_cannot_do(hub, folder, attempt, tmp_path):
     """Writing to another's repository; keeping a model private in a public one."""
     hub.create("ada/not-bobs")
-    hub.create("ada/public-already")
+    hub.create("ada/seen-by-all")
     attempts = [
         (BOB, folder, "--to", "ada/not-bobs"),
-        (ADA, folder, "--to", "ada/public-already", "--private"),
+        (ADA, folder, "--to", "ada/seen-by-all", "--private"),
     ]
     forbidden, public = attempt("publish", attempts, cwd=tmp_path)
     assert "ada/not-bobs" in error_line(*forbidden) and not (tmp_path / "publish").exists()
     assert "public" in error_line(*public)
-    assert [commit.title for commit in hub.commits("ada/public-already")] == ["initial commit"]
+    assert [commit.title for commit in hub.commits("ada/seen-by-all")] == ["initial commit"]
 
 
 def test_from_gpt2_reads_a_revision_of_a_hub_repository(hub, client):

@@ -81,7 +81,7 @@ class Training:
 
     def start(self, faults: Faults, processes: int) -> None:
         command = ["train_accelerate.py", *self.flags]
-        self.pids = self.server.start_processes(processes, command, self.log, self.log, faults)
+        self.pids = self.server.start_processes(processes, command, self.log, self.log, before=faults)
 
     def wait(self) -> int:
         """The exit code of all processes; those that do not end are killed."""
