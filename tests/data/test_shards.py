@@ -19,7 +19,6 @@ from gpt2repro.data.shards import ShardWriter, Split
 from gpt2repro.data.token_stream import TokenStream, unigram_entropy
 from gpt2repro.data.tokenization import build_tokenizer
 from gpt2repro.errors import UserError
-from gpt2repro.files import write_json
 
 
 EOT = 99
@@ -344,16 +343,6 @@ def test_open_refuses(tmp_path, damage, complaint):
     damage(write_prepared(directory))
     with pytest.raises(UserError, match=complaint):
         TokenStream.open(directory, "train")
-
-
-def test_json_files_are_complete_or_absent(tmp_path):
-    path = tmp_path / "manifest.json"
-    write_json(path, {"old": 1})
-    with pytest.raises(TypeError):
-        write_json(path, {"new": object()})
-    assert json.loads(path.read_text()) == {"old": 1}
-    write_json(path, {"new": 1})
-    assert [json.loads(file.read_text()) for file in tmp_path.iterdir()] == [{"new": 1}]
 
 
 def test_more_shards_than_a_process_may_open(tmp_path):

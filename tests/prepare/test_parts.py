@@ -4,7 +4,6 @@ disk; exact limits; files cut into pieces."""
 import contextlib
 import ctypes
 import itertools
-import json
 import os
 import random
 import shutil
@@ -289,7 +288,7 @@ def test_tokens_are_tiktokens_one_by_one(topics, encoding, tmp_path, monkeypatch
     """On real and on nasty text."""
     monkeypatch.setattr(readers, "PART_BYTES", 500_000)
     documents = NASTY[:8] + topics[:20] + NASTY[8:]
-    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
+    write_jsonl(tmp_path / "a.jsonl", documents)
     assert len(open_corpus("files", str(tmp_path / "a.jsonl")).parts()) == 3
     prepare("files", "--source", tmp_path / "a.jsonl", "--output_dir", tmp_path / "out", "--val_tokens", 30)
 
@@ -303,7 +302,7 @@ def test_tokens_are_tiktokens_one_by_one(topics, encoding, tmp_path, monkeypatch
 
 
 def test_only_documents_that_are_taken_count_as_repaired(tokenizer, tmp_path):
-    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": f"{i} \ud800"}) + "\n" for i in range(30)))
+    write_jsonl(tmp_path / "a.jsonl", [f"{number} \ud800" for number in range(30)])
     prepare(
         *("files", "--source", tmp_path / "a.jsonl", "--output_dir", tmp_path / "out", "--tokenizer", tokenizer),
         *("--val_tokens", 1, "--max_documents", 7),
@@ -327,7 +326,7 @@ def test_characters_over_several_parts(source, texts, tmp_path, small_parts):
 
 def test_a_part_of_empty_documents_only(tmp_path, monkeypatch):
     """Without an end-of-text token they have no tokens at all."""
-    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in ["ab"] * 50 + [""] * 500))
+    write_jsonl(tmp_path / "a.jsonl", ["ab"] * 50 + [""] * 500)
     monkeypatch.setattr(readers, "PART_BYTES", 1000)
     out = tmp_path / "out"
     prepare("files", "--source", tmp_path / "a.jsonl", "--output_dir", out, "--tokenizer", "char", "--val_tokens", 9)
@@ -445,8 +444,8 @@ def large(topics, tokenizer, tmp_path_factory):
     """A command whose first two parts finish at once, while the others keep two processes busy for a while."""
     folder = tmp_path_factory.mktemp("large")
     for number in range(10):
-        lines = [json.dumps({"text": f"{number} {topic}"}) for topic in (topics[:40] if number > 1 else topics[:2])]
-        (folder / f"{number}.jsonl").write_text("\n".join(lines))
+        documents = topics[:40] if number > 1 else topics[:2]
+        write_jsonl(folder / f"{number}.jsonl", [f"{number} {topic}" for topic in documents])
     return ["files", "--source", folder, "--tokenizer", tokenizer, "--shard_tokens", 100_000, "--val_fraction", 0.05]
 
 
@@ -484,8 +483,8 @@ def test_processes_that_are_killed(preparer, large, large_contents, tmp_path):
 def test_an_idle_worker_ends_with_the_command(preparer, topics, tokenizer, tmp_path):
     """It waits for work that will never come."""
     (tmp_path / "source").mkdir()
-    (tmp_path / "source" / "0.jsonl").write_text('{"text": "short"}\n')
-    (tmp_path / "source" / "1.jsonl").write_text((json.dumps({"text": "".join(topics)}) + "\n") * 100)
+    write_jsonl(tmp_path / "source" / "0.jsonl", ["short"])
+    write_jsonl(tmp_path / "source" / "1.jsonl", ["".join(topics)] * 100)
     command = ["files", "--source", tmp_path / "source", "--tokenizer", tokenizer, "--num_workers", 2]
     run = preparer.start(*command, "--output_dir", tmp_path / "out", before=[faults.one_part_per_file])
     workers = run.wait_for_workers(2)
@@ -632,8 +631,7 @@ def uneven(topics, tmp_path_factory):
     """Three small files and a larger one."""
     folder = tmp_path_factory.mktemp("uneven")
     for number, documents in enumerate([topics[:3], topics[3:6], topics[6:60], topics[60:63]]):
-        lines = [json.dumps({"text": paragraph}) for topic in documents for paragraph in topic.split("\n\n")]
-        (folder / f"{number}.jsonl").write_text("\n".join(lines))
+        write_jsonl(folder / f"{number}.jsonl", "\n\n".join(documents).split("\n\n"))
     return folder
 
 

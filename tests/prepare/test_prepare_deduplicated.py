@@ -6,8 +6,8 @@ import json
 
 import numpy as np
 import pytest
+from support import prepare, write_jsonl
 
-import prepare_data
 from gpt2repro.errors import UserError
 
 
@@ -19,12 +19,7 @@ def source(tmp_path, topics):
     """Thirty documents, the first ten again under the same URL."""
     rows = [{"text": text, "url": f"https://example.org/{n}"} for n, text in enumerate(topics[:30])]
     rows += [{"text": f"another version {n}", "url": f"https://EXAMPLE.org/{n}#top"} for n in range(10)]
-    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return tmp_path / "a.jsonl"
-
-
-def prepare(*args):
-    prepare_data.main([str(arg) for arg in args])
+    return write_jsonl(tmp_path / "a.jsonl", rows)
 
 
 @pytest.mark.slow
