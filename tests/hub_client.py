@@ -133,7 +133,7 @@ def load_in_pairs(repo: str, folder: str) -> None:
             process.start()
         for process in pair:
             process.join(250)
-        result.append([process.exitcode for process in pair] + [versions.get(timeout=1) for _ in pair])
+        result.append([process.exitcode for process in pair] + [versions.get(timeout=60) for _ in pair])
     Path(folder, "result.json").write_text(json.dumps(result))
 
 

@@ -174,7 +174,7 @@ def test_a_branch_is_pinned_to_its_commit(hub, prepare, tmp_path):
     assert documents_of(tmp_path, "val") + documents_of(tmp_path, "train") == ["new"] * 9 + TEXTS[60:]
 
 
-def test_a_preparation_goes_on_with_the_commit_that_it_began_with(hub, prepare, tmp_path):
+def test_a_preparation_resumes_on_the_commit_that_it_began_with(hub, prepare, tmp_path):
     repo = hub.create("datasets/ada/moves")
     first = repo.commit("data", FILES)
     hub.fail("GET /datasets/.*train-00001", 500, times=1000, after=2)
@@ -190,7 +190,7 @@ def test_a_preparation_goes_on_with_the_commit_that_it_began_with(hub, prepare, 
     assert repeated.lines[-1].startswith("already prepared: ")
 
 
-def test_another_process_reads_the_hub_as_well(hub, prepare, undisturbed, dataset, tmp_path):
+def test_worker_processes_read_the_hub(hub, prepare, undisturbed, dataset, tmp_path):
     """Worker processes recover from a dropped connection, too."""
     hub.fail("GET /datasets/.*train-(00001|1)", "cut", after=3)
     command = prepare(dataset, "--output_dir", tmp_path, "--num_workers", 2)
@@ -198,7 +198,7 @@ def test_another_process_reads_the_hub_as_well(hub, prepare, undisturbed, datase
     assert contents(tmp_path) == undisturbed[0]
 
 
-# ---- what cannot be had ----
+# ---- what is unavailable ----
 
 
 @pytest.mark.parametrize(
@@ -215,7 +215,7 @@ def test_another_process_reads_the_hub_as_well(hub, prepare, undisturbed, datase
         ("ada/gated", [], "cannot read ada/gated: Dataset 'ada/gated' is a gated dataset on the Hub."),
     ],
 )
-def test_what_cannot_be_had_is_one_line(prepare, tmp_path, dataset, options, words):
+def test_anything_unavailable_is_one_line(prepare, tmp_path, dataset, options, words):
     line = error_of(prepare(dataset, *options, "--output_dir", tmp_path / "out"))
     assert words in line and len(line) < 600
     assert not (tmp_path / "out" / "manifest.json").exists()
@@ -235,7 +235,7 @@ def test_a_gated_dataset_with_access(prepare, tmp_path):
     "status, times",
     [(503, 2), (None, 2), ("cut", 2), ("stall", 1), (503, CLIENT_TRIES + 1), ("cut", CLIENT_TRIES + 1)],
 )
-def test_a_fault_that_passes(hub, prepare, dataset, undisturbed, tmp_path, status, times):
+def test_a_temporary_fault(hub, prepare, dataset, undisturbed, tmp_path, status, times):
     """The client retries a few failures by itself; more of them cost one part, not the run."""
     expected, counts = undisturbed
     hub.requests.clear()
@@ -249,7 +249,7 @@ def test_a_fault_that_passes(hub, prepare, dataset, undisturbed, tmp_path, statu
 
 
 @pytest.mark.parametrize("status", [503, None, 404])
-def test_a_fault_that_stays(hub, prepare, dataset, undisturbed, tmp_path, status):
+def test_a_permanent_fault(hub, prepare, dataset, undisturbed, tmp_path, status):
     """One line after the last attempt; finished parts stay, and the same command resumes when the server is back."""
     expected, counts = undisturbed
     hub.fail("GET /datasets/.*/train-(00001|1)", status, 10**6, after=1)

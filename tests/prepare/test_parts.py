@@ -129,7 +129,7 @@ def check_end(parts, quota, records, used):
 
 
 @pytest.mark.parametrize("num_workers", [1, 2, 3, 8])
-def test_parts_amount_to_the_plain_loop_in_any_order(num_workers):
+def test_parts_in_any_order_equal_the_plain_loop(num_workers):
     """Parts finish in any order; sometimes everything is killed and restarted with the finished ones."""
     generator = random.Random(num_workers)
     for _ in range(1500):
@@ -178,7 +178,7 @@ def test_every_order_of_the_parts():
 
 
 @pytest.mark.parametrize("quota", [Quota(), Quota(0, 1000, None), Quota(0, None, 1000)])
-def test_no_part_is_made_twice_where_no_limit_is_met(quota):
+def test_no_part_is_made_twice_unless_a_limit_is_reached(quota):
     parts = [[("train", 1)] * 3] * 6
     for order in itertools.permutations(range(6)):
         records = {}
@@ -334,7 +334,7 @@ def test_a_part_of_empty_documents_only(tmp_path, monkeypatch):
     assert manifest_of(out)["splits"]["train"]["tokens"] == 90
 
 
-def test_merged_validation_is_what_one_part_writes(source, command, tmp_path, monkeypatch):
+def test_merged_validation_equals_what_one_part_writes(source, command, tmp_path, monkeypatch):
     for name, part_bytes in (("one", 2**28), ("many", 2000)):
         monkeypatch.setattr(readers, "PART_BYTES", part_bytes)
         prepare(*command, "--output_dir", tmp_path / name)
@@ -373,7 +373,7 @@ def test_a_part_whose_shard_is_gone_is_made_again(
     assert contents(output_dir) == uninterrupted
 
 
-# ---- cuts of files ----
+# ---- files cut into pieces ----
 
 LINES = (
     b'{"text": "one"}\n\n{"text": "zw\xc3\xb6lf"}\r\n   \n{"text": ""}\n{"text": "\xf0\x9f\x91\x8b"}\n'

@@ -1,4 +1,4 @@
-"""Data preparation, run as a user runs it, against the texts that went in: nothing lost, changed or counted twice."""
+"""Data preparation as users run it, compared with its input: nothing is lost, changed or counted twice."""
 
 import contextlib
 import gzip
@@ -137,7 +137,7 @@ def test_python_docs(python_docs, tmp_path, monkeypatch):
 # ---- nanoGPT's and char-rnn's text ----
 
 
-def test_shakespeare_char_is_nanogpts(shared, tmp_path):
+def test_shakespeare_char_equals_nanogpts(shared, tmp_path):
     """Sizes and ids as in nanoGPT's data/shakespeare_char/prepare.py."""
     source = shared / "tinyshakespeare.txt"
     prepare("shakespeare-char", "--output_dir", tmp_path / "out", "--source", source)
@@ -151,7 +151,7 @@ def test_shakespeare_char_is_nanogpts(shared, tmp_path):
     assert np.array_equal(train, ids[: int(len(data) * 0.9)]) and np.array_equal(val, ids[int(len(data) * 0.9) :])
 
 
-def test_shakespeare_bpe_is_nanogpts(shared, tmp_path, encoding):
+def test_shakespeare_bpe_equals_nanogpts(shared, tmp_path, encoding):
     """301,966 and 36,059 tokens, as in the readme of nanoGPT's data/shakespeare, plus one end-of-text each."""
     source = shared / "tinyshakespeare.txt"
     prepare("shakespeare", "--output_dir", tmp_path / "out", "--source", source)
@@ -212,7 +212,7 @@ def test_other_settings_are_refused(command, uninterrupted, tmp_path, change, fi
     "wrong, words",
     [(["--tokenizer", "bpe:9999999"], "use --tokenizer bpe:"), (["--val_tokens", 10**9], "the train split got no")],
 )
-def test_a_mistake_that_made_nothing_is_mended_in_the_same_directory(source, tmp_path, wrong, words):
+def test_a_mistake_that_wrote_no_data_can_be_corrected_in_the_same_directory(source, tmp_path, wrong, words):
     command = ["files", "--source", source, "--tokenizer", "bpe:400", "--output_dir", tmp_path / "out"]
     assert words in refusal(*command, *wrong)
     prepare(*command, "--shard_tokens", 500)
@@ -305,11 +305,11 @@ def test_verify_finds_damage(command, tmp_path):
     assert "train_00001.npy is damaged" in refusal("--verify", tmp_path)
 
 
-# ---- directories that are damaged, corpora that change ----
+# ---- damaged directories, changing corpora ----
 
 
 @pytest.mark.parametrize("damage", ["missing", "cut", "a folder"])
-def test_a_damaged_directory_is_not_called_prepared(command, tmp_path, damage):
+def test_a_damaged_directory_does_not_count_as_prepared(command, tmp_path, damage):
     prepare(*command, "--output_dir", tmp_path)
     path = tmp_path / "train_00001.npy"
     data = path.read_bytes()
@@ -373,7 +373,7 @@ def test_a_corpus_that_changes_is_noticed(tmp_path, monkeypatch, kind):
     assert "its list of files" in refusal(*command)
 
 
-def test_files_of_one_name_are_told_apart(tmp_path):
+def test_files_of_the_same_name_are_distinguished(tmp_path):
     for folder, count in (("a", 3), ("b", 5)):
         (tmp_path / "source" / folder).mkdir(parents=True)
         (tmp_path / "source" / folder / "x.jsonl").write_text('{"text": "some words"}\n' * count)
@@ -383,7 +383,7 @@ def test_files_of_one_name_are_told_apart(tmp_path):
     assert [file["name"] for file in files] == ["a/x.jsonl", "b/x.jsonl"]
 
 
-def test_characters_are_learnt_from_every_document(tmp_path):
+def test_characters_are_collected_from_every_document(tmp_path):
     texts = ["abc"] * 30 + ["xyz"]
     write_jsonl(tmp_path / "a.jsonl", texts)
     command = ["files", "--source", tmp_path / "a.jsonl", "--output_dir", tmp_path / "out", "--tokenizer", "char"]
@@ -401,7 +401,7 @@ def test_tokenizers_are_trained_on_repaired_text(tmp_path, tokenizer):
     assert load(tmp_path / "out", "val")[0]["repaired_documents"] == 1
 
 
-def test_rows_left_out_are_counted_in_the_manifest(tmp_path):
+def test_skipped_rows_are_counted_in_the_manifest(tmp_path):
     rows = ['{"text": null}', '{"text": "one"}', '{"text": "tw', '{"text": "three"}', '{"text": null}']
     (tmp_path / "a.jsonl").write_text("\n".join(rows))
     prepare("files", "--source", tmp_path / "a.jsonl", "--output_dir", tmp_path / "out", "--val_tokens", 1)
@@ -456,7 +456,7 @@ def test_a_source_that_fails_while_the_tokenizer_is_trained(command, tmp_path, m
 
 
 @pytest.mark.parametrize("place", ["file/out", "x" * 300])
-def test_places_that_cannot_be_are_one_line(command, tmp_path, place):
+def test_an_impossible_output_directory_is_one_line(command, tmp_path, place):
     (tmp_path / "file").write_text("mine")
     (line,) = refusal(*command, "--output_dir", tmp_path / place).splitlines()
     assert "choose another --output_dir" in line
@@ -475,7 +475,7 @@ def test_remedies_that_help(tmp_path, texts, shared):
     assert "network" not in line and "fix the file" in line
 
 
-def test_disk_space_is_said_for_ids_of_four_bytes_and_for_deduplication(tmp_path, capsys):
+def test_the_estimated_disk_space_covers_ids_of_four_bytes_and_deduplication(tmp_path, capsys):
     corpus = corpora.Corpus([readers.Piece("text", bytes=4 * 10**9)], {})
     said = []
     for vocab_size, dedup in ((65_536, None), (65_537, None), (65_536, "url")):
