@@ -10,17 +10,16 @@ from pathlib import Path
 import pytest
 import tiktoken
 from fork_server import ForkServer
+from support import PATIENCE, ROOT, prepare
 
 from gpt2repro.data.tokenization import Tokenizer, build_tokenizer, gpt2_encoding
 from gpt2repro.prepare import built_in
 
 
-ROOT = Path(__file__).resolve().parents[1]
-
-# `make quick` promises to start no process: it leaves out tests that are marked slow, and those that use one of these.
-PROCESS_FIXTURES = {"run_script", "trainer_server", "preparer", "train"}
+# `make quick` promises to start no process: it deselects tests that are marked slow or use one of these fixtures.
+PROCESS_FIXTURES = {"run_script", "trainer_server", "preparer", "train", "python", "job"}
 PROCESS_EVENTS = ("subprocess.Popen", "os.fork", "os.posix_spawn", "os.system")  # of sys.addaudithook
-quick_test: str | None = None  # the test that is running, unless it is slow
+quick_test: str | None = None  # the running test, unless it is slow
 
 
 def pytest_collection_modifyitems(items):
@@ -55,10 +54,10 @@ sys.addaudithook(audit)
 
 @pytest.fixture(scope="session")
 def shared() -> Path:
-    """Data files that lie beside the checkout of a developer; a user has none of them."""
+    """Data files beside a developer's checkout; users do not have them."""
     folder = ROOT.parent / "shared" / "data"
     if not folder.is_dir():
-        pytest.skip("the data files in ../shared/data are not there")
+        pytest.skip("../shared/data does not exist")
     return folder
 
 
@@ -72,7 +71,7 @@ def run_script():
             env=os.environ | {"HF_HUB_OFFLINE": "1"} | environment,
             capture_output=True,
             text=True,
-            timeout=300,
+            timeout=PATIENCE,
         )
 
     return run
@@ -80,7 +79,7 @@ def run_script():
 
 @pytest.fixture(scope="session")
 def topics() -> list[str]:
-    """78 or so real documents, half a megabyte: the topics of Python's language reference."""
+    """Some 80 real documents, half a megabyte: the topics of Python's language reference."""
     from pydoc_data.topics import topics
 
     return [topics[name] for name in sorted(topics)]
@@ -88,7 +87,7 @@ def topics() -> list[str]:
 
 @pytest.fixture(scope="session")
 def texts(topics):
-    """250 distinct documents: real paragraphs, and texts that are easily mistreated."""
+    """250 distinct documents: real paragraphs, and texts that are easily mangled."""
     paragraphs = dict.fromkeys(paragraph for topic in topics[:20] for paragraph in topic.split("\n\n"))
     return [*list(paragraphs)[:246], "", "a\r\nb\0", "👩‍👩‍👧 é", "written <|endoftext|> out"]
 
@@ -96,6 +95,16 @@ def texts(topics):
 @pytest.fixture(scope="session")
 def python_docs() -> list[str]:
     return list(built_in.python_docs())
+
+
+@pytest.fixture(scope="session")
+def data_dir(topics, tmp_path_factory) -> Path:
+    """A prepared directory: the language reference, one token per character."""
+    root = tmp_path_factory.mktemp("data")
+    (root / "topics.txt").write_text("\n".join(topics))
+    prepared = root / "prepared"
+    prepare("files", "--source", root / "topics.txt", "--tokenizer", "char", "--output_dir", prepared)
+    return prepared
 
 
 @pytest.fixture(scope="session")
@@ -110,14 +119,15 @@ def encoding() -> tiktoken.Encoding:
 
 @pytest.fixture(scope="session")
 def trainer_server():
-    """Starts train_accelerate.py on the CPU, one process a run."""
-    with ForkServer("import matplotlib.pyplot, train_accelerate", {"ACCELERATE_USE_CPU": "true"}) as server:
+    """Forks runs of train_accelerate.py on the CPU."""
+    modules = ["matplotlib.pyplot", "train_accelerate", "trainer_faults"]
+    with ForkServer(modules, {"ACCELERATE_USE_CPU": "true"}) as server:
         yield server
 
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """Mounts a file system of so many bytes, again with another size; only root may."""
+    """Mounts a file system of a given size; needs root. MS_REMOUNT among the flags resizes it."""
     libc = ctypes.CDLL(None, use_errno=True)
     disk = tmp_path / "disk"
     disk.mkdir()

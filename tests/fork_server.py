@@ -1,66 +1,51 @@
-"""Scripts of the project as commands that start in milliseconds: a process that has imported what they need forks for
-each of them. What a command prints goes to files."""
+"""Run the project's scripts without paying for their imports each time.
 
-import json
+A server process imports torch and the rest once and forks for every command; what a command prints goes to files.
+A fork can be changed before its script starts, which is how tests cause faults: see trainer_faults.py and
+preparer_faults.py.
+"""
+
+import importlib
 import os
+import pickle
 import select
+import signal
 import socket
 import subprocess
 import sys
+import traceback
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
+
+from support import PATIENCE, ROOT
+
+from gpt2repro.errors import run_script
 
 
-ROOT = Path(__file__).resolve().parents[1]
 ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
-    "PYTHONPATH": str(ROOT),
+    "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}",
     "PYTHONUNBUFFERED": "1",
     "TOKENIZERS_PARALLELISM": "false",
 }
-SERVER = """
-import json, os, signal, sys
-
-signal.signal(signal.SIGINT, signal.default_int_handler)  # what runs in the background inherits that it is ignored
-for line in sys.stdin:
-    asked = json.loads(line)
-    if "wait" in asked:
-        print(os.waitstatus_to_exitcode(os.waitpid(asked["wait"], 0)[1]), flush=True)
-    elif not (pid := os.fork()):
-        os.setsid()
-        for descriptor in (1, 2):
-            os.dup2(os.open(asked["output"][descriptor - 1], os.O_WRONLY | os.O_CREAT | os.O_APPEND), descriptor)
-        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-        sys.argv = asked["argv"]
-        status = 1
-        try:
-            exec(asked["before"])
-            script = sys.argv[0]
-            exec(compile(open(script).read(), script, "exec"), {"__name__": "__main__", "__file__": script})
-            status = 0
-        except SystemExit as exit:
-            status = exit.code or 0
-        except BaseException:
-            import traceback
-            traceback.print_exc()
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
-    else:
-        print(pid, flush=True)
-"""
 
 
 class ForkServer:
-    """`with ForkServer("import train_accelerate", environment) as server`."""
+    """`with ForkServer(["train_accelerate"], environment) as server`.
 
-    def __init__(self, imports: str, environment: dict):
+    Args:
+        modules: imported once, by the server.
+        environment: variables of the server and its commands, besides this process's own.
+    """
+
+    def __init__(self, modules: Sequence[str], environment: dict[str, str]):
         self.server = subprocess.Popen(
-            [sys.executable, "-W", "ignore", "-c", f"{imports}\n{SERVER}"],
+            [sys.executable, "-W", "ignore", __file__, *modules],
             cwd=ROOT,
             env=os.environ | ENVIRONMENT | environment,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            text=True,
         )
 
     def __enter__(self):
@@ -70,36 +55,129 @@ class ForkServer:
         self.server.kill()
         self.server.communicate()
 
-    def _ask(self, **question) -> int:
-        self.server.stdin.write(json.dumps(question) + "\n")
-        self.server.stdin.flush()
-        ready, _, _ = select.select([self.server.stdout], [], [], 150)
-        assert ready, "a command did not end"
-        return int(self.server.stdout.readline())
-
-    def start(self, argv: list, stdout: Path, stderr: Path, before: str = "") -> int:
-        """Start a script with its arguments; returns the process id. It has a session of its own.
+    def start(
+        self,
+        argv: Sequence,
+        stdout: Path,
+        stderr: Path,
+        before: Sequence[Callable[[], object]] = (),
+        environment: Mapping[str, str] = MappingProxyType({}),
+    ) -> int:
+        """Start a script in a session of its own.
 
         Args:
-            before: Python that its process runs first, with what the server has imported in scope.
+            argv: name of a script of the project, then its flags.
+            before: called in the new process before the script's main. Anything that pickles, so usually
+                functools.partial of a function that the server can import.
+            environment: further variables.
+        Returns:
+            The process id.
         """
-        return self._ask(
-            argv=[str(ROOT / argv[0]), *map(str, argv[1:])], output=[str(stdout), str(stderr)], before=before
-        )
+        command = {"argv": list(map(str, argv)), "stdout": str(stdout), "stderr": str(stderr)}
+        self._send("start", command | {"before": list(before), "environment": dict(environment)})
+        return self._answer()
 
-    def start_processes(self, number: int, argv: list, stdout: Path, stderr: Path, before: str = "") -> list[int]:
-        """Start a script as so many processes that find each other, as `accelerate launch` does; see start."""
+    def start_processes(self, world_size: int, *command, **options) -> list[int]:
+        """Start one process per rank, with the variables that `accelerate launch` would set.
+
+        Args:
+            command, options: as in start.
+        """
+        if world_size == 1:
+            return [self.start(*command, **options)]
+        environment = options.pop("environment", {})
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         pids = []
-        for rank in range(number):
-            group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": number, "LOCAL_WORLD_SIZE": number}
-            group |= {"RANK": rank, "LOCAL_RANK": rank}
-            group = {name: str(value) for name, value in group.items()} if number > 1 else {}
-            pids.append(self.start(argv, stdout, stderr, f"import os; os.environ |= {group}\n{before}"))
+        for rank in range(world_size):
+            group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "RANK": rank, "LOCAL_RANK": rank}
+            group |= {"WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
+            rank_environment = environment | {name: str(value) for name, value in group.items()}
+            pids.append(self.start(*command, **options, environment=rank_environment))
         return pids
 
     def wait(self, pid: int) -> int:
-        """The exit status of a process; minus the signal that ended it."""
-        return self._ask(wait=pid)
+        """The exit status of a process; the negative signal number if it was killed.
+
+        Raises:
+            AssertionError: it did not end within PATIENCE, and was killed.
+        """
+        self._send("wait", {"pid": pid})
+        finished, _, _ = select.select([self.server.stdout], [], [], PATIENCE)
+        if not finished:
+            os.killpg(pid, signal.SIGKILL)
+        status = self._answer()
+        assert finished, f"process {pid} did not end within {PATIENCE} s"
+        return status
+
+    def _send(self, name: str, arguments: dict) -> None:
+        pickle.dump((name, arguments), self.server.stdin)
+        self.server.stdin.flush()
+
+    def _answer(self) -> int:
+        return int(self.server.stdout.readline())
+
+
+# ---- in the server process ----
+
+
+def serve() -> None:
+    """Answer each request on stdin with a number on stdout, until the client is gone."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs of a shell inherit that it is ignored
+    requests = {"start": start, "wait": wait}
+    while True:
+        name, arguments = pickle.load(sys.stdin.buffer)
+        print(requests[name](**arguments), flush=True)
+
+
+def wait(pid: int) -> int:
+    _, status = os.waitpid(pid, 0)
+    return os.waitstatus_to_exitcode(status)
+
+
+def start(**command) -> int:
+    pid = os.fork()
+    if pid:
+        return pid
+    status = 1
+    try:
+        status = run(**command)
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+
+
+def run(
+    argv: list[str],
+    stdout: str,
+    stderr: str,
+    before: list[Callable[[], object]],
+    environment: dict[str, str],
+) -> int:
+    """What a forked process does; returns its exit status."""
+    os.setsid()
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    for descriptor, path in ((1, stdout), (2, stderr)):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), descriptor)
+    os.environ |= environment
+    sys.argv = argv
+    try:
+        for change in before:
+            change()
+        script = importlib.import_module(Path(argv[0]).stem)
+        sys.modules["__main__"] = script  # which spawned worker processes import, as if it had been run as a script
+        run_script(script.main)
+    except SystemExit as end:
+        return end.code or 0
+    except BaseException:
+        traceback.print_exc()
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    for module in sys.argv[1:]:
+        importlib.import_module(module)
+    serve()

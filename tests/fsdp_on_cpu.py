@@ -1,5 +1,5 @@
-"""train_accelerate.py with Accelerate's FSDP2 on the CPU. Accelerate takes that branch on accelerators only, though all
-that it then calls runs on gloo as well. Started by `accelerate launch` with a config whose distributed_type is FSDP."""
+"""train_accelerate.py with Accelerate's FSDP2 on the CPU. Accelerate offers it on accelerators only, although all that
+it calls runs on gloo as well. Started by `accelerate launch` with a config whose distributed_type is FSDP."""
 
 import sys
 from pathlib import Path

@@ -3,42 +3,40 @@
 import json
 import os
 import signal
-import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 import tokenizers
 from fork_server import ForkServer
+from support import wait_until
 
 
-IMPORTS = """
-import json
-import datasets, fsspec, pyarrow.parquet
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
-import prepare_data
-from gpt2repro.prepare import corpora, readers, retries
-"""
+MODULES = [
+    "prepare_data",
+    "preparer_faults",
+    # What a command imports only when it needs it. The first imports torch, which takes seconds.
+    "transformers.models.auto.tokenization_auto",
+    "fsspec.implementations.http",
+    "pyarrow.parquet",
+]
 
 
 class Preparer(ForkServer):
     """`with Preparer(folder, environment) as preparer`; `folder` receives the commands' output."""
 
     def __init__(self, folder: Path, environment: dict | None = None):
-        super().__init__(IMPORTS, environment or {})
+        super().__init__(MODULES, environment or {})
         self.folder, self.commands = folder, 0
 
-    def start(self, *argv, before: str = "") -> "Command":
-        """Start a command.
-
-        Args:
-            before: Python code that its process runs first; corpora, readers and retries are imported.
-        """
+    def start(self, *argv, before: Sequence[Callable] = ()) -> "Command":
+        """Start a command; `before` as in ForkServer.start, usually from preparer_faults."""
         self.commands += 1
         output = self.folder / f"{self.commands}.txt"
         return Command(self, super().start(["prepare_data.py", *argv], output, output, before), output)
 
-    def run(self, *argv, before: str = "") -> "Command":
+    def run(self, *argv, before: Sequence[Callable] = ()) -> "Command":
         """Start a command and wait for it."""
         command = self.start(*argv, before=before)
         command.wait()
@@ -54,28 +52,37 @@ class Command:
 
     def wait(self) -> int:
         """Its exit status; the negative signal number if it was killed."""
-        try:
-            self.status = self.preparer.wait(self.pid)
-        except AssertionError:
-            os.killpg(self.pid, signal.SIGKILL)
-            raise
+        self.status = self.preparer.wait(self.pid)
         return self.status
 
     def kill(self, signal_number: int = signal.SIGKILL) -> None:
         os.kill(self.pid, signal_number)
 
-    def until(self, condition):
-        """Wait for a condition that holds before the command ends; returns its value."""
-        return until(lambda: condition() or (not alive(self.pid) and pytest.fail(f"the command ended: {self.lines}")))
+    def wait_until(self, condition: Callable):
+        """Wait until `condition` returns something true, which it must before the command ends; return that."""
+
+        def value_while_alive():
+            value = condition()
+            if not value and not alive(self.pid):
+                pytest.fail(f"the command has ended: {self.lines}")
+            return value
+
+        return wait_until(value_while_alive, lambda: self.lines)
 
     @property
     def lines(self) -> list[str]:
         """What it printed, without the progress bar."""
         printed = self.output.read_text().replace("\r", "\n").splitlines() if self.output.exists() else []
-        return [line for line in printed if line and "process: " not in line and "processes: " not in line]
+        noise = ("process: ", "processes: ")
+        return [line for line in printed if line and not any(words in line for words in noise)]
 
-    def children(self) -> list[int]:
-        """Its worker processes."""
+    @property
+    def messages(self) -> list[str]:
+        """Its lines without the estimate of the space that it needs."""
+        return [line for line in self.lines if not line.startswith("needs about ")]
+
+    def workers(self) -> list[int]:
+        """The process ids of its worker processes."""
         found = []
         for stat in Path("/proc").glob("[0-9]*/stat"):
             try:
@@ -86,6 +93,15 @@ class Command:
                 continue
         return found
 
+    def wait_for_workers(self, count: int) -> list[int]:
+        """The process ids of its workers, once there are so many."""
+
+        def all_workers():
+            found = self.workers()
+            return found if len(found) == count else None
+
+        return self.wait_until(all_workers)
+
 
 def alive(pid: int) -> bool:
     try:
@@ -94,21 +110,7 @@ def alive(pid: int) -> bool:
         return False
 
 
-def until(condition, seconds: float = 60):
-    """Wait for a condition; returns its value."""
-    end = time.monotonic() + seconds
-    while not (value := condition()):
-        assert time.monotonic() < end, "timed out"
-        time.sleep(0.002)
-    return value
-
-
 # ---- what a prepared directory holds ----
-
-
-def contents(directory: Path) -> dict[str, bytes]:
-    """All files."""
-    return {p.relative_to(directory).as_posix(): p.read_bytes() for p in directory.rglob("*") if p.is_file()}
 
 
 def manifest_of(directory: Path) -> dict:

@@ -24,12 +24,12 @@ from accelerate.utils.launch import (
     prepare_multi_gpu_env,
     prepare_simple_launcher_cmd_env,
 )
+from support import ROOT
+from tiny_models import tiny_model
 from torch.distributed.fsdp import CPUOffloadPolicy, StateDictType
 
-from modeling_gpt2repro import GPT2ReproConfig, GPT2ReproForCausalLM
 
-
-CONFIGS = sorted((Path(__file__).resolve().parents[1] / "accelerate_configs").glob("*.yaml"))
+CONFIGS = sorted((ROOT / "accelerate_configs").glob("*.yaml"))
 NAMES = [path.stem for path in CONFIGS]
 NOT_OPTIONS = {"compute_environment", "distributed_type"}  # only read from the file
 
@@ -140,7 +140,7 @@ def test_fsdp2_shards_each_block(launched):
     assert plugin.state_dict_type == StateDictType.FULL_STATE_DICT and not plugin.cpu_ram_efficient_loading
     assert isinstance(plugin.cpu_offload, CPUOffloadPolicy) == launched["fsdp_offload_params"]
 
-    model = GPT2ReproForCausalLM(GPT2ReproConfig(vocab_size=64, unpadded_vocab_size=50, n_layer=2, n_head=2, n_embd=8))
+    model = tiny_model(n_embd=8)
     plugin.set_auto_wrap_policy(model)
     wrapped = {type(m) for m in model.modules() if plugin.auto_wrap_policy(m, recurse=False, nonwrapped_numel=0)}
     assert wrapped == {type(model.transformer.h[0])}
@@ -179,7 +179,7 @@ def test_fp8_converts_all_block_matrices_except_the_first():
     from accelerate.utils.ao import convert_model_to_fp8_ao
     from torchao.float8.float8_linear import Float8Linear
 
-    model = GPT2ReproForCausalLM(GPT2ReproConfig(vocab_size=64, unpadded_vocab_size=50, n_layer=2, n_head=2, n_embd=16))
+    model = tiny_model(n_embd=16)
     linears = {name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
     names, total = list(model.state_dict()), model.num_parameters()
     path = next(path for path in CONFIGS if path.stem == "single_gpu_fp8")

@@ -38,8 +38,8 @@ def test_a_data_directory_opens_and_verifies():
 
 
 @pytest.mark.slow
-def test_a_stopped_run_resumes_and_ends_as_it_would_have(trainer_server, tmp_path):
-    """To the digit on the machine that made it; other processors round differently."""
+def test_a_stopped_run_resumes_and_ends_like_the_uninterrupted_one(trainer_server, tmp_path):
+    """To the last digit on the machine that made it; other processors round differently."""
     shutil.copytree(GOLDEN / "run", tmp_path / "run")
     argv = ["train_accelerate.py", "--config", GOLDEN / "recipe.yaml", "--data_dir", GOLDEN / "data"]
     argv += ["--output_dir", tmp_path / "run"]
@@ -60,7 +60,7 @@ def test_a_stopped_run_resumes_and_ends_as_it_would_have(trainer_server, tmp_pat
 
 @pytest.mark.parametrize("folder", ["model", "run/checkpoints/step_00000004"])
 def test_a_model_folder_and_a_checkpoint_open(folder):
-    """With the code of today, and with the old code that lies in the folder."""
+    """With today's code, and with the old code in the folder."""
     model, tokenizer = open_model(str(GOLDEN / folder))
     ids = tokenizer("The assert statement", return_tensors="pt").input_ids[:, :16]
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""What is installed: the wheel and the sdist, and the files that say which releases of other packages go with them."""
+"""The wheel, the sdist, and the constraints files that say which releases of other packages go with them."""
 
 import itertools
 import os
@@ -17,12 +17,12 @@ import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
+from support import ROOT
 
 
-ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 PROMISES = [*PROJECT["dependencies"], *itertools.chain(*PROJECT["optional-dependencies"].values())]
-CUDA = ("nvidia-", "cuda-", "triton")  # what torch requires on some machines, in releases that it names itself
+CUDA = ("nvidia-", "cuda-", "triton")  # required by torch on some machines, in releases that torch itself pins
 
 
 def run(*command, **options) -> None:
@@ -32,7 +32,7 @@ def run(*command, **options) -> None:
 
 @pytest.fixture(scope="module")
 def tracked() -> set[str]:
-    """The files of the checkout, as git knows them."""
+    """The files of the checkout that git tracks."""
     if not (ROOT / ".git").exists():
         pytest.skip("not a git checkout")
     listing = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
@@ -87,7 +87,7 @@ def test_the_wheel_works_outside_the_checkout(wheel, tmp_path):
 
 
 def pins(file: str) -> dict[str, Version]:
-    """The releases that a constraints file names."""
+    """The releases that a constraints file pins."""
     lines = (ROOT / file).read_text().splitlines()
     requirements = [Requirement(line) for line in lines if line and not line.startswith("#")]
     return {canonicalize_name(r.name): Version(str(r.specifier).removeprefix("==")) for r in requirements}
@@ -108,7 +108,7 @@ def test_the_constraints_pin_whatever_a_pinned_release_requires():
     required = {canonicalize_name(Requirement(line).name) for line in PROMISES} - {"gpt2repro"}
     for name in set(pinned) & set(installed):
         if Version(installed[name].version).public != pinned[name].public:
-            continue  # another release, which may require other packages
+            continue  # another release is installed; it may require other packages
         for requirement in map(Requirement, installed[name].requires or []):
             if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
                 required.add(canonicalize_name(requirement.name))

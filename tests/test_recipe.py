@@ -3,10 +3,10 @@
 import dataclasses
 import re
 import typing
-from pathlib import Path
 
 import pytest
 import torch
+from support import ROOT
 
 from gpt2repro.errors import UserError
 from gpt2repro.recipe import Recipe
@@ -14,10 +14,9 @@ from gpt2repro.recipe_file import build_parser, default_of, differences, field_t
 from modeling_gpt2repro import GPT2ReproConfig, GPT2ReproForCausalLM
 
 
-ROOT = Path(__file__).resolve().parents[1]
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
 NUMBERS = (int, float, int | None, float | None)
-BOUNDARIES = [  # fields, their last accepted values, their first refused ones, the rule
+BOUNDARIES = [  # fields, the last values accepted, the first ones refused, the rule
     (
         "max_steps global_batch_tokens micro_batch_size sequence_length log_every checkpoint_every keep_last "
         "sample_tokens max_bad_steps",
@@ -289,7 +288,7 @@ def test_an_indivisible_ramp_is_reported_with_starts_that_divide(start, processe
         assert dataclasses.replace(recipe, batch_ramp_start=remedy).problems(processes) == []
 
 
-def test_only_fields_that_change_the_result_make_another_run():
+def test_only_fields_that_change_the_result_make_it_another_run():
     recipe = Recipe()
     assert differences(recipe, dataclasses.asdict(dataclasses.replace(recipe, micro_batch_size=1, log_every=7))) == []
     (difference,) = differences(recipe, dataclasses.asdict(dataclasses.replace(recipe, learning_rate=1e-3)))

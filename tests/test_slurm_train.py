@@ -1,22 +1,20 @@
-"""scripts/slurm_train.sbatch with stand-ins for Slurm's commands, on two "nodes" of this machine."""
+"""scripts/slurm_train.sbatch with stand-ins for Slurm's commands and the trainer, on two "nodes" of this machine."""
 
 import os
 import runpy
 import signal
 import subprocess
 import sys
-import time
-from pathlib import Path
 from unittest import mock
 
 import psutil
 import pytest
+from support import PATIENCE, ROOT, wait_until
 
 
-ROOT = Path(__file__).resolve().parents[1]
 SBATCH = ROOT / "scripts" / "slurm_train.sbatch"
 SRUN = """#!/usr/bin/env bash
-# Two tasks, and the highest of their exit codes, as srun's. The test signals what runs below.
+# Runs two tasks and exits with the highest of their exit codes, as srun does. The test signals what runs below.
 shift  # --wait=60
 for node in 0 1; do SLURM_NODEID=$node "$@" & done
 code=0
@@ -29,31 +27,16 @@ case $1 in
     requeue) echo "$2" >> requeued ;;
 esac
 """
-TRAINER = """
-import os, signal, sys, time
-from pathlib import Path
-from accelerate import Accelerator
-
-stopped = []
-signal.signal(signal.SIGUSR1, lambda *_: stopped.append(True))
-accelerator = Accelerator(cpu=True)
-Path(f"ready-{accelerator.process_index}-of-{accelerator.num_processes}").write_text(" ".join(sys.argv[1:]))
-while not stopped and sys.argv[1] == "wait":
-    time.sleep(0.05)
-accelerator.wait_for_everyone()  # the nodes have found each other
-sys.exit({"wait": 75, "finish": 0, "crash": 3}[sys.argv[1]])
-"""
 
 
 @pytest.fixture
 def job(tmp_path):
-    """Start the script as a Slurm job would; the trainer is one that waits, finishes or crashes."""
+    """Start the script as a Slurm job would, with slurm_trainer.py as the trainer."""
     for name, text in (("srun", SRUN), ("scontrol", SCONTROL)):
         (tmp_path / name).write_text(text)
         (tmp_path / name).chmod(0o755)
-    (tmp_path / "trainer.py").write_text(TRAINER)
     (tmp_path / "scripts").symlink_to(ROOT / "scripts")
-    port = 23000 + os.getpid() % 5000  # the script makes it from the job's number
+    port = 23000 + os.getpid() % 5000  # which the script derives from the job id
     environment = {
         "PATH": f"{tmp_path}:{os.environ['PATH']}",
         "SLURM_JOB_ID": str(port - 20000),
@@ -62,7 +45,7 @@ def job(tmp_path):
         "GPUS_PER_NODE": "1",
         "CONFIG": str(ROOT / "accelerate_configs" / "multi_cpu.yaml"),
         "PYTHON": sys.executable,
-        "SCRIPT": "trainer.py",
+        "SCRIPT": str(ROOT / "tests" / "slurm_trainer.py"),
         "OMP_NUM_THREADS": "1",
     }
     started = []
@@ -90,9 +73,7 @@ def requeued(tmp_path):
 def test_the_signal_before_the_time_limit_stops_the_trainer_and_requeues_the_job(job, tmp_path):
     process = job("wait", "--max_steps", "5")
     ready = [tmp_path / f"ready-{rank}-of-2" for rank in range(2)]
-    deadline = time.monotonic() + 60
-    while not all(path.exists() for path in ready) and time.monotonic() < deadline and process.poll() is None:
-        time.sleep(0.1)
+    wait_until(lambda: all(path.exists() and path.read_text() for path in ready) or process.poll() is not None)
     log = tmp_path / "log"
     assert [path.read_text() for path in ready] == ["wait --max_steps 5"] * 2, log.read_text()
     script = psutil.Process(process.pid)
@@ -100,7 +81,7 @@ def test_the_signal_before_the_time_limit_stops_the_trainer_and_requeues_the_job
     assert len(step) >= 4  # two launchers, two trainers
     for task in step:  # Slurm signals each process of the step, neither srun nor the script
         task.send_signal(signal.SIGUSR1)
-    assert process.wait(timeout=60) == 75, log.read_text()
+    assert process.wait(PATIENCE) == 75, log.read_text()
     assert len(requeued(tmp_path)) == 1 and "requeued as job" in log.read_text()
 
 
@@ -108,12 +89,12 @@ def test_the_signal_before_the_time_limit_stops_the_trainer_and_requeues_the_job
 @pytest.mark.parametrize("end, code", [("finish", 0), ("crash", 3)])
 def test_a_job_that_finishes_or_crashes_is_not_requeued(job, tmp_path, end, code):
     process = job(end)
-    assert process.wait(timeout=90) == code, (tmp_path / "log").read_text()
+    assert process.wait(PATIENCE) == code, (tmp_path / "log").read_text()
     assert requeued(tmp_path) == []
 
 
 def test_the_launcher_leaves_the_processes_time_to_save(monkeypatch):
-    """torchrun sends SIGKILL 30 seconds after the signal that it passes on, unless told otherwise."""
+    """torchrun sends SIGKILL 30 seconds after the signal that it forwards, unless told otherwise."""
     monkeypatch.setattr("accelerate.commands.launch.launch_command", lambda arguments: None)
     monkeypatch.setattr(sys, "argv", ["launch.py", "train_accelerate.py"])
     with mock.patch.dict(os.environ):

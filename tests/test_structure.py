@@ -1,4 +1,4 @@
-"""The house rules of imports: scripts -> rooms of gpt2repro, strictly downward and without a cycle -> libraries."""
+"""The rules of imports: scripts -> rooms of gpt2repro, strictly downward and without cycles -> libraries."""
 
 import ast
 import graphlib
@@ -6,11 +6,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from support import ROOT
 
 
-ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "gpt2repro"
-MODEL = "modeling_gpt2repro"  # on the ground floor: it imports nothing of ours
+MODEL = "modeling_gpt2repro"  # on the ground floor; it imports nothing of this project
 SCRIPTS = {path.stem for path in ROOT.glob("*.py")} - {MODEL}
 GROUND = "ground"
 ROOMS = {  # room -> the rooms that it may import from, besides itself
@@ -25,12 +25,12 @@ ROOMS = {  # room -> the rooms that it may import from, besides itself
 MODULES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
     for path in sorted(PACKAGE.rglob("*.py"))
-    if "metrics" not in path.relative_to(PACKAGE).parts  # a script that `evaluate` copies and runs
+    if "metrics" not in path.relative_to(PACKAGE).parts  # a script that `evaluate` copies and executes
 }
 
 
 def imports(path: Path, at_module_level: bool = False) -> set[str]:
-    """The dotted names that a file imports, wherever in it or only at module level."""
+    """The dotted names that a file imports, anywhere or only at module level."""
     tree = ast.parse(path.read_text())
     names = set()
     for node in tree.body if at_module_level else ast.walk(tree):
@@ -89,7 +89,7 @@ def test_what_every_start_imports_needs_the_standard_library_only(module):
 
 @pytest.mark.parametrize("module", [module for module in MODULES if room_of(module) == "prepare"])
 def test_preparation_starts_without_torch_and_transformers(module):
-    """Each of its processes imports it anew."""
+    """Every worker process imports it."""
     assert not top_level(imports(MODULES[module], at_module_level=True)) & {"torch", "transformers", "accelerate"}
 
 

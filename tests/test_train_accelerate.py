@@ -1,4 +1,4 @@
-"""The trainer, run as a user runs it: on real text, in processes of its own, under accelerate launch."""
+"""The trainer as users run it: on real text, in processes of its own, some under accelerate launch."""
 
 import itertools
 import json
@@ -7,17 +7,16 @@ import os
 import shutil
 import subprocess
 import sys
-from pathlib import Path
-from pydoc_data.topics import topics
 
 import numpy as np
 import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
+from support import PATIENCE, ROOT, measured
+from support import metric_rows as rows
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, LlamaConfig
 
-import prepare_data
 import train_accelerate
 from gpt2repro.data.batches import MicroBatches
 from gpt2repro.data.manifest import Manifest
@@ -28,13 +27,11 @@ from gpt2repro.files import file_sha256
 from gpt2repro.recipe import Recipe
 from gpt2repro.run_folder import RunFolder
 from gpt2repro.train import preflight
-from gpt2repro.train.metrics import read_metrics
 from gpt2repro.train.optimizers import build_optimizers, set_lr
 from gpt2repro.train.schedule import lr_at
 from modeling_gpt2repro import GPT2ReproConfig, GPT2ReproForCausalLM
 
 
-ROOT = Path(__file__).resolve().parents[1]
 RECIPE = """
 corpus: files
 sequence_length: 32
@@ -53,18 +50,6 @@ model: {n_positions: 32, n_layer: 2, n_head: 2, n_embd: 32}
 
 
 @pytest.fixture(scope="session")
-def data_dir(tmp_path_factory):
-    """The language reference, one token a character."""
-    root = tmp_path_factory.mktemp("data")
-    (root / "topics.txt").write_text("\n".join(topics[name] for name in sorted(topics)))
-    prepared = root / "prepared"
-    prepare_data.main(
-        ["files", "--source", str(root / "topics.txt"), "--tokenizer", "char", "--output_dir", str(prepared)]
-    )
-    return prepared
-
-
-@pytest.fixture(scope="session")
 def recipe_file(tmp_path_factory):
     path = tmp_path_factory.mktemp("recipe") / "tiny.yaml"
     path.write_text(RECIPE)
@@ -73,53 +58,57 @@ def recipe_file(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def train(data_dir, recipe_file, trainer_server, tmp_path_factory):
-    """Run the trainer in so many processes; `config` names an accelerate config, with which they are launched, without
-    one they are forked. Returns the finished process."""
+    """Run the trainer; returns the finished process.
+
+    Args:
+        config: name of an accelerate config to launch it with; None: it is forked.
+        processes: the world size.
+        environment: further variables.
+    """
     outputs = tmp_path_factory.mktemp("outputs")
     number = itertools.count()
 
-    def run(output_dir, *flags, config=None, processes=1, check=True):
-        launch = [sys.executable]
+    def run(output_dir, *flags, config=None, processes=1, check=True, **environment):
+        script = ["train_accelerate.py", "--config", recipe_file, "--output_dir", output_dir]
+        script += [*([] if "--data" in flags else ["--data_dir", data_dir]), *flags]
         if config:
-            launch += ["-m", "accelerate.commands.launch", "--config_file", f"accelerate_configs/{config}.yaml"]
-            launch += ["--num_processes", str(processes)]
-        command = [*launch, "train_accelerate.py", "--config", recipe_file, "--output_dir", output_dir]
-        command += [*([] if "--data" in flags else ["--data_dir", data_dir]), *flags]
-        command = list(map(str, command))
-        if config:
-            environment = os.environ | {"OMP_NUM_THREADS": "1"}
-            done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+            launch = [sys.executable, "-m", "accelerate.commands.launch"]
+            launch += ["--config_file", f"accelerate_configs/{config}.yaml", "--num_processes", processes]
+            done = run_command(*launch, *script, **environment)
         else:
             stdout, stderr = (outputs / f"{next(number)}_{name}" for name in ("stdout", "stderr"))
-            pids = trainer_server.start_processes(processes, command[1:], stdout, stderr)
+            pids = trainer_server.start_processes(processes, script, stdout, stderr, environment=environment)
             status = max(map(abs, map(trainer_server.wait, pids)))
-            done = subprocess.CompletedProcess(command, status, stdout.read_text(), stderr.read_text())
+            done = subprocess.CompletedProcess(script, status, stdout.read_text(), stderr.read_text())
         assert not check or done.returncode == 0, done.stderr
         return done
 
     return run
 
 
+def run_command(*command, cwd=ROOT, **environment):
+    """Run a command; returns the finished process."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1"} | environment
+    command = list(map(str, command))
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=PATIENCE)
+
+
 @pytest.fixture(scope="session")
 def trained(train, tmp_path_factory):
-    """A run that is long enough to learn something."""
+    """A run that is long enough to learn something, under accelerate launch."""
     output_dir = tmp_path_factory.mktemp("runs") / "trained"
     done = train(output_dir, "--max_steps", 60, "--checkpoint_every", 20, "--validate_every", 20, config="cpu")
     return output_dir, done.stdout
-
-
-def rows(output_dir, key):
-    return [row for row in read_metrics(output_dir / "metrics.jsonl") if key in row]
 
 
 def weights(output_dir):
     return load_file(output_dir / "model" / "model.safetensors")
 
 
-# ---- a run and what it leaves ----
+# ---- a run and what it writes ----
 
 
-def test_loss_falls_from_ln_v_below_the_unigram_entropy(trained, data_dir):
+def test_the_loss_falls_from_ln_v_to_below_the_unigram_entropy(trained, data_dir):
     output_dir, stdout = trained
     vocab_size = Manifest.read(data_dir).tokenizer.vocab_size
     tokens = np.concatenate([np.load(path) for path in sorted(data_dir.glob("train_*.npy"))])
@@ -133,7 +122,7 @@ def test_loss_falls_from_ln_v_below_the_unigram_entropy(trained, data_dir):
     assert f"validation loss {val_loss:.4f}" in stdout and f"{entropy:.4f}" in stdout
 
 
-def test_metrics_have_every_step_once_and_the_contracts_keys(trained):
+def test_metrics_have_every_step_once_with_the_documented_keys(trained):
     output_dir, _ = trained
     steps = rows(output_dir, "loss")
     assert [row["step"] for row in steps] == list(range(1, 61))
@@ -157,7 +146,7 @@ def test_run_directory_is_as_documented(trained):
 
 
 def test_validation_loss_is_that_of_the_saved_model_over_all_windows(trained, data_dir):
-    """Against a written-out mean over non-overlapping windows, by the model as from_pretrained loads it."""
+    """Compared with a written-out mean over non-overlapping windows, of the model that from_pretrained loads."""
     output_dir, _ = trained
     model = GPT2ReproForCausalLM.from_pretrained(output_dir / "model")
     tokens = torch.from_numpy(np.load(data_dir / "val_00000.npy").astype(np.int64))
@@ -184,53 +173,27 @@ def test_padding_rows_are_in_checkpoints_and_not_in_the_model_folder(trained, da
 
 
 def test_saved_model_works_for_a_stranger(trained, tmp_path):
-    """In another directory, by an interpreter that cannot see the checkout."""
-    code = """
-import sys
-from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
-sys.path = [entry for entry in sys.path if entry not in ("", CHECKOUT)]
-sys.meta_path = [finder for finder in sys.meta_path if "editable" not in str(finder)]
-folder = FOLDER
-model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
-tokenizer = AutoTokenizer.from_pretrained(folder)
-assert "modeling_gpt2repro" not in sys.modules and "transformers_modules" in type(model).__module__
-ids = tokenizer("The ", return_tensors="pt").input_ids
-assert model.generate(ids, max_new_tokens=5, do_sample=False).shape == (1, ids.shape[1] + 5)
-text = pipeline("text-generation", folder, trust_remote_code=True)("The ", max_new_tokens=5)[0]["generated_text"]
-assert text.startswith("The ") and len(text) > 4
-print("loaded")
-"""
-    code = code.replace("FOLDER", repr(str(trained[0] / "model"))).replace("CHECKOUT", repr(str(ROOT)))
-    environment = os.environ | {"HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"}
-    environment.pop("PYTHONPATH", None)
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert done.stdout.endswith("loaded\n"), done.stderr
+    """In another directory, in an interpreter that cannot see the checkout."""
+    script = ROOT / "tests" / "stranger.py"
+    environment = {"HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1", "PYTHONPATH": ""}
+    done = run_command(sys.executable, script, "use_folder", trained[0] / "model", cwd=tmp_path, **environment)
+    assert done.returncode == 0, done.stderr
 
 
 def test_sample_script_continues_the_prompt(trained):
-    command = [
-        sys.executable,
-        "sample.py",
-        trained[0],
-        "--prompt",
-        "The ",
-        "--num_samples",
-        "2",
-        "--max_new_tokens",
-        "9",
-    ]
-    done = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True)
+    flags = ("--prompt", "The ", "--num_samples", 2, "--max_new_tokens", 9)
+    done = run_command(sys.executable, "sample.py", trained[0], *flags)
     samples = done.stdout.split("--- sample ")[1:]
     assert [sample.splitlines()[1][:4] for sample in samples] == ["The ", "The "], done.stderr
     assert samples[0] != samples[1]
 
 
-# ---- the same numbers whatever the processes ----
+# ---- the same numbers for any number of processes ----
 
 
 @pytest.mark.slow
 def test_processes_and_accumulation_see_the_same_tokens_and_learn_the_same(train, tmp_path):
-    """1 process x 4 micro-batches, 2 x 2 and 4 x 1 with gloo; two really launched."""
+    """1 process x 4 micro-batches, 2 x 2 and 4 x 1 with gloo; 2 x 2 under accelerate launch."""
     flags = ("--max_steps", 4, "--max_grad_norm", 0.5, "--validation_tokens", 3000)
     train(tmp_path / "1x4", *flags)
     train(tmp_path / "2x2", *flags, config="multi_cpu", processes=2)
@@ -245,8 +208,10 @@ def test_processes_and_accumulation_see_the_same_tokens_and_learn_the_same(train
 
 
 @pytest.mark.slow
-def test_a_growing_batch_with_muon_learns_as_written_out_with_any_processes(train, recipe_file, data_dir, tmp_path):
-    """8 to 32 sequences a step, against a plain loop that sends each batch through the model at once."""
+def test_a_growing_batch_with_muon_learns_as_written_out_for_any_number_of_processes(
+    train, recipe_file, data_dir, tmp_path
+):
+    """8 to 32 sequences per step, against a plain loop that passes each batch through the model at once."""
     flags = ["--max_steps", 8, "--sample_every", 0, "--optimizer", "muon", "--lr_schedule", "wsd"]
     flags += ["--batch_ramp_start", 256, "--batch_ramp_tokens", 2048]
     train(tmp_path / "1x8", *flags)
@@ -276,19 +241,19 @@ def test_a_growing_batch_with_muon_learns_as_written_out_with_any_processes(trai
     assert [row["loss"] for row in rows(tmp_path / "1x8", "loss")][:2] == pytest.approx(losses[:2], abs=1e-5)
 
 
-def test_a_stopped_run_goes_on_as_if_nothing_had_happened(train, data_dir, tmp_path):
-    """With dropout and shuffled data; the stopped run is one whose last step and last row were lost."""
+def test_a_resumed_run_equals_the_uninterrupted_one(train, data_dir, tmp_path):
+    """Bit for bit, with dropout and shuffled data; the interrupted run lost its last checkpoints and rows."""
     flags = ("--max_steps", 6, "--checkpoint_every", 2, "--keep_last", 3, "--model.resid_pdrop", 0.2)
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     train(whole, *flags)
     shutil.copytree(whole, stopped)
     for name in ("model", "checkpoints/step_00000006", "checkpoints/step_00000004"):
         shutil.rmtree(stopped / name)
-    (stopped / "checkpoints" / "writing_step_00000004").mkdir()  # the crash came while this was written
+    (stopped / "checkpoints" / "writing_step_00000004").mkdir()  # the crash interrupted its writing
     lines = [line for line in (whole / "metrics.jsonl").open() if json.loads(line)["step"] <= 3]
     (stopped / "metrics.jsonl").write_text("".join(lines) + '{"step": 4, "los')
 
-    shutil.copytree(data_dir, tmp_path / "moved")  # the same data may lie elsewhere by now
+    shutil.copytree(data_dir, tmp_path / "moved")  # the data may have moved
     assert "resuming after step 2 of 6" in train(stopped, *flags, "--data_dir", tmp_path / "moved").stdout
     for key in ("loss", "val_loss", "samples"):
         again, once = rows(stopped, key), rows(whole, key)
@@ -297,7 +262,7 @@ def test_a_stopped_run_goes_on_as_if_nothing_had_happened(train, data_dir, tmp_p
         assert torch.equal(tensor, weights(stopped)[name])
 
 
-def test_eval_only_prints_the_losses_of_a_run_on_as_much_of_either_split(train, trained, data_dir, tmp_path):
+def test_eval_only_prints_the_losses_of_a_run_on_equally_much_of_both_splits(train, trained, data_dir, tmp_path):
     done = train(tmp_path / "run", "--eval_only", "--init_from", trained[0], "--num_workers", 0)
     losses = dict(line.split() for line in done.stdout.splitlines() if "_loss" in line)
     assert losses["val_loss"] == f"{rows(trained[0], 'val_loss')[-1]['val_loss']:.4f}"
@@ -329,19 +294,19 @@ def test_fine_tuning_starts_from_a_gpt2_whose_positions_it_crops(train, data_dir
     assert torch.equal(tuned["transformer.h.0.mlp.c_fc.weight"], gpt2.transformer.h[0].mlp.c_fc.weight.T)
     config = json.loads((tmp_path / "tuned" / "model" / "config.json").read_text())
     assert (config["n_positions"], config["resid_pdrop"], config["attn_pdrop"]) == (32, 0.25, 0.0)
-    shutil.rmtree(tmp_path / "gpt2")  # a run that goes on does not need its beginning
+    shutil.rmtree(tmp_path / "gpt2")  # a resumed run does not need init_from
     done = train(tmp_path / "tuned", "--config", tmp_path / "recipe.yaml")
     assert "resuming after step 2 of 2" in done.stdout
 
 
 def test_bf16_autocast_keeps_float32_weights(train, tmp_path):
-    output_dir = tmp_path / "bf16"
-    environment = {"ACCELERATE_MIXED_PRECISION": "bf16"}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv(*environment.popitem())
-        train(output_dir, "--max_steps", 3)
-    assert {tensor.dtype for tensor in weights(output_dir).values()} == {torch.float32}
-    assert rows(output_dir, "loss")[-1]["loss"] < rows(output_dir, "loss")[0]["loss"]
+    """Its losses are near those of float32, but not the same."""
+    train(tmp_path / "float32", "--max_steps", 3)
+    train(tmp_path / "bf16", "--max_steps", 3, ACCELERATE_MIXED_PRECISION="bf16")
+    assert {tensor.dtype for tensor in weights(tmp_path / "bf16").values()} == {torch.float32}
+    expected, losses = (measured(tmp_path / name, "loss") for name in ("float32", "bf16"))
+    assert losses == pytest.approx(expected, abs=0.02) and losses != expected
+    assert losses[-1] < losses[0]
 
 
 # ---- other data ----
@@ -349,7 +314,7 @@ def test_bf16_autocast_keeps_float32_weights(train, tmp_path):
 
 @pytest.fixture(scope="session")
 def mixed(data_dir, tmp_path_factory):
-    """The language reference, and a text of the same characters in another order, as the flags of a mixture."""
+    """Flags of a mixture: the language reference, and the same characters in reverse."""
     root = tmp_path_factory.mktemp("mixed")
     other = root / "reversed"
     shutil.copytree(data_dir, other)
@@ -362,8 +327,8 @@ def mixed(data_dir, tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_a_mixture_trains_and_goes_on_where_it_was_stopped(train, mixed, recipe_file, tmp_path):
-    """In two processes, then in one."""
+def test_a_mixture_trains_and_resumes(train, mixed, recipe_file, tmp_path):
+    """In two processes, resumed in one."""
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     flags = (*mixed, "--max_steps", 4, "--checkpoint_every", 2, "--validation_tokens", 3000)
     train(whole, *flags, processes=2)
@@ -404,15 +369,15 @@ def test_a_nanogpt_folder_trains(train, gpt2, topics, tmp_path):
 # ---- mistakes ----
 
 
-def test_a_start_that_was_cut_off_is_repeated(data_dir, recipe_file, tmp_path):
+def test_an_interrupted_start_is_repeated(data_dir, recipe_file, tmp_path):
     for name in (".lock", "recipe.yaml.tmp"):
         (tmp_path / name).write_text("")
     argv = ["--config", recipe_file, "--data_dir", data_dir, "--output_dir", tmp_path]
     preflight.resolve_and_check(list(map(str, argv)))
 
 
-def test_a_run_has_the_architecture_of_its_own_checkpoint_that_can_be_read(tmp_path):
-    """Here it is not that of init_from, to show which one was read; where nothing is trained, that is what counts."""
+def test_a_run_has_the_architecture_of_its_newest_readable_checkpoint(tmp_path):
+    """It differs from init_from's here, to show which one was read. An evaluation reads that of init_from."""
     GPT2ReproConfig(n_layer=1).save_pretrained(tmp_path / "base")
     for step in (2, 4):
         folder = tmp_path / "run" / "checkpoints" / f"step_{step:08d}"
@@ -431,15 +396,15 @@ def test_a_run_has_the_architecture_of_its_own_checkpoint_that_can_be_read(tmp_p
 
 @pytest.fixture
 def refused(data_dir, recipe_file, tmp_path):
-    """The message with which the trainer refuses these flags."""
+    """The message with which the trainer refuses some flags."""
 
-    def settle(*flags):
+    def message_of(*flags):
         argv = ["--config", recipe_file, "--data_dir", data_dir, "--output_dir", tmp_path / "run", *flags]
         with pytest.raises(UserError) as error:
             preflight.resolve_and_check(list(map(str, argv)))
         return str(error.value)
 
-    return settle
+    return message_of
 
 
 def test_all_mistakes_come_at_once_and_end_in_exit_code_2(train, tmp_path):
@@ -458,9 +423,10 @@ def test_missing_data_names_the_command_that_prepares_it(refused, tmp_path):
     )
 
 
-def test_half_written_data_is_refused(refused, data_dir, tmp_path):
+def test_unfinished_data_is_refused(refused, data_dir, tmp_path):
     shutil.copytree(data_dir, tmp_path / "half", ignore=shutil.ignore_patterns("manifest.json"))
-    assert "unfinished" in refused("--data_dir", tmp_path / "half")
+    message = refused("--data_dir", tmp_path / "half")
+    assert "unfinished" in message and "prepare_data.py" in message
 
 
 def test_a_damaged_folder_of_another_trainer_is_refused_in_one_line(refused, tmp_path):
@@ -473,22 +439,22 @@ def test_sequence_longer_than_the_positions_is_refused(refused):
     assert "sequence_length=64 is longer than n_positions=32" in refused("--sequence_length", 64)
 
 
-def test_batch_that_does_not_divide_is_refused_with_what_does(refused):
+def test_an_indivisible_batch_is_refused_with_sizes_that_divide(refused):
     assert "use global_batch_tokens=768 or 1024" in refused("--global_batch_tokens", 1000)
 
 
 @pytest.mark.parametrize("prompt", ["x" * 40, "漢字"])
-def test_prompt_that_the_model_cannot_take_is_refused(refused, prompt):
+def test_a_prompt_that_the_model_cannot_take_is_refused(refused, prompt):
     assert f"sample_prompts: {prompt!r}" in refused("--sample_prompts", prompt)
 
 
 @pytest.mark.parametrize("field", ["n_head=0", "n_layer=-1", "resid_pdrop=5", "activation_function='gelu_neww'"])
-def test_model_field_out_of_its_range_is_refused(refused, field):
+def test_a_model_field_out_of_range_is_refused(refused, field):
     name, value = field.split("=")
     assert f"{name}=" in refused(f"--model.{name}", value.strip("'"))
 
 
-def test_a_model_that_is_broken_goes_back_and_ends_the_run(train, tmp_path):
+def test_a_diverged_model_is_rolled_back_until_the_run_gives_up(train, tmp_path):
     """The first update breaks the weights; every checkpoint after it is broken too."""
     flags = ("--max_steps", 50, "--learning_rate", "1e30", "--validate_every", 0, "--sample_every", 0)
     done = train(tmp_path / "run", *flags, "--checkpoint_every", 2, "--max_bad_steps", 3, check=False)
@@ -500,7 +466,7 @@ def test_a_model_that_is_broken_goes_back_and_ends_the_run(train, tmp_path):
     assert done.returncode == 2 and "there is no checkpoint to roll back to" in done.stderr
 
 
-def test_another_vocabulary_than_the_datas_is_refused(refused):
+def test_a_vocabulary_other_than_the_datas_is_refused(refused):
     assert "unpadded_vocab_size=50" in refused("--model.unpadded_vocab_size", 50)
 
 
@@ -509,14 +475,14 @@ def test_a_split_shorter_than_a_window_is_refused(refused):
     assert "fewer than a window" in message
 
 
-def test_output_directory_of_another_recipe_is_not_touched(refused, trained):
+def test_the_output_directory_of_another_recipe_is_not_touched(refused, trained):
     before = {path: path.stat().st_mtime_ns for path in trained[0].rglob("*")}
     message = refused("--output_dir", trained[0], "--max_steps", 60, "--seed", 5)
     assert "another recipe (seed=1337 there, 5 here" in message
     assert {path: path.stat().st_mtime_ns for path in trained[0].rglob("*")} == before
 
 
-def test_a_run_does_not_go_on_with_other_data(refused, trained, data_dir, tmp_path):
+def test_a_run_does_not_resume_on_other_data(refused, trained, data_dir, tmp_path):
     shutil.copytree(data_dir, tmp_path / "other")
     manifest = tmp_path / "other" / "manifest.json"
     manifest.write_text(manifest.read_text().replace('"name": "files"', '"name": "other"'))
@@ -524,13 +490,13 @@ def test_a_run_does_not_go_on_with_other_data(refused, trained, data_dir, tmp_pa
     assert "a run on other data" in refused(*flags, "--data_dir", tmp_path / "other")
 
 
-def test_output_directory_of_something_else_is_not_touched(refused, tmp_path):
+def test_a_directory_that_holds_something_else_is_not_touched(refused, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "thesis.tex").write_text("mine")
     assert "is not a run" in refused()
 
 
-def test_run_without_resume_is_not_overwritten(refused, trained):
+def test_a_run_is_not_overwritten_without_resume(refused, trained):
     flags = ("--max_steps", 60, "--checkpoint_every", 20, "--resume", "false")
     assert "resume is off" in refused("--output_dir", trained[0], *flags)
 
@@ -561,13 +527,13 @@ def test_a_resumed_run_of_two_processes_is_one_in_tensorboard(train, tmp_path):
         assert events == [(row["step"], row[key]) for row in rows(tmp_path / "run", key)]
 
 
-def test_missing_tracker_names_its_pip_install(refused, monkeypatch):
+def test_a_missing_tracker_names_its_pip_install(refused, monkeypatch):
     monkeypatch.setattr(preflight, "get_available_trackers", list)
     assert "pip install trackio" in refused("--report_to", "trackio")
 
 
 @pytest.mark.parametrize("folder", ["", "recipes"])
-def test_init_from_something_that_is_no_model_is_refused(refused, folder):
+def test_init_from_something_other_than_a_model_is_refused(refused, folder):
     assert "holds no model" in refused("--init_from", ROOT / folder)
 
 

@@ -1,4 +1,4 @@
-"""What a user does with the wheel, outside a checkout: wheel_user.py SITE, where SITE is the folder it is installed in.
+"""What a user does with the wheel outside a checkout: wheel_user.py SITE, where SITE is the folder it is installed in.
 
 test_packaging.py runs this in an empty folder and with SITE as PYTHONPATH.
 """

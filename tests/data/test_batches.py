@@ -1,4 +1,4 @@
-"""Batches against slices of the token array: the same tokens for any number of processes, from any step."""
+"""Batches compared with slices of the token array: the same tokens for any number of processes, from any step."""
 
 import pickle
 
@@ -15,7 +15,7 @@ from gpt2repro.recipe import Recipe
 
 
 T = 8
-SEQUENCES = 8  # in a step
+SEQUENCES = 8  # per step
 STEPS = 6
 TOKENS = np.random.default_rng(0).integers(0, 50_257, 205).astype(np.uint16)  # 25 windows: the third step ends epoch 0
 LAYOUTS = [(1, 2), (2, 2), (4, 2), (1, 8), (8, 1), (2, 4)]  # processes, micro-batch size
@@ -23,7 +23,7 @@ LAYOUTS = [(1, 2), (2, 2), (4, 2), (1, 8), (8, 1), (2, 4)]  # processes, micro-b
 
 @pytest.fixture
 def stream(tmp_path):
-    """The tokens in shards of 30, so that every fourth window crosses a border; unmixed."""
+    """The tokens in shards of 30, so that every fourth window crosses a shard boundary; a mixture of one source."""
     parts = np.split(TOKENS, range(30, len(TOKENS), 30))
     paths = [tmp_path / f"train_{i:05d}.npy" for i in range(len(parts))]
     for path, part in zip(paths, parts):
@@ -45,7 +45,7 @@ def micro_batches(stream, rank=0, num_processes=1, micro_batch_size=2, **fields)
 
 
 def global_batch(stream, step, num_processes, micro_batch_size, **fields):
-    """(SEQUENCES, T + 1): what all processes read in a step, in the order of the samples."""
+    """(SEQUENCES, T + 1): what all ranks read in a step, in sample order."""
     ranks = [micro_batches(stream, rank, num_processes, micro_batch_size, **fields) for rank in range(num_processes)]
     accumulation = SEQUENCES // (num_processes * micro_batch_size)
     return torch.cat([rank[step, micro] for micro in range(accumulation) for rank in ranks])
@@ -63,7 +63,7 @@ def test_a_step_reads_the_same_tokens_for_any_number_of_processes(stream, sampli
 
 @pytest.mark.parametrize("num_processes, micro_batch_size", LAYOUTS)
 def test_each_epoch_predicts_each_token_once(stream, num_processes, micro_batch_size):
-    """25 windows are 3 steps and one sequence."""
+    """An epoch of 25 windows is 3 steps and one sequence."""
     windows = torch.cat([global_batch(stream, step, num_processes, micro_batch_size) for step in range(4)])
     epoch = windows[: count_windows(len(TOKENS), T)]
     assert sorted(epoch[:, 1:].flatten().tolist()) == sorted(TOKENS[1 : 25 * T + 1].tolist())
@@ -77,7 +77,7 @@ def test_sequential_steps_walk_through_the_text(stream):
 
 
 RAMP = {"batch_ramp_start": 2 * T, "batch_ramp_tokens": 16 * T, "global_batch_tokens": 8 * T}
-# Sequences a step: 2 and 6/16 for each one seen, of which whole pairs are taken, until 16 were seen.
+# Sequences per step: 2, plus 6/16 for each sequence seen, rounded down to whole pairs, until 16 were seen.
 RAMP_SEQUENCES = [2, 2, 2, 4, 4, 6, 8, 8]
 
 
@@ -90,8 +90,8 @@ def test_the_batch_grows_with_the_tokens_seen():
     assert recipe.first_sample(1_000_006) == seen[6] + 1_000_000 * 8
 
 
-def test_gpt3s_ramp_is_linear_and_has_its_length():
-    """32k tokens to 0.5M over the first 4 billion, as GPT-3 125M could have had it: appendix B."""
+def test_a_ramp_like_gpt3s_is_linear_and_has_the_stated_length():
+    """32k to 0.5M tokens over the first 4 billion, as GPT-3 125M may have used: appendix B."""
     recipe = Recipe(batch_ramp_start=2**15, batch_ramp_tokens=4 * 10**9)
     steps = next(step for step in range(10**6) if recipe.tokens_before(step) >= 4 * 10**9)
     sizes = [recipe.tokens_before(step + 1) - recipe.tokens_before(step) for step in range(steps + 2)]
@@ -106,7 +106,7 @@ def test_gpt3s_ramp_is_linear_and_has_its_length():
 @pytest.mark.parametrize("num_processes, micro_batch_size", [(1, 1), (1, 2), (2, 1)])
 @pytest.mark.parametrize("first_step", [0, 2, 7])
 def test_a_growing_batch_is_the_same_for_any_number_of_processes(stream, num_processes, micro_batch_size, first_step):
-    """Steps read the samples one after another, none twice and none left out, from any step."""
+    """From any step on, samples are read in order, none twice and none skipped."""
     fields = RAMP | {"max_steps": len(RAMP_SEQUENCES)}
     ranks = [micro_batches(stream, rank, num_processes, micro_batch_size, **fields) for rank in range(num_processes)]
     found = torch.cat([torch.cat(each) for each in zip(*(rank.iterate(first_step, False) for rank in ranks))])
@@ -121,7 +121,7 @@ def test_the_seed_changes_the_batches(stream):
 
 @pytest.mark.parametrize("num_workers", [0, pytest.param(2, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("first_step", [0, 1, 4, STEPS])
-def test_a_resumed_run_reads_the_tail_of_the_whole_run(stream, num_workers, first_step):
+def test_a_resumed_run_reads_the_rest_of_the_uninterrupted_one(stream, num_workers, first_step):
     batches = micro_batches(stream, rank=1, num_processes=2, num_workers=num_workers)
     whole = [batches[step, micro] for step in range(STEPS) for micro in range(2)]
     resumed = list(batches.iterate(first_step, pin_memory=False))
@@ -130,16 +130,16 @@ def test_a_resumed_run_reads_the_tail_of_the_whole_run(stream, num_workers, firs
     assert all(batch.shape == (2, T + 1) and batch.dtype == torch.int64 for batch in resumed)
 
 
-def test_a_worker_process_gets_a_copy_that_reads_the_same(stream):
+def test_a_pickled_copy_reads_the_same(stream):
     batches = micro_batches(stream)
     expected = batches[1, 1]
     message = pickle.dumps(batches)
     assert torch.equal(pickle.loads(message)[1, 1], expected)
-    assert len(message) < 10_000  # file names travel, tokens do not
+    assert len(message) < 10_000  # file names are pickled, tokens are not
 
 
 @pytest.mark.parametrize("num_workers", [0, pytest.param(1, marks=pytest.mark.slow)])
-def test_a_token_beyond_the_vocabulary_is_one_line_from_any_process(stream, num_workers):
+def test_a_token_beyond_the_vocabulary_is_one_line_also_from_a_worker(stream, num_workers):
     path = stream.streams[0].paths[2]
     np.save(path, np.where(np.arange(30) == 17, 60_000, np.load(path)).astype(np.uint16))
     with pytest.raises(UserError) as caught:

@@ -1,4 +1,4 @@
-"""--verify against damage of every kind, and --describe against a recount."""
+"""Manifest.verify against random damage of every kind, and --describe against a recount."""
 
 import json
 import random
@@ -7,8 +7,8 @@ import shutil
 
 import numpy as np
 import pytest
+from support import prepare, write_jsonl
 
-import prepare_data
 from gpt2repro.data.manifest import Manifest
 from gpt2repro.data.shards import SPLITS
 from gpt2repro.data.token_stream import TokenStream
@@ -20,11 +20,9 @@ from gpt2repro.prepare import describe
 def prepared(tmp_path_factory, topics):
     """Several shards of each split."""
     root = tmp_path_factory.mktemp("prepared")
-    (root / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in topics))
-    prepare_data.main(
-        ["files", "--source", str(root / "a.jsonl"), "--output_dir", str(root / "out"), "--tokenizer", "bpe:500"]
-        + ["--shard_tokens", "20000", "--val_fraction", "0.3"]
-    )
+    source = write_jsonl(root / "a.jsonl", topics)
+    flags = ("--tokenizer", "bpe:500", "--shard_tokens", 20_000, "--val_fraction", 0.3)
+    prepare("files", "--source", source, "--output_dir", root / "out", *flags)
     return root / "out"
 
 
@@ -54,7 +52,7 @@ def remove(path, chance):
 
 
 def edit(path, chance):
-    """Change one letter or digit of the manifest; it may be JSON no more."""
+    """Change one letter or digit of the manifest, which may then no longer be JSON."""
     text = path.read_text()
     place = chance.choice([match.start() for match in re.finditer(r"[a-z0-9]", text)])
     new = chance.choice([c for c in "abcdefxyz123456789" if c != text[place]])
@@ -64,25 +62,36 @@ def edit(path, chance):
 SHARD_DAMAGE = [flip_a_byte, truncate, lengthen, swap, remove]
 
 
-@pytest.mark.parametrize("number", range(100))
-def test_random_damage_is_found_and_named(prepared, tmp_path, number):
-    chance = random.Random(number)
-    shutil.copytree(prepared, tmp_path / "data")
+def damage_at_random(folder, chance):
+    """Damage one file of a prepared directory; returns its name."""
     damage = chance.choice([*SHARD_DAMAGE, *SHARD_DAMAGE, edit])
-    path = tmp_path / "data" / "manifest.json"
-    if damage is not edit:
-        files = sorted((tmp_path / "data").glob("*.npy")), sorted((tmp_path / "data" / "tokenizer").iterdir())
+    if damage is edit:
+        path = folder / "manifest.json"
+    else:
+        files = sorted(folder.glob("*.npy")), sorted((folder / "tokenizer").iterdir())
         path = chance.choice(files[chance.random() < 0.2])
         if damage is swap and path.suffix != ".npy":
             damage = flip_a_byte
     damage(path, chance)
-    with pytest.raises(UserError) as caught:
-        Manifest.read(tmp_path / "data").verify(tmp_path / "data", num_workers=2)
-    assert path.name in str(caught.value)
+    return path.name
+
+
+def test_random_damage_is_found_and_named(prepared, tmp_path):
+    for seed in range(100):
+        folder = tmp_path / f"seed_{seed}"
+        shutil.copytree(prepared, folder)
+        name = damage_at_random(folder, random.Random(seed))
+        try:
+            Manifest.read(folder).verify(folder, num_workers=2)
+        except UserError as error:
+            assert name in str(error), f"seed {seed}"
+        else:
+            pytest.fail(f"seed {seed}: the damage to {name} was not found")
+        shutil.rmtree(folder)
 
 
 def test_a_manifest_that_lies_about_its_shards_is_found_out(prepared, tmp_path):
-    """Even one that was sealed anew."""
+    """Even if its seal is valid."""
     shutil.copytree(prepared, tmp_path / "data")
     for key in ("tokens", "documents"):
         manifest = json.loads((prepared / "manifest.json").read_text())
@@ -94,7 +103,7 @@ def test_a_manifest_that_lies_about_its_shards_is_found_out(prepared, tmp_path):
             Manifest.read(tmp_path / "data").verify(tmp_path / "data")
 
 
-def test_description_counts_what_is_there(prepared):
+def test_a_description_counts_what_the_shards_hold(prepared):
     text = describe.describe(prepared)
     manifest = json.loads((prepared / "manifest.json").read_text())
     for split in SPLITS:

@@ -1,4 +1,4 @@
-"""Folders as nanoGPT, build-nanogpt, llm.c and datatrove write them, byte for byte, read back window by window."""
+"""Folders written byte for byte as nanoGPT, build-nanogpt, llm.c and datatrove do, read back window by window."""
 
 import os
 import shutil
@@ -102,7 +102,7 @@ def test_every_window_holds_the_tokens_that_were_written(written):
     name, folder = written
     splits = {"train": TRAIN, "val": VAL}
     if name == "datatrove":
-        splits = {"train": TOKENS[:-300], "val": TOKENS[-300:]}  # the last hundredth is held out, from two files
+        splits = {"train": TOKENS[:-300], "val": TOKENS[-300:]}  # the last hundredth is held out; it spans two files
     for split, tokens in splits.items():
         stream = TokenStream.open(folder, split)
         assert len(stream) == len(tokens)
@@ -124,7 +124,7 @@ def test_the_record_is_like_a_manifest(written):
 
 
 def test_datatrove_holds_out_at_most_ten_million_tokens(tmp_path):
-    """Files with holes, which take no room on the disk."""
+    """Sparse files, which take no disk space."""
     for rank in range(2):
         path = tmp_path / f"{rank:03d}_merged.ds"
         path.touch()
@@ -136,21 +136,21 @@ def test_datatrove_holds_out_at_most_ten_million_tokens(tmp_path):
     assert shard.file == "001_merged.ds" and shard.offset == 2 * 590_000_000
 
 
-def test_datatrove_of_before_token_sizes(tmp_path):
+def test_old_datatrove_metadata_without_a_token_size(tmp_path):
     write_datatrove(tmp_path, tokenizer="gpt2")
     assert Manifest.open(tmp_path).splits["train"].tokens == 29_700
 
 
-def test_a_prepared_directory_comes_first(tmp_path):
+def test_a_manifest_takes_precedence(tmp_path):
     write_nanogpt(tmp_path)
     (tmp_path / "manifest.json").write_text('{"format_version": 0}')
     assert "format version 0" in refused(tmp_path)
 
 
-# ---- knowing the data again ----
+# ---- fingerprints ----
 
 
-def test_the_hash_stays_when_the_folder_moves(written, tmp_path_factory):
+def test_the_fingerprint_survives_a_move_of_the_folder(written, tmp_path_factory):
     _, folder = written
     moved = tmp_path_factory.mktemp("moved") / "elsewhere"
     shutil.copytree(folder, moved)
@@ -175,7 +175,7 @@ def flip_bit(path, offset):
     ids=["first byte", "byte 4095", "last but 4095", "last token", "one more token"],
 )
 @pytest.mark.parametrize("split", ["train", "val"])
-def test_the_hash_sees_sizes_and_ends(tmp_path, change, split):
+def test_the_fingerprint_covers_the_size_and_both_ends_of_each_file(tmp_path, change, split):
     write_nanogpt(tmp_path)
     before = Manifest.open(tmp_path).fingerprint
     change(tmp_path / f"{split}.bin")
@@ -201,7 +201,7 @@ def test_empty_files_are_no_split(tmp_path):
     assert "none for the split val" in refused(tmp_path)
 
 
-def test_a_character_vocabulary_is_refused_and_its_pickle_not_opened(tmp_path):
+def test_a_character_vocabulary_is_refused_without_unpickling_it(tmp_path):
     write_nanogpt(tmp_path)
     (tmp_path / "meta.pkl").write_bytes(b"cos\nsystem\n(S'touch " + str(tmp_path / "executed").encode() + b"'\ntR.")
     assert "meta.pkl holds the vocabulary" in refused(tmp_path)
@@ -289,7 +289,7 @@ def test_damage_is_one_line_with_the_file(tmp_path, format, file, damage, compla
 
 
 @pytest.mark.parametrize("split, place", [("train", 0), ("train", 2047), ("train", -1), ("train", -2048), ("val", 5)])
-def test_an_id_beyond_gpt2_at_the_ends_of_a_file_is_found_at_once(tmp_path, split, place):
+def test_an_id_beyond_gpt2_near_the_ends_of_a_file_is_found_when_it_is_opened(tmp_path, split, place):
     write_nanogpt(tmp_path)
     np.memmap(tmp_path / f"{split}.bin", np.uint16, "r+")[place] = 50_257
     assert f"{split}.bin holds token 50257, GPT-2's largest is 50256" in refused(tmp_path)
@@ -310,13 +310,13 @@ def test_an_id_beyond_gpt2_elsewhere_is_found_when_it_is_read(written):
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root reads everything")
-def test_a_file_that_may_not_be_read_is_one_line(tmp_path):
+def test_a_file_without_read_permission_is_one_line(tmp_path):
     write_nanogpt(tmp_path)
     (tmp_path / "train.bin").chmod(0)
     assert "cannot be read" in refused(tmp_path)
 
 
-def test_a_folder_of_something_else_is_none(tmp_path):
+def test_any_other_folder_is_not_foreign_tokens(tmp_path):
     np.save(tmp_path / "train_00000.npy", TRAIN.astype(np.uint16))  # ours, unfinished
     assert read_foreign_tokens(tmp_path) is None
     assert "unfinished" in refused(tmp_path)

@@ -1,4 +1,4 @@
-"""Mixtures against written-out counting: exact shares, the same stream for any layout, each source in its own order."""
+"""Mixtures compared with plain counting: exact shares, the same stream for any layout, each source in its own order."""
 
 import itertools
 import json
@@ -29,7 +29,7 @@ from gpt2repro.recipe import Recipe
 
 
 T = 8
-SEQUENCES = 16  # in a step
+SEQUENCES = 16  # per step
 TOKENIZER = {"name": "bpe:600", "vocab_size": 600, "eot_id": 599, "sha256": "0" * 64}
 SIZES = {"a": 401, "b": 165, "c": 83}  # 50, 20 and 10 windows
 WEIGHTS = {"a": 0.7, "b": 0.2, "c": 0.1}
@@ -50,7 +50,7 @@ def write(directory, split, tokens, tokenizer=TOKENIZER):
 
 @pytest.fixture
 def directories(tmp_path):
-    """Three sources whose tokens tell where they come from: a has 0 ... 199, b 200 ... 399, c 400 ... 599."""
+    """Three sources whose tokens identify them: a has 0 ... 199, b 200 ... 399, c 400 ... 599."""
     generator = np.random.default_rng(0)
     for number, (name, size) in enumerate(SIZES.items()):
         for split in ("train", "val"):
@@ -64,7 +64,7 @@ def recipe(**fields):
 
 
 def global_batch(data, step, num_processes=1, micro_batch_size=16, **fields):
-    """(SEQUENCES, T + 1): what all processes read in a step, in the order of the samples."""
+    """(SEQUENCES, T + 1): what all ranks read in a step, in sample order."""
     run = recipe(micro_batch_size=micro_batch_size, **fields)
     ranks = [MicroBatches(data, run, rank, num_processes) for rank in range(num_processes)]
     accumulation = run.accumulation(num_processes, step)
@@ -105,13 +105,13 @@ def test_every_block_has_the_exact_shares(slots):
     sources, numbers = mix(np.arange(5 * MIXTURE_BLOCK), np.array(slots), seed=7)
     for block in sources.reshape(5, MIXTURE_BLOCK):
         assert np.bincount(block, minlength=len(slots)).tolist() == slots
-    for source, count in enumerate(slots):  # each is numbered from 0 on, without a gap
+    for source, count in enumerate(slots):  # each is numbered from 0, without gaps
         assert numbers[sources == source].tolist() == list(range(5 * count))
 
 
 def test_mix_is_the_permutation_written_out():
-    """The source whose slots hold the place's image, the number a count of those before; for the permutation itself
-    see test_order.py."""
+    """A sample's source is the one whose slots contain its permuted place; its number counts the earlier samples of
+    that source. test_order.py tests the permutation itself."""
     slots, seed = [300, 600, 100], 11
     sources, numbers = mix(np.arange(3 * MIXTURE_BLOCK), np.array(slots), seed)
     seen = Counter()
@@ -125,14 +125,14 @@ def test_mix_is_the_permutation_written_out():
 
 
 def test_the_mixture_never_changes():
-    """Runs in progress rely on it, as on test_the_order_never_changes."""
+    """Running trainings depend on it; see test_the_order_never_changes."""
     sources, numbers = mix(np.arange(3990, 4010), np.array([700, 300]), seed=1337)
     assert sources.tolist() == [0, 1, 0, 1, 0, 0, 0, 1, 1, 1, 0, 1, 0, 1, 1, 0, 1, 0, 1, 0]
     assert numbers[sources == 0].tolist() == list(range(2795, 2805))
     assert numbers[sources == 1].tolist() == list(range(1195, 1205))
 
 
-def test_any_cut_of_the_samples_gives_the_same():
+def test_any_range_of_samples_gives_the_same():
     slots = np.array([650, 350])
     whole = mix(np.arange(2500), slots, seed=3)
     for first, last in ((0, 1), (999, 1001), (990, 2010), (1234, 1250), (2499, 2500)):
@@ -140,7 +140,7 @@ def test_any_cut_of_the_samples_gives_the_same():
             assert part.tolist() == all_of_them[first:last].tolist()
 
 
-def test_seeds_and_blocks_mix_in_orders_of_their_own():
+def test_every_seed_and_block_has_its_own_order():
     """Two independent orders of halves agree in half of 1,000 places, with a standard deviation of 16."""
     slots = np.array([500, 500])
     first, second, third = mix(np.arange(3000), slots, seed=1)[0].reshape(3, 1000)
@@ -151,7 +151,7 @@ def test_seeds_and_blocks_mix_in_orders_of_their_own():
     assert abs(runs - 501) < 80
 
 
-def test_sources_have_seeds_of_their_own():
+def test_every_source_has_its_own_seed():
     assert source_seed(1337, 0) == 1337
     assert len({source_seed(seed, source) for seed in (0, 1, 1337) for source in range(5)}) == 15
 
@@ -164,7 +164,7 @@ def test_batches_are_the_sources_own_windows(directories, sampling):
     data = RunData.open(directories).train
     tokens = [np.load(f"{directory}/train_00000.npy") for directory in directories]
     seen = Counter()
-    for step in range(70):  # over the border of a block
+    for step in range(70):  # across a block boundary
         sources, _ = mix(np.arange(step * SEQUENCES, (step + 1) * SEQUENCES), mixture_slots([0.7, 0.2, 0.1]), 1337)
         for window, source in zip(global_batch(data, step, sampling=sampling), sources):
             number, seen[source] = seen[source], seen[source] + 1
@@ -184,15 +184,15 @@ def test_any_layout_reads_the_identical_stream(directories, num_processes, micro
 
 
 @pytest.mark.parametrize("num_workers", [0, pytest.param(2, marks=pytest.mark.slow)])
-def test_a_resumed_run_reads_the_tail_of_the_whole_run(directories, num_workers):
+def test_a_resumed_run_reads_the_rest_of_the_uninterrupted_one(directories, num_workers):
     batches = MicroBatches(RunData.open(directories).train, recipe(max_steps=70, num_workers=num_workers), 1, 2)
     whole = [batches[step, micro] for step in range(70) for micro in range(4)]
     resumed = list(batches.iterate(60, pin_memory=False))
     assert len(resumed) == 10 * 4 and all(torch.equal(a, b) for a, b in zip(resumed, whole[60 * 4 :]))
 
 
-def test_each_source_is_read_once_an_epoch(directories):
-    """The first epochs of each: 50, 20 and 10 windows, each of them once."""
+def test_each_source_is_read_once_per_epoch(directories):
+    """The first epochs of each source: its 50, 20 or 10 windows, each once."""
     data = RunData.open(directories).train
     read = torch.cat([global_batch(data, step) for step in range(62)])
     for source, stream in enumerate(data.streams):
@@ -205,7 +205,7 @@ def test_each_source_is_read_once_an_epoch(directories):
 
 
 @pytest.mark.parametrize("sampling", ["shuffle", "sequential", "random"])
-def test_one_source_is_read_as_without_a_mixture(directories, sampling):
+def test_a_mixture_of_one_source_is_that_source(directories, sampling):
     directory = next(iter(directories))
     tokens = np.load(f"{directory}/train_00000.npy")
     for weight in (1.0, 0.3):
@@ -227,7 +227,7 @@ def test_the_manifest_of_one_directory_is_its_own(directories):
     assert data.tokenizer == manifest.tokenizer and data.totals("val") == manifest.splits["val"]
 
 
-def test_the_manifest_of_a_mixture_has_all_of_them(directories):
+def test_the_record_of_a_mixture_includes_every_manifest(directories):
     manifest = RunData.open(directories).record()
     assert manifest["corpus"] == {"name": "70% a + 20% b + 10% c"}
     assert manifest["tokenizer"] == TOKENIZER
@@ -238,14 +238,14 @@ def test_the_manifest_of_a_mixture_has_all_of_them(directories):
         assert source == expected and "shards" not in json.dumps(source)
 
 
-def test_the_hash_of_a_mixture_is_that_of_contents_and_weights(directories, tmp_path):
+def test_the_fingerprint_of_a_mixture_covers_contents_and_weights(directories, tmp_path):
     def hash_of(weights):
         return RunData.open(weights).fingerprint
 
     first = hash_of(directories)
     assert hash_of({directory: 10 * weight for directory, weight in directories.items()}) == first
     assert hash_of(dict(zip(directories, (0.6, 0.3, 0.1)))) != first
-    assert hash_of(dict(reversed(directories.items()))) != first  # their places give them their seeds
+    assert hash_of(dict(reversed(directories.items()))) != first  # a source's seed depends on its position
     (tmp_path / "a").rename(tmp_path / "moved")
     (a, *_), (weight, *_) = directories, directories.values()
     moved = {str(tmp_path / "moved"): weight} | {d: w for d, w in directories.items() if d != a}
@@ -254,8 +254,8 @@ def test_the_hash_of_a_mixture_is_that_of_contents_and_weights(directories, tmp_
     assert hash_of(moved) != first
 
 
-def test_the_baseline_weighs_the_frequencies(directories):
-    """The entropy of drawing a source by its weight, then one of its tokens; no token is in two sources."""
+def test_the_baseline_weights_the_frequencies_of_the_sources(directories):
+    """The entropy of drawing a source by its weight, then one of its tokens; the sources share no token."""
     data = RunData.open(directories).train
     entropies = [unigram_entropy(stream.counts(600)) for stream in data.streams]
     weights = list(directories.values())
@@ -273,7 +273,7 @@ def refused(weights):
 
 
 @pytest.mark.parametrize("weight", [0.0, -1.0, 0.0004, math.nan, math.inf, 1e-320, 1e308])
-def test_a_weight_that_no_block_can_meet_is_refused(directories, weight):
+def test_a_weight_below_a_thousandth_is_refused(directories, weight):
     a, b, _ = directories
     assert "must be at least a thousandth of their sum" in refused({a: 1e308 if weight == 1e308 else 1.0, b: weight})
 

@@ -1,4 +1,4 @@
-"""The data order against written-out integer arithmetic, and the counts that a good shuffle has."""
+"""The data order compared with plain integer arithmetic, and the statistics of a good shuffle."""
 
 import itertools
 import math
@@ -22,7 +22,7 @@ def shuffled(n, key):
     return permute(np.arange(n, dtype=np.uint64), n, np.full(n, key, np.uint64)).astype(np.int64)
 
 
-# ---- the same in Python's integers ----
+# ---- the same with Python's integers ----
 
 
 def splitmix(value, key):
@@ -44,7 +44,7 @@ def feistel(index, n, key):
 
 
 def test_hash_is_splitmix64():
-    """The published outputs of SplitMix64 for the seeds 0 and 1234567."""
+    """Published outputs of SplitMix64 for the seeds 0 and 1234567."""
     assert [hex(z) for z in _hash(np.arange(3))] == ["0xe220a8397b1dcdaf", "0x6e789e6aa1b965f4", "0x6c45d188009454f"]
     published = [6457827717110365317, 3203168211198807973, 9817491932198370423, 4593380528125082431]
     assert _hash(np.arange(4), 1234567).tolist() == published
@@ -58,7 +58,7 @@ def test_permute_is_a_feistel_network(n, key):
 
 
 def test_the_order_never_changes():
-    """Runs in progress rely on it. If this fails, resumed runs train on other data: give the new order a new name."""
+    """Running trainings depend on it. If this fails, resumed runs read other data: give the new order a new name."""
     assert starts("shuffle", 8, n_tokens=1_000_000).tolist() == [
         832816,
         698488,
@@ -121,16 +121,16 @@ def test_an_epoch_reads_every_window_once(sampling, n_tokens):
             assert read.tolist() == all_starts
 
 
-def test_any_cut_of_the_samples_gives_the_same_starts():
-    """A batch that runs over the end of an epoch, too: there are 124 windows."""
+def test_any_range_of_samples_gives_the_same_starts():
+    """Even across the end of an epoch: there are 124 windows."""
     whole = starts(n_samples=500)
     assert whole.tolist() == [int(starts(n_samples=1, first=i)[0]) for i in range(500)]
     assert whole[120:130].tolist() == starts(n_samples=10, first=120).tolist()
 
 
 @pytest.mark.parametrize("other", [{"first": 124}, {"first": 124 * 1000}, {"seed": 1338}, {"seed": 0}])
-def test_epochs_and_seeds_have_orders_of_their_own(other):
-    """Two independent permutations agree in one place on average, in more than 7 once in 100,000 times."""
+def test_every_epoch_and_seed_has_its_own_order(other):
+    """Two independent permutations agree in one place on average, and in more than 7 once in 100,000 cases."""
     windows = count_windows(1000, SEQUENCE_LENGTH)
     first, second = starts(n_samples=windows), starts(n_samples=windows, **other)
     assert sorted(first) == sorted(second)
@@ -152,7 +152,7 @@ def test_shuffle_has_no_visible_structure(key):
     # Each sixteenth of the order draws equally from each sixteenth of the text: 225 degrees of freedom
     table = np.histogram2d(position, order, bins=16)[0]
     assert 225 - 4 * math.sqrt(2 * 225) < chi_square(table) < 225 + 4 * math.sqrt(2 * 225)
-    # Steps from one window to the next repeat as often as chance has it; a multiplicative order has few distinct ones
+    # Distances between consecutive windows repeat as often as by chance; a multiplicative order has few distinct ones
     distinct = len(np.unique(np.diff(order) % n)) / n
     assert abs(distinct - (1 - math.exp(-1))) < 0.03
 
@@ -168,7 +168,7 @@ def chi_square(counts):
 def test_random_offsets_reach_every_valid_window_and_no_other():
     n_tokens = 50
     offsets = starts("random", 3000, n_tokens)
-    assert set(offsets) == set(range(n_tokens - SEQUENCE_LENGTH))  # the last one reads up to token 49
+    assert set(offsets) == set(range(n_tokens - SEQUENCE_LENGTH))  # the last window ends at token 49
 
 
 def test_random_offsets_are_uniform_and_repeat():
@@ -184,7 +184,7 @@ def test_random_seeds_differ():
 
 
 def test_offsets_beyond_32_bits():
-    """A stream of 10**11 tokens: the windows of FineWeb's larger samples."""
+    """A stream of 10**11 tokens, as FineWeb's larger samples have."""
     for sampling in ("shuffle", "random"):
         offsets = starts(sampling, 1000, n_tokens=10**11)
         assert offsets.dtype == np.int64
@@ -203,7 +203,7 @@ def test_stateless_seeds_are_distinct():
     assert stateless_seed(1337, 5, 0, 0) != stateless_seed(1338, 5, 0, 0)
 
 
-def test_stateless_seeds_are_seeds_for_torch_and_fill_their_range():
+def test_stateless_seeds_are_valid_for_torch_and_fill_their_range():
     seeds = [stateless_seed(1337, step) for step in range(1000)]
     assert min(seeds) >= 0 and 2**62 < max(seeds) < 2**63
     torch.Generator().manual_seed(max(seeds))

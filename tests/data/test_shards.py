@@ -1,4 +1,4 @@
-"""Shards against the arrays they were made from, their manifest against a recount, `verify` against each damage."""
+"""Shards compared with the arrays they were made from, their manifest with a recount; `verify` finds each damage."""
 
 import dataclasses
 import errno
@@ -19,11 +19,10 @@ from gpt2repro.data.shards import ShardWriter, Split
 from gpt2repro.data.token_stream import TokenStream, unigram_entropy
 from gpt2repro.data.tokenization import build_tokenizer
 from gpt2repro.errors import UserError
-from gpt2repro.files import write_json
 
 
 EOT = 99
-LENGTHS = [5, 0, 1, 30, 2, 64, 0, 0, 7, 200, 3]  # of the documents
+LENGTHS = [5, 0, 1, 30, 2, 64, 0, 0, 7, 200, 3]  # of the documents, in tokens
 
 
 def make_documents():
@@ -78,7 +77,7 @@ def test_shards_hold_the_documents_in_order(tmp_path, shard_tokens):
 
 
 def test_each_document_counts_for_the_shard_that_holds_its_first_token(tmp_path):
-    """Also a document that starts just where a shard starts, and empty ones without an end-of-text token."""
+    """Including a document that starts exactly where a shard does, and empty ones without an end-of-text token."""
     record = write(tmp_path, [[1, 2], [3, 4], [5], []], 3)
     assert [shard.documents for shard in record.shards] == [1, 1, 2]
     record = write(tmp_path, [[1, 2, 3], [], [4], []], 3, "val", eot_id=None)
@@ -91,15 +90,15 @@ def test_without_an_end_of_text_token_documents_follow_each_other(tmp_path):
     assert (record.tokens, record.documents) == (3, 3)
 
 
-def test_no_documents_make_no_shard(tmp_path):
+def test_without_documents_there_is_no_shard(tmp_path):
     assert write(tmp_path, [], 10) == Split(tokens=0, documents=0, bytes=0, shards=())
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("buffer_tokens", [1, 7, 64, 10**6])
 @pytest.mark.parametrize("dtype", [np.uint16, np.uint32])
-def test_files_are_those_of_numpy(tmp_path, monkeypatch, buffer_tokens, dtype):
-    """Byte for byte, through buffers smaller and larger than a document and a shard."""
+def test_files_equal_numpys(tmp_path, monkeypatch, buffer_tokens, dtype):
+    """Byte for byte, for buffers smaller and larger than a document and a shard."""
     monkeypatch.setattr(ShardWriter, "BUFFER_TOKENS", buffer_tokens)
     record = write(tmp_path, make_documents(), 50, dtype=dtype)
     tokens = np.array(flat(make_documents()), dtype)
@@ -108,7 +107,7 @@ def test_files_are_those_of_numpy(tmp_path, monkeypatch, buffer_tokens, dtype):
         assert (tmp_path / shard.file).read_bytes() == (tmp_path / "expected.npy").read_bytes()
 
 
-def test_a_shard_has_its_name_when_it_is_complete(tmp_path, monkeypatch):
+def test_a_shard_gets_its_name_once_it_is_complete(tmp_path, monkeypatch):
     monkeypatch.setattr(ShardWriter, "BUFFER_TOKENS", 1)
     writer = ShardWriter(tmp_path, "train", np.dtype(np.uint16), 10, EOT)
     writer.add(range(14), 0)
@@ -159,7 +158,7 @@ def test_the_smallest_type_that_holds_every_id(tmp_path, vocab_size, dtype):
 
 
 @pytest.mark.parametrize("shard_tokens", [1, 7, 50, 1000])
-def test_read_crosses_borders(tmp_path, shard_tokens):
+def test_reads_cross_shard_boundaries(tmp_path, shard_tokens):
     stream = TokenStream.open(write_prepared(tmp_path, shard_tokens), "train")
     tokens = flat(make_documents())
     assert len(stream) == len(tokens)
@@ -171,9 +170,9 @@ def test_read_crosses_borders(tmp_path, shard_tokens):
     assert len(TokenStream.open(tmp_path, "val")) == len(flat(make_documents()[:3]))
 
 
-def test_pickle_carries_names_only(tmp_path):
+def test_a_pickle_holds_file_names_only(tmp_path):
     stream = TokenStream.open(write_prepared(tmp_path), "train")
-    expected = stream.read(20, 200).tolist()  # the files are mapped
+    expected = stream.read(20, 200).tolist()  # maps the files
     message = pickle.dumps(stream)
     assert len(message) < 2000
     copy = pickle.loads(message)
@@ -202,18 +201,18 @@ def test_unigram_entropy_of_known_cases(counts, entropy):
 
 
 def test_unigram_entropy_is_the_loss_of_the_frequencies(tmp_path):
-    """The mean of -log p(token) over the text itself."""
+    """The mean of -log p(token) over the tokens themselves."""
     tokens = flat(make_documents())
     mean = math.fsum(-math.log(tokens.count(token) / len(tokens)) for token in tokens) / len(tokens)
     stream = TokenStream.open(write_prepared(tmp_path), "train")
     assert unigram_entropy(stream.counts(1000)) == pytest.approx(mean, abs=1e-12)
 
 
-# ---- what is wrong with a directory ----
+# ---- damaged directories ----
 
 
 @pytest.mark.parametrize("num_workers", [1, 3])
-def test_verify_returns_the_manifest_of_sound_data(tmp_path, num_workers):
+def test_verify_accepts_intact_data(tmp_path, num_workers):
     seen = []
     manifest = Manifest.read(write_prepared(tmp_path))
     manifest.verify(tmp_path, num_workers, lambda shards: (seen.append(1) or s for s in shards))
@@ -243,7 +242,7 @@ def swap_shards(directory):
 
 
 def seal(content):
-    """The seal written out: the sha256 of the sorted JSON of all else."""
+    """The seal, written out: the sha256 of the sorted JSON of everything else."""
     unsealed = {key: value for key, value in content.items() if key != "sha256"}
     return unsealed | {"sha256": hashlib.sha256(json.dumps(unsealed, sort_keys=True).encode()).hexdigest()}
 
@@ -346,18 +345,8 @@ def test_open_refuses(tmp_path, damage, complaint):
         TokenStream.open(directory, "train")
 
 
-def test_json_files_are_complete_or_absent(tmp_path):
-    path = tmp_path / "manifest.json"
-    write_json(path, {"old": 1})
-    with pytest.raises(TypeError):
-        write_json(path, {"new": object()})
-    assert json.loads(path.read_text()) == {"old": 1}
-    write_json(path, {"new": 1})
-    assert [json.loads(file.read_text()) for file in tmp_path.iterdir()] == [{"new": 1}]
-
-
 def test_more_shards_than_a_process_may_open(tmp_path):
-    """Read at random and again, in this process and from a copy."""
+    """Read at random, repeatedly, here and through a pickled copy."""
     stream = TokenStream.open(write_prepared(tmp_path, 1), "train")
     tokens, limits = flat(make_documents()), resource.getrlimit(resource.RLIMIT_NOFILE)
     assert len(stream.paths) > 300

@@ -59,7 +59,7 @@ def same_as_tiktoken(gpt2, encoding):
 # ---- gpt2 ----
 
 
-def test_gpt2_ids_that_everybody_knows(gpt2):
+def test_well_known_gpt2_ids(gpt2):
     ids = gpt2.encode_batch(["Hello, I'm a language model,", "Hello world", "<|endoftext|>"])
     assert [array.tolist() for array in ids] == [
         [15496, 11, 314, 1101, 257, 3303, 2746, 11],
@@ -161,7 +161,7 @@ def test_the_vocabulary_from_tiktokens_cache(shared, no_package, monkeypatch, en
 
 def test_an_unreachable_vocabulary_is_one_line_with_both_remedies(tmp_path, no_package, monkeypatch):
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
-    monkeypatch.setenv("HTTPS_PROXY", "http://127.0.0.1:9")  # nobody listens there
+    monkeypatch.setenv("HTTPS_PROXY", "http://127.0.0.1:9")  # where nothing listens
     with pytest.raises(UserError) as caught:
         build_tokenizer("gpt2", [])
     message = str(caught.value)
@@ -197,7 +197,7 @@ def test_a_damaged_package_is_noticed(tmp_path, monkeypatch, package_data, not_l
 
 
 @pytest.mark.parametrize("size", [257, 258, 300, 1000])
-def test_bpe_has_just_so_many_ids(topics, size):
+def test_bpe_has_exactly_the_requested_number_of_ids(topics, size):
     tokenizer = build_tokenizer(f"bpe:{size}", topics[:20])
     assert tokenizer.vocab_size == len(tokenizer.fast) == size
     assert sorted(tokenizer.fast.get_vocab().values()) == list(range(size))
@@ -318,7 +318,7 @@ def test_mistakes_are_one_line(monkeypatch, name, complaint):
     assert len(str(caught.value).splitlines()) == 1
 
 
-def test_the_size_that_the_message_proposes_works():
+def test_the_size_that_the_message_suggests_works():
     assert build_tokenizer("bpe:266", ["hello world"]).vocab_size == 266
 
 

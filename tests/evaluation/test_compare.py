@@ -1,9 +1,10 @@
-"""The comparison of two models against plain formulas; scorecard.py as a user runs it."""
+"""The comparison of two models, checked by plain formulas; scorecard.py as users run it."""
 
 import json
 
 import pytest
 import torch
+from tiny_models import SIZES, tiny_model
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from gpt2repro.data.tokenization import build_tokenizer
@@ -11,17 +12,14 @@ from gpt2repro.evaluation.compare import compare_models
 from gpt2repro.hub.model_card import model_card
 from gpt2repro.models.folder import save_model_folder
 from gpt2repro.models.openai_weights import from_gpt2, to_gpt2
-from modeling_gpt2repro import GPT2ReproConfig, GPT2ReproForCausalLM
 
 
 V = 90
-SIZES = dict(n_positions=32, n_embd=32, n_layer=2, n_head=2, bos_token_id=None, eos_token_id=None)
 
 
 @pytest.fixture
 def model():
-    torch.manual_seed(0)
-    ours = GPT2ReproForCausalLM(GPT2ReproConfig(vocab_size=128, unpadded_vocab_size=V, **SIZES))
+    ours = tiny_model(vocab_size=128, unpadded_vocab_size=V)
     with torch.no_grad():
         for parameter in ours.parameters():
             parameter.normal_(std=0.2)
@@ -62,17 +60,16 @@ def test_every_figure_equals_its_formula(model, windows):
 
 
 def test_models_of_different_depth_have_no_hidden_differences(model, windows):
-    other = GPT2LMHeadModel(GPT2Config(vocab_size=V, **SIZES | {"n_layer": 1}))
+    other = GPT2LMHeadModel(GPT2Config(vocab_size=V, n_positions=32, n_embd=32, n_layer=1, n_head=2))
     result = compare_models(model, other, windows, V)
     assert result.hidden_max == [] and result.logits_max > 0
 
 
 @pytest.fixture
-def folders(tmp_path, python_docs):
-    """A model of ours and its export, both with a tokenizer."""
-    tokenizer = build_tokenizer("bpe:300", python_docs[:20])
-    torch.manual_seed(0)
-    ours = GPT2ReproForCausalLM(GPT2ReproConfig(vocab_size=320, unpadded_vocab_size=300, **SIZES))
+def folders(tmp_path, topics):
+    """A model and its export as a GPT2LMHeadModel, both with a tokenizer."""
+    tokenizer = build_tokenizer("bpe:300", topics[:20])
+    ours = tiny_model(vocab_size=320, unpadded_vocab_size=300)
     for name, model in {"ours": ours, "gpt2": to_gpt2(ours)}.items():
         save_model_folder(tmp_path / name, model, tokenizer.fast, model_card(model, name))
     return tmp_path

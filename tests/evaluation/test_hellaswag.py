@@ -1,4 +1,4 @@
-"""HellaSwag: scores against a plain loop, the metric against arithmetic, the script from flags to output file."""
+"""HellaSwag: scores compared with a plain loop, the metric with arithmetic; the script from flags to output file."""
 
 import gzip
 import json
@@ -6,7 +6,6 @@ import os
 import socket
 import subprocess
 import sys
-from pathlib import Path
 
 import datasets
 import evaluate
@@ -16,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from support import PATIENCE, ROOT, write_jsonl
+from tiny_models import as_gpt2_tensors, tiny_model
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast, T5Config
 
 import eval_hellaswag
@@ -29,10 +30,9 @@ from gpt2repro.evaluation.hellaswag import (
     score_endings,
     score_items,
 )
-from modeling_gpt2repro import GPT2ReproConfig, GPT2ReproForCausalLM
+from modeling_gpt2repro import GPT2ReproForCausalLM
 
 
-ROOT = Path(__file__).resolve().parents[2]
 VALIDATION_SET = ROOT.parent / "shared" / "data" / "hellaswag_val.jsonl.gz"
 VOCAB_SIZE = 293
 PADDED_VOCAB_SIZE = 320  # 27 rows of padding
@@ -96,19 +96,10 @@ def encoded(tokenizer):
 
 @pytest.fixture(scope="module")
 def ours():
-    torch.manual_seed(0)
-    config = GPT2ReproConfig(
-        vocab_size=PADDED_VOCAB_SIZE,
-        unpadded_vocab_size=VOCAB_SIZE,
-        n_positions=256,
-        n_embd=32,
-        n_layer=2,
-        n_head=2,
-        initializer_range=0.3,  # far from uniform, so that a wrong position changes the score
-        bos_token_id=0,
-        eos_token_id=0,
-    )
-    return GPT2ReproForCausalLM(config).eval()
+    # The weights are far from uniform, so that a wrong position changes the score.
+    vocabulary = {"vocab_size": PADDED_VOCAB_SIZE, "unpadded_vocab_size": VOCAB_SIZE}
+    vocabulary |= {"bos_token_id": 0, "eos_token_id": 0}
+    return tiny_model(**vocabulary, n_positions=256, initializer_range=0.3).eval()
 
 
 @pytest.fixture(scope="module")
@@ -118,17 +109,7 @@ def theirs(ours):
         vocab_size=VOCAB_SIZE, n_positions=256, n_embd=32, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=0
     )
     model = GPT2LMHeadModel(config).eval()
-    weights = {}
-    for name, weight in ours.state_dict().items():
-        is_projection = ".h." in name and name.endswith("weight") and "ln_" not in name  # Conv1D is transposed
-        weights[name] = (
-            weight.T
-            if is_projection
-            else weight[:VOCAB_SIZE]
-            if name.endswith(("wte.weight", "head.weight"))
-            else weight
-        )
-    model.load_state_dict(weights)
+    model.load_state_dict(as_gpt2_tensors(ours.state_dict(), VOCAB_SIZE))
     return model
 
 
@@ -153,7 +134,7 @@ def score_one_by_one(model, tokenizer, item):
 
 
 def assert_same_scores(scores, expected, tolerance=1e-4):
-    """`expected`: the four sums of each item."""
+    """Args: expected: the four summed losses of each item."""
     got = torch.tensor([score["summed_nll"] for score in scores])
     torch.testing.assert_close(got, torch.tensor(expected), rtol=1e-5, atol=tolerance)
 
@@ -316,7 +297,7 @@ def test_a_long_row_is_truncated_at_the_start_of_its_context(tokenizer):
 
     assert encode_item(item, tokenizer, full.length) == full
     context_tokens = len(full.rows[0]) - full.ending_tokens[0]
-    tiny = encode_item(item, tokenizer, max_length=4)  # one token of context, the first three of the ending
+    tiny = encode_item(item, tokenizer, max_length=4)  # one token of context and the first three of the ending
     assert tiny.ending_tokens == [min(3, count) for count in full.ending_tokens]
     for short, row in zip(tiny.rows, full.rows):
         assert short == row[context_tokens - 1 : context_tokens + 3]
@@ -330,14 +311,9 @@ def test_a_text_without_tokens_is_an_error(tokenizer):
 # Data
 
 
-def write_lines(path, items):
-    path.write_text("".join(json.dumps(item) + "\n" for item in items))
-    return path
-
-
 def test_items_from_jsonl_and_gzip(tmp_path):
     items = make_items()
-    plain = write_lines(tmp_path / "items.jsonl", items)
+    plain = write_jsonl(tmp_path / "items.jsonl", items)
     packed = tmp_path / "items.jsonl.gz"
     packed.write_bytes(gzip.compress(plain.read_bytes()))
     assert load_items(plain) == load_items(packed) == items
@@ -360,7 +336,7 @@ def test_items_from_jsonl_and_gzip(tmp_path):
 def test_the_error_for_an_invalid_item_names_its_line(tmp_path, change, complaint):
     items = make_items()
     items[2] |= change
-    path = write_lines(tmp_path / "items.jsonl", items)
+    path = write_jsonl(tmp_path / "items.jsonl", items)
     with pytest.raises(UserError) as error:
         load_items(path)
     assert str(error.value).startswith(f"{path}, line 3: ") and complaint in str(error.value)
@@ -480,14 +456,14 @@ def folder(tmp_path_factory, ours, tokenizer):
     folder = tmp_path_factory.mktemp("hellaswag")
     ours.save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
-    write_lines(folder / "items.jsonl", make_items())
+    write_jsonl(folder / "items.jsonl", make_items())
     return folder
 
 
 def run_script(folder, *flags, launcher=()):
     script = [sys.executable, *launcher, str(ROOT / "eval_hellaswag.py"), "model", "--data", "items.jsonl", *flags]
     environment = os.environ | {"ACCELERATE_USE_CPU": "true", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    return subprocess.run(script, cwd=folder, env=environment, capture_output=True, text=True)
+    return subprocess.run(script, cwd=folder, env=environment, capture_output=True, text=True, timeout=PATIENCE)
 
 
 @pytest.mark.slow
@@ -568,7 +544,7 @@ def test_folders_without_a_causal_language_model(run_main, ours, theirs, tokeniz
     assert "holds no model" in complaint_about("empty")
 
     ours.save_pretrained(tmp_path / "ours")
-    theirs.save_pretrained(tmp_path / "theirs")  # for this one transformers makes a tokenizer with an empty vocabulary
+    theirs.save_pretrained(tmp_path / "theirs")  # for which transformers makes a tokenizer with an empty vocabulary
     assert "no tokenizer can be loaded from there" in complaint_about("ours")
     assert "no tokenizer can be loaded from there" in complaint_about("theirs")
 

@@ -14,13 +14,13 @@ import huggingface_hub.constants
 import pyarrow
 import pyarrow.parquet
 import pytest
+from support import ROOT
 
 from gpt2repro.errors import UserError
 from gpt2repro.prepare import built_in, corpora, readers
 from gpt2repro.prepare.corpora import CorpusQuery, HubCorpus, ValidationSplit
 
 
-ROOT = Path(__file__).resolve().parents[2]
 ROWS = [{"text": "one"}, {"text": "two\r\n\0 zwei"}, {"text": ""}, {"text": "three 👋"}]
 TEXTS = [row["text"] for row in ROWS]
 LINES = "".join(json.dumps(row) + "\n" for row in ROWS).encode()
@@ -75,7 +75,7 @@ def test_python_docs_start_with_the_language_reference(python_docs):
     assert any('The "with" statement\n' in document for document in python_docs)
 
 
-def test_python_docs_hold_the_documentation_strings(python_docs):
+def test_python_docs_hold_the_docstrings(python_docs):
     """Of modules, functions, classes and methods, indented as pydoc does."""
     (document,) = [document for document in python_docs if document.startswith("Module json\n")]
     assert inspect.getdoc(json) in document
@@ -165,7 +165,7 @@ def test_the_text_column_is_chosen(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.jsonl.gz", "list.json", "list.json.gz"])
-def test_rows_that_are_no_text(tmp_path, name):
+def test_rows_without_text(tmp_path, name):
     """Null and broken lines are skipped, lone surrogates are repaired, and all are counted."""
     rows = [{"text": None}, {"text": "half \ud83d"}, {"text": ""}, {"text": "two"}]
     content = "\n".join(map(json.dumps, rows)) + '\n{"text": "broken\n'
@@ -179,7 +179,7 @@ def test_rows_that_are_no_text(tmp_path, name):
     assert [document.note for piece in corpus.pieces for document in piece.documents()] == notes
 
 
-def test_a_dictionary_of_texts_is_text(tmp_path):
+def test_a_dictionary_encoded_column_is_text(tmp_path):
     table = pyarrow.table({"text": pyarrow.array(["b", "a", "b", None]).dictionary_encode()})
     write_files(tmp_path, {"a.parquet": parquet_of(table)})
     assert read("files", str(tmp_path)) == ["b", "a", "b"]
@@ -283,7 +283,7 @@ def test_a_dataset_in_the_hubs_format(dataset):
         ({"text_column": "content"}, "no column 'content' but text; choose with --text_column"),
     ],
 )
-def test_what_a_dataset_does_not_have(dataset, options, complaint):
+def test_a_missing_part_of_a_dataset_is_named(dataset, options, complaint):
     assert complaint in mistake(dataset, **options)
 
 
@@ -361,7 +361,7 @@ def test_another_text_is_not_shakespeare(tmp_path, content):
     assert "is not Tiny Shakespeare" in line and "sha256" in line and "`files`" in line
 
 
-def test_shakespeare_that_cannot_be_had(tmp_path, monkeypatch):
+def test_unavailable_shakespeare_names_the_remedy(tmp_path, monkeypatch):
     assert "--source FILE" in mistake("shakespeare", str(tmp_path / "missing.txt"))
     monkeypatch.setattr(built_in, "SHAKESPEARE_URL", "http://127.0.0.1:9/input.txt")
     line = mistake("shakespeare-char")

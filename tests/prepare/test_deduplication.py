@@ -10,12 +10,12 @@ import socket
 import stat
 import subprocess
 import sys
-import time
-from pathlib import Path
 
 import psutil
 import pyarrow.parquet
 import pytest
+from support import PATIENCE, ROOT, wait_until
+from support import contents as all_contents
 
 from gpt2repro.errors import UserError
 from gpt2repro.prepare import deduplication
@@ -26,7 +26,6 @@ from gpt2repro.prepare.request import Execution
 from gpt2repro.prepare.urls import normalized_url
 
 
-ROOT = Path(__file__).resolve().parents[2]
 installed = pytest.mark.skipif(
     any(importlib.util.find_spec(package) is None for package in ("datatrove", "spacy", "orjson")),
     reason='deduplication needs pip install "gpt2repro[dedup]"',
@@ -112,9 +111,7 @@ def table(directory):
 
 def contents(directory):
     """Everything but datatrove's logs, which contain times."""
-    paths = [path for path in directory.rglob("*") if path.is_file()]
-    names = {path: path.relative_to(directory).as_posix() for path in paths}
-    return {name: path.read_bytes() for path, name in names.items() if not name.startswith("logs/")}
+    return {name: data for name, data in all_contents(directory).items() if not name.startswith("logs/")}
 
 
 @pytest.fixture(scope="module")
@@ -226,15 +223,7 @@ def test_the_bucket_formula():
 
 # ---- the executors ----
 
-OPEN_FILES = """
-import sys
-from pathlib import Path
-from gpt2repro.prepare.corpora import CorpusQuery, open_corpus
-from gpt2repro.prepare.deduplication import METHODS, DedupOptions, deduplicate
-from gpt2repro.prepare.request import Execution
-
-pieces = [piece for path in sys.argv[2:] for piece in open_corpus(CorpusQuery("files", path)).pieces]
-""".strip()
+.strip()
 
 
 @pytest.mark.slow
@@ -251,10 +240,9 @@ def test_workers_change_nothing(source, finished, tmp_path):
 def test_ray_on_one_machine_gives_the_same(source, tmp_path):
     files = [source / "b.parquet", source / "c.jsonl"]
     expected = deduplicate(files, tmp_path / "local", ["minhash"])
-    code = f"{OPEN_FILES}; deduplicate(pieces, Path(sys.argv[1]), DedupOptions(('minhash',)), Execution(2, 'ray'))"
-    command = [sys.executable, "-c", code, tmp_path / "ray", *files]
-    process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert process.returncode == 0, process.stderr
+    options = {"methods": ["minhash"], "num_workers": 2, "executor": "ray"}
+    process = start(tmp_path / "ray", files, tmp_path / "console", **options)
+    assert process.wait(PATIENCE) == 0, (tmp_path / "console").read_text()
     assert expected["documents"]["removed_minhash"] == 1
     assert contents(tmp_path / "ray") == contents(tmp_path / "local")
 
@@ -340,28 +328,20 @@ def test_slurm_is_not_asked_twice(source, slurm, tmp_path, capsys):
 
 # ---- interruptions ----
 
-DIE = f"""{OPEN_FILES}
-import os, signal
-from datatrove.io import DataFolder
 
-original, last_file, number = DataFolder.open, os.environ["DIE_AT_FILE"], int(os.environ["DIE_AT_NUMBER"])
-"""
-DIE += """
+def start(output_dir, sources, console, **options):
+    """Start deduplicator.py in a process group of its own.
 
-def dying(self, path, mode="rb", *args, **kwargs):
-    global number
-    file = original(self, path, mode, *args, **kwargs)
-    if "w" in mode and f"{self.path}/{path}".endswith(last_file):
-        number -= 1
-        if not number:
-            file.write(b"half of what should be there" if "b" in mode else "half")
-            file.flush()
-            os.kill(os.getpid(), signal.SIGKILL)
-    return file
-
-DataFolder.open = dying
-deduplicate(pieces, Path(sys.argv[1]), DedupOptions(METHODS), Execution())
-"""
+    Args:
+        console: what it prints; a file, because datatrove's idle helpers would hold a pipe open.
+    """
+    script = ROOT / "tests" / "deduplicator.py"
+    command = [sys.executable, script, output_dir, json.dumps(options), *sources]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    with console.open("w") as file:
+        return subprocess.Popen(
+            list(map(str, command)), env=environment, stdout=file, stderr=file, start_new_session=True
+        )
 
 
 @pytest.mark.slow
@@ -375,12 +355,10 @@ deduplicate(pieces, Path(sys.argv[1]), DedupOptions(METHODS), Execution())
     ],
 )
 def test_a_killed_run_is_finished_by_the_same_call(source, finished, tmp_path, file, number):
-    command = [sys.executable, "-c", DIE, tmp_path / "out", source]
-    env = os.environ | {"DIE_AT_FILE": file, "DIE_AT_NUMBER": str(number)}
-    with (tmp_path / "console").open("w") as console:  # no pipe, which datatrove's idle helpers would hold open
-        process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=console, stderr=console, start_new_session=True)
-        assert process.wait(timeout=120) == -signal.SIGKILL, (tmp_path / "console").read_text()
-    os.killpg(process.pid, signal.SIGKILL)  # those helpers
+    console = tmp_path / "console"
+    process = start(tmp_path / "out", [source], console, die_writing=[file, number])
+    assert process.wait(PATIENCE) == -signal.SIGKILL, console.read_text()
+    os.killpg(process.pid, signal.SIGKILL)  # the helpers
     assert not (tmp_path / "out" / "statistics.json").exists()
     assert deduplicate(source, tmp_path / "out") == finished[1]
     assert contents(tmp_path / "out") == contents(finished[0])
@@ -392,28 +370,19 @@ def test_a_killed_run_is_finished_by_the_same_call(source, finished, tmp_path, f
 def test_workers_end_with_a_killed_run(source, tmp_path):
     """They would continue its tasks, and write the same files as the repeated call."""
     os.mkfifo(tmp_path / "endless.jsonl")  # its reader waits forever
-    code = f"{OPEN_FILES}; deduplicate(pieces, Path(sys.argv[1]), DedupOptions(('url',)), Execution(2))"
-    command = [sys.executable, "-c", code, tmp_path / "out", source / "c.jsonl", tmp_path / "endless.jsonl"]
-    with (tmp_path / "console").open("w") as console:
-        process = subprocess.Popen(command, cwd=ROOT, stdout=console, stderr=console, start_new_session=True)
+    sources = [source / "c.jsonl", tmp_path / "endless.jsonl"]
+    process = start(tmp_path / "out", sources, tmp_path / "console", methods=["url"], num_workers=2)
     logs = tmp_path / "out" / "logs" / "url_signatures"
     try:
-        wait_for(lambda: (logs / "completions" / "00000").exists() and (logs / "logs" / "task_00001.log").exists())
+        wait_until(lambda: (logs / "completions" / "00000").exists() and (logs / "logs" / "task_00001.log").exists())
         children = psutil.Process(process.pid).children(recursive=True)
         workers = [child for child in children if child.ppid() != process.pid]  # started by multiprocess's fork server
         process.kill()
         process.wait()
         assert len(workers) == 2
-        wait_for(lambda: all(not worker.is_running() or worker.status() == "zombie" for worker in workers))
+        wait_until(lambda: all(not worker.is_running() or worker.status() == "zombie" for worker in workers))
     finally:
         os.killpg(process.pid, signal.SIGKILL)
-
-
-def wait_for(condition, seconds=60):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "timed out"
-        time.sleep(0.05)
 
 
 @installed

@@ -3,14 +3,16 @@ when it is unavailable, and the cost of a server that fails, stalls or drops con
 
 import io
 import json
+from functools import partial
 
+import preparer_faults as faults
 import pyarrow
 import pyarrow.parquet
 import pytest
 from hub_server import HubServer
-from preparer import Preparer, contents, documents_of, manifest_of
-
-import prepare_data
+from preparer import Preparer, documents_of, manifest_of
+from support import contents
+from support import prepare as prepare_here
 
 
 TEXTS = [f"document {number} " + "some words " * (number % 9) for number in range(120)]
@@ -27,17 +29,7 @@ configs:
   data_files: small/*.parquet
 ---
 """
-SETUP = """
-import types, time
-import huggingface_hub.utils._http as http
-http.time = types.SimpleNamespace(**vars(time) | {"sleep": lambda seconds: time.sleep(seconds / 1000)})
-datasets.config.STREAMING_READ_MAX_RETRIES = 2
-for name in ("READ_RETRY", "READ_SERVER_UNAVAILABLE_RETRY", "OPEN_RETRY"):
-    setattr(datasets.config, f"STREAMING_{name}_INTERVAL", 0.01)
-retries.FIRST_DELAY = 0.01
-retries.ATTEMPTS = 3
-readers.PART_BYTES = 1500
-"""
+IMPATIENT = partial(faults.impatient_hub_client, part_bytes=1500)
 CLIENT_TRIES = 6  # after which http_backoff of huggingface_hub gives up
 
 
@@ -98,7 +90,7 @@ def tokenizer(tmp_path_factory):
     folder = tmp_path_factory.mktemp("bpe")
     (folder / "a.jsonl").write_bytes(jsonl(TEXTS))
     command = ["files", "--source", folder / "a.jsonl", "--output_dir", folder / "out", "--tokenizer", "bpe:300"]
-    prepare_data.main([*map(str, command), "--val_fraction", "0.2"])
+    prepare_here(*command, "--val_fraction", 0.2)
     return folder / "out" / "tokenizer"
 
 
@@ -106,7 +98,7 @@ def tokenizer(tmp_path_factory):
 def prepare(preparer, tokenizer):
     """Run prepare_data.py; returns the finished command."""
 
-    def run(*args, before=SETUP):
+    def run(*args, before=(IMPATIENT,)):
         return preparer.run("--tokenizer", tokenizer, "--val_tokens", 400, *args, before=before)
 
     return run
@@ -182,7 +174,7 @@ def test_a_branch_is_pinned_to_its_commit(hub, prepare, tmp_path):
     assert documents_of(tmp_path, "val") + documents_of(tmp_path, "train") == ["new"] * 9 + TEXTS[60:]
 
 
-def test_a_preparation_goes_on_with_the_commit_that_it_began_with(hub, prepare, tmp_path):
+def test_a_preparation_resumes_on_the_commit_that_it_began_with(hub, prepare, tmp_path):
     repo = hub.create("datasets/ada/moves")
     first = repo.commit("data", FILES)
     hub.fail("GET /datasets/.*train-00001", 500, times=1000, after=2)
@@ -198,7 +190,7 @@ def test_a_preparation_goes_on_with_the_commit_that_it_began_with(hub, prepare, 
     assert repeated.lines[-1].startswith("already prepared: ")
 
 
-def test_another_process_reads_the_hub_as_well(hub, prepare, undisturbed, dataset, tmp_path):
+def test_worker_processes_read_the_hub(hub, prepare, undisturbed, dataset, tmp_path):
     """Worker processes recover from a dropped connection, too."""
     hub.fail("GET /datasets/.*train-(00001|1)", "cut", after=3)
     command = prepare(dataset, "--output_dir", tmp_path, "--num_workers", 2)
@@ -206,7 +198,7 @@ def test_another_process_reads_the_hub_as_well(hub, prepare, undisturbed, datase
     assert contents(tmp_path) == undisturbed[0]
 
 
-# ---- what cannot be had ----
+# ---- what is unavailable ----
 
 
 @pytest.mark.parametrize(
@@ -223,15 +215,15 @@ def test_another_process_reads_the_hub_as_well(hub, prepare, undisturbed, datase
         ("ada/gated", [], "cannot read ada/gated: Dataset 'ada/gated' is a gated dataset on the Hub."),
     ],
 )
-def test_what_cannot_be_had_is_one_line(prepare, tmp_path, dataset, options, words):
+def test_anything_unavailable_is_one_line(prepare, tmp_path, dataset, options, words):
     line = error_of(prepare(dataset, *options, "--output_dir", tmp_path / "out"))
     assert words in line and len(line) < 600
     assert not (tmp_path / "out" / "manifest.json").exists()
 
 
 def test_a_gated_dataset_with_access(prepare, tmp_path):
-    log_in = "os.environ['HF_TOKEN'] = 'hf_bob'\n"
-    command = prepare("ada/gated", "--output_dir", tmp_path, before=log_in + SETUP)
+    log_in = partial(faults.log_in, "hf_bob")
+    command = prepare("ada/gated", "--output_dir", tmp_path, before=[log_in, IMPATIENT])
     assert command.status == 0, command.lines
     assert documents_of(tmp_path, "val") + documents_of(tmp_path, "train") == TEXTS
 
@@ -243,7 +235,7 @@ def test_a_gated_dataset_with_access(prepare, tmp_path):
     "status, times",
     [(503, 2), (None, 2), ("cut", 2), ("stall", 1), (503, CLIENT_TRIES + 1), ("cut", CLIENT_TRIES + 1)],
 )
-def test_a_fault_that_passes(hub, prepare, dataset, undisturbed, tmp_path, status, times):
+def test_a_temporary_fault(hub, prepare, dataset, undisturbed, tmp_path, status, times):
     """The client retries a few failures by itself; more of them cost one part, not the run."""
     expected, counts = undisturbed
     hub.requests.clear()
@@ -257,7 +249,7 @@ def test_a_fault_that_passes(hub, prepare, dataset, undisturbed, tmp_path, statu
 
 
 @pytest.mark.parametrize("status", [503, None, 404])
-def test_a_fault_that_stays(hub, prepare, dataset, undisturbed, tmp_path, status):
+def test_a_permanent_fault(hub, prepare, dataset, undisturbed, tmp_path, status):
     """One line after the last attempt; finished parts stay, and the same command resumes when the server is back."""
     expected, counts = undisturbed
     hub.fail("GET /datasets/.*/train-(00001|1)", status, 10**6, after=1)

@@ -4,24 +4,25 @@ disk; exact limits; files cut into pieces."""
 import contextlib
 import ctypes
 import itertools
-import json
 import os
 import random
 import shutil
 import signal
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import fsspec
 import numpy as np
+import preparer_faults as faults
 import pyarrow
 import pyarrow.parquet
 import pytest
 import tokenizers
-from preparer import Preparer, alive, contents, documents_of, manifest_of, tokens_of, until
+from preparer import Preparer, alive, documents_of, manifest_of, tokens_of
+from support import contents, prepare, wait_until, write_jsonl
 
-import prepare_data
 from gpt2repro.data.shards import Split
 from gpt2repro.errors import UserError
 from gpt2repro.prepare import readers, retries
@@ -34,14 +35,14 @@ from gpt2repro.prepare.workers import prepare_parts
 
 
 PART_BYTES = 10_000
-SMALL_PARTS = f"readers.PART_BYTES = {PART_BYTES}"
+SMALL_PARTS = partial(faults.small_parts, PART_BYTES)
 
 
 @pytest.fixture(scope="module")
 def source(texts, tmp_path_factory):
     """A folder of the documents, in order; it makes half a dozen parts."""
     folder = tmp_path_factory.mktemp("source")
-    (folder / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts[:150]))
+    write_jsonl(folder / "a.jsonl", texts[:150])
     pyarrow.parquet.write_table(pyarrow.table({"text": texts[150:]}), folder / "b.parquet", row_group_size=10)
     return folder
 
@@ -69,20 +70,9 @@ def preparer(tmp_path_factory):
 def uninterrupted(preparer, command, tmp_path_factory):
     """The output of an undisturbed command with one process."""
     directory = tmp_path_factory.mktemp("uninterrupted")
-    run = preparer.run(*command, "--output_dir", directory, before=SMALL_PARTS)
+    run = preparer.run(*command, "--output_dir", directory, before=[SMALL_PARTS])
     assert run.status == 0, run.lines
     return contents(directory)
-
-
-def prepare(*args):
-    prepare_data.main([str(arg) for arg in args])
-
-
-def mistake(*args):
-    with pytest.raises(UserError) as caught:
-        prepare(*args)
-    (line,) = str(caught.value).splitlines()
-    return line
 
 
 def parts_done(directory):
@@ -139,7 +129,7 @@ def check_end(parts, quota, records, used):
 
 
 @pytest.mark.parametrize("num_workers", [1, 2, 3, 8])
-def test_parts_amount_to_the_plain_loop_in_any_order(num_workers):
+def test_parts_in_any_order_equal_the_plain_loop(num_workers):
     """Parts finish in any order; sometimes everything is killed and restarted with the finished ones."""
     generator = random.Random(num_workers)
     for _ in range(1500):
@@ -188,7 +178,7 @@ def test_every_order_of_the_parts():
 
 
 @pytest.mark.parametrize("quota", [Quota(), Quota(0, 1000, None), Quota(0, None, 1000)])
-def test_no_part_is_made_twice_where_no_limit_is_met(quota):
+def test_no_part_is_made_twice_unless_a_limit_is_reached(quota):
     parts = [[("train", 1)] * 3] * 6
     for order in itertools.permutations(range(6)):
         records = {}
@@ -298,7 +288,7 @@ def test_tokens_are_tiktokens_one_by_one(topics, encoding, tmp_path, monkeypatch
     """On real and on nasty text."""
     monkeypatch.setattr(readers, "PART_BYTES", 500_000)
     documents = NASTY[:8] + topics[:20] + NASTY[8:]
-    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
+    write_jsonl(tmp_path / "a.jsonl", documents)
     assert len(open_corpus(CorpusQuery("files", str(tmp_path / "a.jsonl"))).parts()) == 3
     prepare("files", "--source", tmp_path / "a.jsonl", "--output_dir", tmp_path / "out", "--val_tokens", 30)
 
@@ -312,7 +302,7 @@ def test_tokens_are_tiktokens_one_by_one(topics, encoding, tmp_path, monkeypatch
 
 
 def test_only_documents_that_are_taken_count_as_repaired(tokenizer, tmp_path):
-    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": f"{i} \ud800"}) + "\n" for i in range(30)))
+    write_jsonl(tmp_path / "a.jsonl", [f"{number} \ud800" for number in range(30)])
     prepare(
         *("files", "--source", tmp_path / "a.jsonl", "--output_dir", tmp_path / "out", "--tokenizer", tokenizer),
         *("--val_tokens", 1, "--max_documents", 7),
@@ -336,7 +326,7 @@ def test_characters_over_several_parts(source, texts, tmp_path, small_parts):
 
 def test_a_part_of_empty_documents_only(tmp_path, monkeypatch):
     """Without an end-of-text token they have no tokens at all."""
-    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in ["ab"] * 50 + [""] * 500))
+    write_jsonl(tmp_path / "a.jsonl", ["ab"] * 50 + [""] * 500)
     monkeypatch.setattr(readers, "PART_BYTES", 1000)
     out = tmp_path / "out"
     prepare("files", "--source", tmp_path / "a.jsonl", "--output_dir", out, "--tokenizer", "char", "--val_tokens", 9)
@@ -344,7 +334,7 @@ def test_a_part_of_empty_documents_only(tmp_path, monkeypatch):
     assert manifest_of(out)["splits"]["train"]["tokens"] == 90
 
 
-def test_merged_validation_is_what_one_part_writes(source, command, tmp_path, monkeypatch):
+def test_merged_validation_equals_what_one_part_writes(source, command, tmp_path, monkeypatch):
     for name, part_bytes in (("one", 2**28), ("many", 2000)):
         monkeypatch.setattr(readers, "PART_BYTES", part_bytes)
         prepare(*command, "--output_dir", tmp_path / name)
@@ -383,7 +373,7 @@ def test_a_part_whose_shard_is_gone_is_made_again(
     assert contents(output_dir) == uninterrupted
 
 
-# ---- cuts of files ----
+# ---- files cut into pieces ----
 
 LINES = (
     b'{"text": "one"}\n\n{"text": "zw\xc3\xb6lf"}\r\n   \n{"text": ""}\n{"text": "\xf0\x9f\x91\x8b"}\n'
@@ -441,9 +431,9 @@ def test_row_groups_are_read_once(tmp_path, monkeypatch, row_group_size, part_by
 )
 def test_the_number_of_processes_makes_no_difference(preparer, command, uninterrupted, tmp_path, options):
     command = [*command[:-2], "--val_tokens", 3000] if "--max_tokens" in options else command
-    runs = [preparer.run(*command, *options, "--output_dir", tmp_path / "many", before=SMALL_PARTS)]
+    runs = [preparer.run(*command, *options, "--output_dir", tmp_path / "many", before=[SMALL_PARTS])]
     if "--max_tokens" in options:
-        runs += [preparer.run(*command, *options[2:], "--output_dir", tmp_path / "one", before=SMALL_PARTS)]
+        runs += [preparer.run(*command, *options[2:], "--output_dir", tmp_path / "one", before=[SMALL_PARTS])]
         uninterrupted = contents(tmp_path / "one")
     assert [run.status for run in runs] == [0] * len(runs), runs[0].lines
     assert contents(tmp_path / "many") == uninterrupted
@@ -454,61 +444,55 @@ def large(topics, tokenizer, tmp_path_factory):
     """A command whose first two parts finish at once, while the others keep two processes busy for a while."""
     folder = tmp_path_factory.mktemp("large")
     for number in range(10):
-        lines = [json.dumps({"text": f"{number} {topic}"}) for topic in (topics[:40] if number > 1 else topics[:2])]
-        (folder / f"{number}.jsonl").write_text("\n".join(lines))
+        documents = topics[:40] if number > 1 else topics[:2]
+        write_jsonl(folder / f"{number}.jsonl", [f"{number} {topic}" for topic in documents])
     return ["files", "--source", folder, "--tokenizer", tokenizer, "--shard_tokens", 100_000, "--val_fraction", 0.05]
-
-
-LARGE = """
-readers.PART_BYTES = 1  # each file is a part, which is not cut
-readers.cut_file = lambda path, column: [readers.Piece("json lines", str(path), 2, column=column, start=0)]
-"""
 
 
 @pytest.fixture(scope="module")
 def large_contents(preparer, large, tmp_path_factory):
     directory = tmp_path_factory.mktemp("uninterrupted")
-    run = preparer.run(*large, "--output_dir", directory, before=LARGE)
+    run = preparer.run(*large, "--output_dir", directory, before=[faults.one_part_per_file])
     assert run.status == 0, run.lines
     return contents(directory)
 
 
 def test_processes_that_are_killed(preparer, large, large_contents, tmp_path):
     """All of them; the command alone, whose workers neither survive nor disturb the next run; one of the workers."""
-    output_dir, children = tmp_path / "out", []
-    for killed in ("all", "command", "process"):
+    output_dir, workers = tmp_path / "out", []
+    for killed in ("all", "command", "worker"):
         before = parts_done(output_dir)
-        run = preparer.start(*large, "--output_dir", output_dir, "--num_workers", 2, before=LARGE)
-        children += run.until(lambda r=run: len(found := r.children()) == 2 and found)
-        run.until(lambda n=before: parts_done(output_dir) > n)
+        run = preparer.start(*large, "--output_dir", output_dir, "--num_workers", 2, before=[faults.one_part_per_file])
+        workers += run.wait_for_workers(2)
+        run.wait_until(lambda n=before: parts_done(output_dir) > n)
         if killed == "all":
             os.killpg(run.pid, signal.SIGKILL)
         else:
-            os.kill(run.pid if killed == "command" else children[-1], signal.SIGKILL)
-        assert run.wait() == (2 if killed == "process" else -signal.SIGKILL)
+            os.kill(run.pid if killed == "command" else workers[-1], signal.SIGKILL)
+        assert run.wait() == (2 if killed == "worker" else -signal.SIGKILL)
         assert not (output_dir / "manifest.json").exists()
-    (line,) = [line for line in run.lines if not line.startswith("needs about ")]
+    (line,) = run.messages
     assert line.startswith("error: a process was killed") and "--num_workers" in line
 
-    run = preparer.run(*large, "--output_dir", output_dir, before=LARGE)
+    run = preparer.run(*large, "--output_dir", output_dir, before=[faults.one_part_per_file])
     assert run.status == 0, run.lines
     assert contents(output_dir) == large_contents
-    until(lambda: not any(map(alive, children)), seconds=10)
+    wait_until(lambda: not any(map(alive, workers)))
 
 
-def test_an_idle_process_ends_with_the_command(preparer, topics, tokenizer, tmp_path):
+def test_an_idle_worker_ends_with_the_command(preparer, topics, tokenizer, tmp_path):
     """It waits for work that will never come."""
     (tmp_path / "source").mkdir()
-    (tmp_path / "source" / "0.jsonl").write_text('{"text": "short"}\n')
-    (tmp_path / "source" / "1.jsonl").write_text((json.dumps({"text": "".join(topics)}) + "\n") * 100)
+    write_jsonl(tmp_path / "source" / "0.jsonl", ["short"])
+    write_jsonl(tmp_path / "source" / "1.jsonl", ["".join(topics)] * 100)
     command = ["files", "--source", tmp_path / "source", "--tokenizer", tokenizer, "--num_workers", 2]
-    run = preparer.start(*command, "--output_dir", tmp_path / "out", before=LARGE)
-    children = run.until(lambda: len(found := run.children()) == 2 and found)
-    run.until(lambda: parts_done(tmp_path / "out"))
+    run = preparer.start(*command, "--output_dir", tmp_path / "out", before=[faults.one_part_per_file])
+    workers = run.wait_for_workers(2)
+    run.wait_until(lambda: parts_done(tmp_path / "out"))
     time.sleep(0.2)
     run.kill()
     assert run.wait() == -signal.SIGKILL
-    until(lambda: not any(map(alive, children)), seconds=10)
+    wait_until(lambda: not any(map(alive, workers)))
     assert parts_done(tmp_path / "out") == 1
 
 
@@ -518,12 +502,12 @@ def test_an_idle_process_ends_with_the_command(preparer, topics, tokenizer, tmp_
 def test_thirty_kills(preparer, command, uninterrupted, tmp_path):
     """At random moments of first and resumed runs; the same files every time."""
     began = time.monotonic()
-    preparer.run(*command, "--output_dir", tmp_path / "timed", before=SMALL_PARTS)
+    preparer.run(*command, "--output_dir", tmp_path / "timed", before=[SMALL_PARTS])
     duration = time.monotonic() - began
     generator, kills, finished = random.Random(0), 0, 0
     while kills < 30 or not finished:
         output_dir = tmp_path / f"{finished}"
-        run = preparer.start(*command, "--output_dir", output_dir, before=SMALL_PARTS)
+        run = preparer.start(*command, "--output_dir", output_dir, before=[SMALL_PARTS])
         if kills < 30:
             time.sleep(generator.uniform(0, duration))
             with contextlib.suppress(ProcessLookupError):
@@ -535,59 +519,36 @@ def test_thirty_kills(preparer, command, uninterrupted, tmp_path):
             finished += 1
         else:
             assert status == -signal.SIGKILL, run.lines
-            if (output_dir / "manifest.json").exists():  # killed while it tidied up, which has a test of its own
+            if (output_dir / "manifest.json").exists():  # killed while it cleaned up, which has a test of its own
                 finished += 1
     assert kills == 30
 
 
-DIE = """
-import signal
-left, directory = {number}, {directory!r}
-def die(event, args):
-    global left
-    if event == "open":
-        relevant = str(args[0]).startswith(directory) and args[2] & (os.O_WRONLY | os.O_RDWR)
-    else:
-        relevant = event in ("os.rename", "os.remove", "os.rmdir", "os.mkdir")
-    if relevant and os.path.exists(directory + "/manifest.json") == {after}:
-        left -= 1
-        if not left:
-            os.kill(os.getpid(), signal.SIGKILL)
-sys.addaudithook(die)
-"""
-
-
-def kill_before_each_change(preparer, source, tokenizer, tmp_path, after):
-    """Kill a small preparation before it creates, renames or removes its first, second, ... file, `after` (or before)
-    the manifest exists. Yields what the same command then makes of the directory, and what it should."""
+def kill_before_each_change(preparer, source, tokenizer, tmp_path, finished):
+    """Kill a small preparation before its first, second, ... change of the directory; see sigkill_before_change.
+    Yields what the same command then makes of the directory, and what it should."""
     command = ["files", "--source", source, "--tokenizer", tokenizer, "--val_fraction", 0.3]
-    small = f"readers.PART_BYTES = {2 * PART_BYTES}\n"
-    preparer.run(*command, "--output_dir", tmp_path / "expected", before=small)
+    few_parts = partial(faults.small_parts, 2 * PART_BYTES)
+    preparer.run(*command, "--output_dir", tmp_path / "expected", before=[few_parts])
     for number in itertools.count(1):
         output_dir = tmp_path / f"{number}"
-        die = DIE.format(number=number, directory=str(output_dir), after=after)
-        run = preparer.run(*command, "--output_dir", output_dir, before=small + die)
+        kill = partial(faults.sigkill_before_change, number, str(output_dir), finished)
+        run = preparer.run(*command, "--output_dir", output_dir, before=[few_parts, kill])
         if run.status == 0:
             break
         assert run.status == -signal.SIGKILL, run.lines
-        again = preparer.run(*command, "--output_dir", output_dir, before=small)
+        again = preparer.run(*command, "--output_dir", output_dir, before=[few_parts])
         assert again.status == 0, again.lines
         yield contents(output_dir), contents(tmp_path / "expected")
 
 
-def test_a_kill_before_each_change_of_the_directory(preparer, source, tokenizer, tmp_path):
+@pytest.mark.parametrize("finished, least_changes", [(False, 26), (True, 6)], ids=["at work", "cleaning up"])
+def test_a_kill_before_each_change_of_the_directory(preparer, source, tokenizer, tmp_path, finished, least_changes):
     changes = 0
-    for finished, expected in kill_before_each_change(preparer, source, tokenizer, tmp_path, after=False):
+    for found, expected in kill_before_each_change(preparer, source, tokenizer, tmp_path, finished):
         changes += 1
-        assert finished == expected
-    assert changes > 25
-
-
-def test_a_kill_while_it_tidies_up(preparer, source, tokenizer, tmp_path):
-    pairs = list(kill_before_each_change(preparer, source, tokenizer, tmp_path, after=True))
-    assert len(pairs) > 5
-    for finished, expected in pairs:
-        assert finished == expected
+        assert found == expected
+    assert changes >= least_changes
 
 
 # ---- Ctrl-C ----
@@ -598,16 +559,16 @@ def test_ctrl_c(preparer, command, uninterrupted, tmp_path):
     generator, interrupted = random.Random(1), 0
     for number in range(8):
         output_dir = tmp_path / f"{number}"
-        run = preparer.start(*command, "--output_dir", output_dir, before=SMALL_PARTS)
-        until(lambda d=output_dir: parts_done(d) or (d / "manifest.json").exists())
+        run = preparer.start(*command, "--output_dir", output_dir, before=[SMALL_PARTS])
+        wait_until(lambda d=output_dir: parts_done(d) or (d / "manifest.json").exists())
         time.sleep(generator.uniform(0, 0.05))
         with contextlib.suppress(ProcessLookupError):
             os.killpg(run.pid, signal.SIGINT)
         status = run.wait()
         if not (output_dir / "manifest.json").exists():
             assert status == 130, run.lines
-            assert [line for line in run.lines if not line.startswith("needs about ")] == []
-            assert preparer.run(*command, "--output_dir", output_dir, before=SMALL_PARTS).status == 0
+            assert run.messages == []
+            assert preparer.run(*command, "--output_dir", output_dir, before=[SMALL_PARTS]).status == 0
             assert contents(output_dir) == uninterrupted
             interrupted += 1
     assert interrupted > 1
@@ -621,22 +582,24 @@ def test_no_python_runs_inside_the_reader_of_a_local_table(source, texts, monkey
 
 @pytest.mark.parametrize("moment", ["while they start", "while they work"])
 def test_ctrl_c_with_processes(preparer, large, large_contents, tmp_path, moment):
-    run = preparer.start(*large, "--output_dir", tmp_path / "out", "--num_workers", 2, before=LARGE)
-    children = run.until(lambda: len(found := run.children()) == 2 and found)
+    run = preparer.start(
+        *large, "--output_dir", tmp_path / "out", "--num_workers", 2, before=[faults.one_part_per_file]
+    )
+    workers = run.wait_for_workers(2)
     if moment == "while they work":
-        run.until(lambda: parts_done(tmp_path / "out"))
+        run.wait_until(lambda: parts_done(tmp_path / "out"))
     else:
         for _ in range(10):  # during their imports; they leave it to the main process
-            for child in children:
-                os.kill(child, signal.SIGINT)
+            for worker in workers:
+                os.kill(worker, signal.SIGINT)
             time.sleep(0.02)
-        assert all(map(alive, children))
+        assert all(map(alive, workers))
     os.killpg(run.pid, signal.SIGINT)
     assert run.wait() == 130
-    assert [line for line in run.lines if not line.startswith("needs about ")] == []
-    assert not any(map(alive, children))
+    assert run.messages == []
+    assert not any(map(alive, workers))
     if moment == "while they work":
-        assert preparer.run(*large, "--output_dir", tmp_path / "out", before=LARGE).status == 0
+        assert preparer.run(*large, "--output_dir", tmp_path / "out", before=[faults.one_part_per_file]).status == 0
         assert contents(tmp_path / "out") == large_contents
 
 
@@ -644,13 +607,13 @@ def test_ctrl_c_with_processes(preparer, large, large_contents, tmp_path, moment
 
 
 def test_the_second_preparation_of_a_directory_refuses(preparer, command, uninterrupted, tmp_path):
-    first = preparer.start(*command, "--output_dir", tmp_path / "out", before=SMALL_PARTS)
-    first.until(lambda: parts_done(tmp_path / "out"))
+    first = preparer.start(*command, "--output_dir", tmp_path / "out", before=[SMALL_PARTS])
+    first.wait_until(lambda: parts_done(tmp_path / "out"))
     first.kill(signal.SIGSTOP)
     try:
         assert not (tmp_path / "out" / "manifest.json").exists()
         before = contents(tmp_path / "out")
-        second = preparer.run(*command, "--output_dir", tmp_path / "out", before=SMALL_PARTS)
+        second = preparer.run(*command, "--output_dir", tmp_path / "out", before=[SMALL_PARTS])
         assert contents(tmp_path / "out") == before
     finally:
         first.kill(signal.SIGCONT)
@@ -668,8 +631,7 @@ def uneven(topics, tmp_path_factory):
     """Three small files and a larger one."""
     folder = tmp_path_factory.mktemp("uneven")
     for number, documents in enumerate([topics[:3], topics[3:6], topics[6:60], topics[60:63]]):
-        lines = [json.dumps({"text": paragraph}) for topic in documents for paragraph in topic.split("\n\n")]
-        (folder / f"{number}.jsonl").write_text("\n".join(lines))
+        write_jsonl(folder / f"{number}.jsonl", "\n\n".join(documents).split("\n\n"))
     return folder
 
 
@@ -677,19 +639,20 @@ def uneven(topics, tmp_path_factory):
 def test_a_file_that_cannot_grow(preparer, uneven, tokenizer, tmp_path, num_workers):
     """EFBIG, in the middle of the third part; the first two are kept."""
     command = ["files", "--source", uneven, "--tokenizer", tokenizer, "--val_fraction", 0.02]
-    limit = "import resource\nresource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))"
-    expected = preparer.run(*command, "--output_dir", tmp_path / "expected", before=LARGE)
+    limit = partial(faults.file_size_limit, 50_000)
+    expected = preparer.run(*command, "--output_dir", tmp_path / "expected", before=[faults.one_part_per_file])
     assert expected.status == 0, expected.lines
     assert max(map(len, contents(tmp_path / "expected").values())) > 50_000
 
     output_dir = tmp_path / "out"
-    run = preparer.run(*command, "--output_dir", output_dir, "--num_workers", num_workers, before=f"{LARGE}\n{limit}")
+    before = [faults.one_part_per_file, limit]
+    run = preparer.run(*command, "--output_dir", output_dir, "--num_workers", num_workers, before=before)
     assert run.status == 2
-    (line,) = [line for line in run.lines if not line.startswith("needs about ")]
+    (line,) = run.messages
     assert line.startswith(f"error: no space is left for {output_dir}; finished parts are kept")
     assert parts_done(output_dir) >= 1 if num_workers == 2 else parts_done(output_dir) == 2
     assert not list(output_dir.rglob("part_00002*"))
-    assert preparer.run(*command, "--output_dir", output_dir, before=LARGE).status == 0
+    assert preparer.run(*command, "--output_dir", output_dir, before=[faults.one_part_per_file]).status == 0
     assert contents(output_dir) == contents(tmp_path / "expected")
 
 
@@ -699,21 +662,18 @@ def test_a_full_disk(preparer, command, uninterrupted, small_disk):
     reached = []
     for share in (0.3, 0.5, 0.7, 0.9, 1.0, 1.1):
         disk = small_disk(int(share * everything) // 4096 * 4096)
-        run = preparer.run(*command, "--output_dir", disk / "out", before=SMALL_PARTS + NO_SPACE_CHECK)
+        run = preparer.run(*command, "--output_dir", disk / "out", before=[SMALL_PARTS, faults.unlimited_free_space])
         if run.status:
             assert run.status == 2, run.lines
-            lines = [line for line in run.lines if not line.startswith("needs about ")]
-            assert len(lines) == 1 and lines[0].startswith("error: no space is left for "), lines
+            (line,) = run.messages
+            assert line.startswith("error: no space is left for ")
             assert not (disk / "out" / "manifest.json").exists()
             reached.append(parts_done(disk / "out"))
             small_disk(2**26, flags=32)  # MS_REMOUNT
-            assert preparer.run(*command, "--output_dir", disk / "out", before=SMALL_PARTS).status == 0
+            assert preparer.run(*command, "--output_dir", disk / "out", before=[SMALL_PARTS]).status == 0
         assert contents(disk / "out") == uninterrupted
         ctypes.CDLL(None).umount2(bytes(disk), 2)
     assert len(reached) > 2 and len(set(reached)) > 1
-
-
-NO_SPACE_CHECK = "\nimport shutil, types; shutil.disk_usage = lambda path: types.SimpleNamespace(free=2**50)"
 
 
 # ---- attempts ----

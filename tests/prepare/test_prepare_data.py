@@ -1,4 +1,4 @@
-"""Data preparation, run as a user runs it, against the texts that went in: nothing lost, changed or counted twice."""
+"""Data preparation as users run it, compared with its input: nothing is lost, changed or counted twice."""
 
 import contextlib
 import gzip
@@ -7,12 +7,12 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
+from support import ROOT, prepare, refusal, write_jsonl
 
 import prepare_data
 from gpt2repro.errors import UserError
@@ -21,7 +21,6 @@ from gpt2repro.prepare.prepared import OutputDirectory, check_space
 
 
 EOT = 50_256
-ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -32,16 +31,6 @@ def source(texts, tmp_path_factory):
     pyarrow.parquet.write_table(pyarrow.table({"text": texts[100:249]}), folder / "b.parquet")
     (folder / "c.txt").write_bytes(texts[249].encode())
     return folder
-
-
-def prepare(*args):
-    prepare_data.main([str(arg) for arg in args])
-
-
-def mistake(*args):
-    with pytest.raises(UserError) as caught:
-        prepare(*args)
-    return str(caught.value)
 
 
 def load(directory, split):
@@ -120,8 +109,7 @@ def test_a_document_keeps_its_split_when_the_corpus_grows(texts, encoding, tmp_p
     """Exact copies stay together, too."""
     splits = []
     for number, documents in enumerate((texts[:120], texts + texts[:60])):
-        lines = "\n".join(json.dumps({"text": text}) for text in documents)
-        (tmp_path / f"{number}.jsonl").write_text(lines)
+        write_jsonl(tmp_path / f"{number}.jsonl", documents)
         output_dir = tmp_path / str(number)
         prepare("files", "--source", f"{output_dir}.jsonl", "--output_dir", output_dir, "--val_fraction", 0.3)
         splits.append({split: set(decode(output_dir, split, encoding)) for split in ("train", "val")})
@@ -149,7 +137,7 @@ def test_python_docs(python_docs, tmp_path, monkeypatch):
 # ---- nanoGPT's and char-rnn's text ----
 
 
-def test_shakespeare_char_is_nanogpts(shared, tmp_path):
+def test_shakespeare_char_equals_nanogpts(shared, tmp_path):
     """Sizes and ids as in nanoGPT's data/shakespeare_char/prepare.py."""
     source = shared / "tinyshakespeare.txt"
     prepare("shakespeare-char", "--output_dir", tmp_path / "out", "--source", source)
@@ -163,7 +151,7 @@ def test_shakespeare_char_is_nanogpts(shared, tmp_path):
     assert np.array_equal(train, ids[: int(len(data) * 0.9)]) and np.array_equal(val, ids[int(len(data) * 0.9) :])
 
 
-def test_shakespeare_bpe_is_nanogpts(shared, tmp_path, encoding):
+def test_shakespeare_bpe_equals_nanogpts(shared, tmp_path, encoding):
     """301,966 and 36,059 tokens, as in the readme of nanoGPT's data/shakespeare, plus one end-of-text each."""
     source = shared / "tinyshakespeare.txt"
     prepare("shakespeare", "--output_dir", tmp_path / "out", "--source", source)
@@ -188,22 +176,6 @@ def uninterrupted(command, tmp_path_factory):
     directory = tmp_path_factory.mktemp("uninterrupted")
     prepare(*command, "--output_dir", directory)
     return directory
-
-
-def test_training_refuses_an_unfinished_directory(uninterrupted, tmp_path, run_script):
-    data_dir = tmp_path / "data"
-    data_dir.mkdir()
-    for path in uninterrupted.glob("*.npy"):
-        os.link(path, data_dir / path.name)
-    (tmp_path / "recipe.yaml").write_text("max_steps: 1\nwarmup_steps: 0\n")
-    process = run_script(
-        *("train_accelerate.py", "--config", tmp_path / "recipe.yaml"),
-        *("--data_dir", data_dir, "--output_dir", tmp_path / "run"),
-    )
-    assert process.returncode == 2
-    assert "unfinished" in process.stderr and "prepare_data.py" in process.stderr
-    assert "Traceback" not in process.stderr
-    assert not (tmp_path / "run").exists()
 
 
 def test_a_finished_preparation_is_not_repeated(command, uninterrupted, capsys):
@@ -231,7 +203,7 @@ def test_other_settings_are_refused(command, uninterrupted, tmp_path, change, fi
         (tmp_path / "parts").mkdir()
         (tmp_path / "parts" / "part_00000.json").write_text("{}")
     before = contents(tmp_path)
-    line = mistake(*command, *change, "--output_dir", tmp_path)
+    line = refusal(*command, *change, "--output_dir", tmp_path)
     assert f"other settings ({change[0][2:]})" in line and "choose another --output_dir" in line
     assert contents(tmp_path) == before
 
@@ -240,9 +212,9 @@ def test_other_settings_are_refused(command, uninterrupted, tmp_path, change, fi
     "wrong, words",
     [(["--tokenizer", "bpe:9999999"], "use --tokenizer bpe:"), (["--val_tokens", 10**9], "the train split got no")],
 )
-def test_a_mistake_that_made_nothing_is_mended_in_the_same_directory(source, tmp_path, wrong, words):
+def test_a_mistake_that_wrote_no_data_can_be_corrected_in_the_same_directory(source, tmp_path, wrong, words):
     command = ["files", "--source", source, "--tokenizer", "bpe:400", "--output_dir", tmp_path / "out"]
-    assert words in mistake(*command, *wrong)
+    assert words in refusal(*command, *wrong)
     prepare(*command, "--shard_tokens", 500)
     prepare("--verify", tmp_path / "out")
 
@@ -252,13 +224,13 @@ def test_a_foreign_directory_is_refused(command, tmp_path, name):
     (tmp_path / name).parent.mkdir(exist_ok=True)
     (tmp_path / name).write_text('{"name": "a browser extension", "version": 1}')
     before = contents(tmp_path)
-    assert "--output_dir" in mistake(*command, "--output_dir", tmp_path)
+    assert "--output_dir" in refusal(*command, "--output_dir", tmp_path)
     assert contents(tmp_path) == before
 
 
 def test_a_file_is_no_output_directory(command, tmp_path):
     (tmp_path / "file").write_text("mine")
-    assert "--output_dir" in mistake(*command, "--output_dir", tmp_path / "file")
+    assert "--output_dir" in refusal(*command, "--output_dir", tmp_path / "file")
     assert (tmp_path / "file").read_text() == "mine"
 
 
@@ -283,16 +255,16 @@ def test_all_bad_flags_are_reported_at_once(run_script, tmp_path):
 
 @pytest.mark.parametrize("args", [[], ["files"], ["--output_dir", "x"]])
 def test_corpus_and_output_directory_are_needed(args):
-    assert mistake(*args) == "give a CORPUS and --output_dir DIR, or --verify DIR, or --describe DIR"
+    assert refusal(*args) == "give a CORPUS and --output_dir DIR, or --verify DIR, or --describe DIR"
 
 
 @pytest.mark.parametrize("fraction", ["0", "1", "-0.1", "nan"])
 def test_fractions_lie_between_0_and_1(fraction):
-    assert "must lie between 0 and 1" in mistake("files", "--output_dir", "x", "--val_fraction", fraction)
+    assert "must lie between 0 and 1" in refusal("files", "--output_dir", "x", "--val_fraction", fraction)
 
 
 def test_an_unknown_flag_is_not_guessed():
-    assert "--val_frac" in mistake("files", "--output_dir", "x", "--val_frac", "0.1")
+    assert "--val_frac" in refusal("files", "--output_dir", "x", "--val_frac", "0.1")
 
 
 @pytest.mark.parametrize("inside", ["out", "deep/er/out"])
@@ -301,28 +273,28 @@ def test_the_output_must_not_become_its_own_source(tmp_path, inside):
     for number in range(20):
         (tmp_path / f"{number}.txt").write_text(f"document {number}")
     before = contents(tmp_path)
-    line = mistake("files", "--source", tmp_path, "--output_dir", tmp_path / inside, "--tokenizer", "char")
+    line = refusal("files", "--source", tmp_path, "--output_dir", tmp_path / inside, "--tokenizer", "char")
     assert "--output_dir" in line and "inside --source" in line
     assert contents(tmp_path) == before
 
 
 def test_one_text_has_no_first_documents(tmp_path):
     (tmp_path / "one.txt").write_text("one text")
-    line = mistake("files", "--source", tmp_path / "one.txt", "--output_dir", tmp_path / "out", "--val_tokens", 3)
+    line = refusal("files", "--source", tmp_path / "one.txt", "--output_dir", tmp_path / "out", "--val_tokens", 3)
     assert "use --val_fraction" in line
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("split, option", [("train", ["--val_tokens", 10**9]), ("val", ["--val_fraction", 1e-9])])
 def test_a_split_without_documents(source, tmp_path, split, option):
-    line = mistake("files", "--source", source, "--output_dir", tmp_path / "out", "--tokenizer", "char", *option)
+    line = refusal("files", "--source", source, "--output_dir", tmp_path / "out", "--tokenizer", "char", *option)
     assert f"the {split} split got no document" in line
     assert not (tmp_path / "out" / "manifest.json").exists()
 
 
 def test_verify_needs_a_prepared_directory(tmp_path):
-    assert "unfinished" in mistake("--verify", tmp_path)
-    assert "does not exist" in mistake("--verify", tmp_path / "missing")
+    assert "unfinished" in refusal("--verify", tmp_path)
+    assert "does not exist" in refusal("--verify", tmp_path / "missing")
 
 
 def test_verify_finds_damage(command, tmp_path):
@@ -330,14 +302,14 @@ def test_verify_finds_damage(command, tmp_path):
     with (tmp_path / "train_00001.npy").open("r+b") as file:
         file.seek(-2, os.SEEK_END)
         file.write(b"\xff")
-    assert "train_00001.npy is damaged" in mistake("--verify", tmp_path)
+    assert "train_00001.npy is damaged" in refusal("--verify", tmp_path)
 
 
-# ---- directories that are damaged, corpora that change ----
+# ---- damaged directories, changing corpora ----
 
 
 @pytest.mark.parametrize("damage", ["missing", "cut", "a folder"])
-def test_a_damaged_directory_is_not_called_prepared(command, tmp_path, damage):
+def test_a_damaged_directory_does_not_count_as_prepared(command, tmp_path, damage):
     prepare(*command, "--output_dir", tmp_path)
     path = tmp_path / "train_00001.npy"
     data = path.read_bytes()
@@ -346,17 +318,17 @@ def test_a_damaged_directory_is_not_called_prepared(command, tmp_path, damage):
         path.write_bytes(data[:-1])
     elif damage == "a folder":
         path.mkdir()
-    (line,) = mistake(*command, "--output_dir", tmp_path).splitlines()
+    (line,) = refusal(*command, "--output_dir", tmp_path).splitlines()
     assert "train_00001.npy is missing or has another size" in line and f"delete {tmp_path} and repeat" in line
     for flag in ("--verify", "--describe"):
-        assert "train_00001.npy" in mistake(flag, tmp_path)
+        assert "train_00001.npy" in refusal(flag, tmp_path)
 
 
 @pytest.mark.parametrize("content", ["[]", "null", "{", '{"format_version": 1}', '{"format_version": 1, "splits": []}'])
 def test_a_damaged_manifest_is_one_line(command, tmp_path, content):
     (tmp_path / "manifest.json").write_text(content)
     for args in (["--verify", tmp_path], ["--describe", tmp_path], [*command, "--output_dir", tmp_path]):
-        (line,) = mistake(*args).splitlines()
+        (line,) = refusal(*args).splitlines()
         assert str(tmp_path) in line
 
 
@@ -366,8 +338,8 @@ def test_every_file_of_the_tokenizer_is_verified(command, tmp_path):
     names = {path.name for path in (tmp_path / "tokenizer").iterdir()}
     assert set(manifest["tokenizer_files"]) == names >= {"tokenizer.json", "tokenizer_config.json"}
     (tmp_path / "tokenizer" / "tokenizer_config.json").write_text("[]")
-    assert "tokenizer_config.json is damaged" in mistake("--verify", tmp_path)
-    assert "no tokenizer can be loaded" in mistake("--describe", tmp_path)
+    assert "tokenizer_config.json is damaged" in refusal("--verify", tmp_path)
+    assert "no tokenizer can be loaded" in refusal("--describe", tmp_path)
 
 
 def dataset(folder, texts):
@@ -392,16 +364,16 @@ def test_a_corpus_that_changes_is_noticed(tmp_path, monkeypatch, kind):
     before = (folder / "data" / "train-0.parquet").stat()
     dataset(folder, [text.replace("word", "work") for text in texts])
     assert (folder / "data" / "train-0.parquet").stat().st_size == before.st_size
-    assert "its modification times changed" in mistake(*command)
+    assert "its modification times changed" in refusal(*command)
     dataset(folder, texts)
     os.utime(folder / "data" / "train-0.parquet", ns=(before.st_atime_ns, before.st_mtime_ns))
     prepare(*command)
     prepare(*command)  # already prepared
     dataset(folder, texts + ["another"] * 50)
-    assert "its list of files" in mistake(*command)
+    assert "its list of files" in refusal(*command)
 
 
-def test_files_of_one_name_are_told_apart(tmp_path):
+def test_files_of_the_same_name_are_distinguished(tmp_path):
     for folder, count in (("a", 3), ("b", 5)):
         (tmp_path / "source" / folder).mkdir(parents=True)
         (tmp_path / "source" / folder / "x.jsonl").write_text('{"text": "some words"}\n' * count)
@@ -411,9 +383,9 @@ def test_files_of_one_name_are_told_apart(tmp_path):
     assert [file["name"] for file in files] == ["a/x.jsonl", "b/x.jsonl"]
 
 
-def test_characters_are_learnt_from_every_document(tmp_path):
+def test_characters_are_collected_from_every_document(tmp_path):
     texts = ["abc"] * 30 + ["xyz"]
-    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    write_jsonl(tmp_path / "a.jsonl", texts)
     command = ["files", "--source", tmp_path / "a.jsonl", "--output_dir", tmp_path / "out", "--tokenizer", "char"]
     prepare(*command, "--val_tokens", 3, "--tokenizer_documents", 5)
     manifest, train = load(tmp_path / "out", "train")
@@ -423,13 +395,13 @@ def test_characters_are_learnt_from_every_document(tmp_path):
 @pytest.mark.parametrize("tokenizer", ["bpe:300", "char"])
 def test_tokenizers_are_trained_on_repaired_text(tmp_path, tokenizer):
     texts = ["half \ud800 " + "some words to learn from, and some more of them " * 3, "whole"]
-    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    write_jsonl(tmp_path / "a.jsonl", texts)
     command = ["files", "--source", tmp_path / "a.jsonl", "--output_dir", tmp_path / "out", "--val_tokens", 3]
     prepare(*command, "--tokenizer", tokenizer if tokenizer == "char" else "bpe:270")
     assert load(tmp_path / "out", "val")[0]["repaired_documents"] == 1
 
 
-def test_rows_left_out_are_counted_in_the_manifest(tmp_path):
+def test_skipped_rows_are_counted_in_the_manifest(tmp_path):
     rows = ['{"text": null}', '{"text": "one"}', '{"text": "tw', '{"text": "three"}', '{"text": null}']
     (tmp_path / "a.jsonl").write_text("\n".join(rows))
     prepare("files", "--source", tmp_path / "a.jsonl", "--output_dir", tmp_path / "out", "--val_tokens", 1)
@@ -484,26 +456,26 @@ def test_a_source_that_fails_while_the_tokenizer_is_trained(command, tmp_path, m
 
 
 @pytest.mark.parametrize("place", ["file/out", "x" * 300])
-def test_places_that_cannot_be_are_one_line(command, tmp_path, place):
+def test_an_impossible_output_directory_is_one_line(command, tmp_path, place):
     (tmp_path / "file").write_text("mine")
-    (line,) = mistake(*command, "--output_dir", tmp_path / place).splitlines()
+    (line,) = refusal(*command, "--output_dir", tmp_path / place).splitlines()
     assert "choose another --output_dir" in line
 
 
 def test_remedies_that_help(tmp_path, texts, shared):
     source = dataset(tmp_path / "source", texts)
-    assert "is a folder, which has no revisions; leave it out" in mistake(
+    assert "is a folder, which has no revisions; leave it out" in refusal(
         source, "--revision", "main", "--output_dir", tmp_path / "out"
     )
     shakespeare = ["shakespeare-char", "--source", shared / "tinyshakespeare.txt", "--output_dir", tmp_path / "out"]
-    line = mistake(*shakespeare, "--max_tokens", 1000)
+    line = refusal(*shakespeare, "--max_tokens", 1000)
     assert line.endswith("allow more than --max_tokens 1000")
     (tmp_path / "a.txt").write_bytes(b"\xff")
-    line = mistake("files", "--source", tmp_path / "a.txt", "--output_dir", tmp_path / "out2")
+    line = refusal("files", "--source", tmp_path / "a.txt", "--output_dir", tmp_path / "out2")
     assert "network" not in line and "fix the file" in line
 
 
-def test_disk_space_is_said_for_ids_of_four_bytes_and_for_deduplication(tmp_path, capsys):
+def test_the_estimated_disk_space_covers_ids_of_four_bytes_and_deduplication(tmp_path, capsys):
     corpus = corpora.Corpus([readers.Piece("text", bytes=4 * 10**9)], {})
     said = []
     for vocab_size, dedup in ((65_536, None), (65_537, None), (65_536, "url")):

@@ -6,8 +6,8 @@ import json
 
 import numpy as np
 import pytest
+from support import prepare, write_jsonl
 
-import prepare_data
 from gpt2repro.errors import UserError
 
 
@@ -19,12 +19,7 @@ def source(tmp_path, topics):
     """Thirty documents, the first ten again under the same URL."""
     rows = [{"text": text, "url": f"https://example.org/{n}"} for n, text in enumerate(topics[:30])]
     rows += [{"text": f"another version {n}", "url": f"https://EXAMPLE.org/{n}#top"} for n in range(10)]
-    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return tmp_path / "a.jsonl"
-
-
-def prepare(*args):
-    prepare_data.main([str(arg) for arg in args])
+    return write_jsonl(tmp_path / "a.jsonl", rows)
 
 
 @pytest.mark.slow
@@ -44,7 +39,7 @@ def test_only_what_is_kept_is_tokenized(source, tmp_path, encoding, topics, num_
 
 
 @pytest.mark.skipif(DATATROVE, reason="shows what happens without datatrove")
-def test_without_datatrove_the_install_line_is_told_and_nothing_is_left(source, tmp_path):
+def test_without_datatrove_the_error_names_the_install_line_and_leaves_nothing(source, tmp_path):
     command = ("files", "--source", source, "--output_dir", tmp_path / "out", "--val_tokens", 1000)
     with pytest.raises(UserError, match=r"pip install .gpt2repro\[dedup\]"):
         prepare(*command, "--dedup", "url,minhash")
@@ -53,7 +48,7 @@ def test_without_datatrove_the_install_line_is_told_and_nothing_is_left(source, 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not DATATROVE, reason="datatrove is not installed: pip install gpt2repro[dedup]")
-def test_what_is_no_duplicate_is_prepared_as_without_deduplication(tmp_path, topics):
+def test_without_duplicates_the_result_is_that_without_deduplication(tmp_path, topics):
     """The same reader reads every format: the same tokens, and the same rows skipped and repaired."""
     folder = tmp_path / "source"
     folder.mkdir()

@@ -9,13 +9,14 @@ import pytest
 import torch
 from accelerate import PartialState
 from accelerate.utils import DistributedType
+from support import PATIENCE
+from tiny_models import tiny_model
 
 from gpt2repro.errors import UserError
 from gpt2repro.recipe import Recipe
 from gpt2repro.train import checkpoint
 from gpt2repro.train.checkpoint import Checkpoints, find_damage
 from gpt2repro.train.optimizers import build_optimizers
-from modeling_gpt2repro import GPT2ReproConfig, GPT2ReproForCausalLM
 
 
 class Tokenizer:
@@ -39,8 +40,7 @@ def checkpoints(tmp_path):
         scaler=None,
         num_processes=1,
     )
-    config = GPT2ReproConfig(vocab_size=128, unpadded_vocab_size=100, n_positions=8, n_layer=1, n_head=1, n_embd=8)
-    model = GPT2ReproForCausalLM(config)
+    model = tiny_model(n_positions=8, n_layer=1, n_head=1, n_embd=8)
     recipe = Recipe(output_dir=str(tmp_path), keep_last=2)
     said = []
     made = Checkpoints(recipe, accelerator, model, build_optimizers(model, recipe), Tokenizer(), said.append)
@@ -58,7 +58,7 @@ def names(checkpoints):
     return sorted(path.name for path in checkpoints.folder.checkpoints.iterdir())
 
 
-def test_whatever_fails_while_saving_is_said_and_tried_again(checkpoints):
+def test_a_failed_save_is_reported_and_the_next_one_tried(checkpoints):
     checkpoints.tokenizer.full = True
     save(checkpoints, 1)
     assert names(checkpoints) == [] and "could not be written (No space left on device" in checkpoints.said[0]
@@ -69,14 +69,14 @@ def test_whatever_fails_while_saving_is_said_and_tried_again(checkpoints):
     checkpoints.close()
 
 
-def test_a_checkpoint_holds_the_state_of_its_step_though_training_goes_on(checkpoints, monkeypatch):
-    """As the losses since the last row, to which the next step adds its own while a thread writes."""
-    written, training_went_on = checkpoint.save_file, Event()
-    monkeypatch.setattr(checkpoint, "save_file", lambda *a, **k: training_went_on.wait(10) and written(*a, **k))
+def test_a_checkpoint_holds_the_state_of_its_step_although_training_continues(checkpoints, monkeypatch):
+    """For example the losses since the last row: the next step appends its own while a thread writes."""
+    written, training_continued = checkpoint.save_file, Event()
+    monkeypatch.setattr(checkpoint, "save_file", lambda *a, **k: training_continued.wait(PATIENCE) and written(*a, **k))
     losses = [3.0]
     checkpoints.save({"step": 1, "telemetry": {"losses": losses}})
     losses.append(2.0)
-    training_went_on.set()
+    training_continued.set()
     assert checkpoints.restore()["telemetry"]["losses"] == [3.0]
 
 
@@ -87,7 +87,7 @@ def test_an_old_checkpoint_that_cannot_be_read_does_not_stop_the_rotation(checkp
     assert names(checkpoints) == ["step_00000003", "step_00000004"] and checkpoints.said == []
 
 
-def test_a_damaged_best_one_is_not_what_a_run_ends_with(checkpoints):
+def test_a_damaged_best_checkpoint_is_not_restored(checkpoints):
     weights = []
     for step, val_loss in enumerate((2.0, 1.0, 3.0), start=1):
         weights.append(copy.deepcopy(checkpoints.model.state_dict()))
@@ -100,8 +100,8 @@ def test_a_damaged_best_one_is_not_what_a_run_ends_with(checkpoints):
     assert names(checkpoints) == ["damaged_step_00000002", "step_00000003"]
 
 
-def test_where_none_is_whole_nothing_is_set_aside(checkpoints):
-    """Else the same command would find none at all, and begin again."""
+def test_if_no_checkpoint_is_intact_none_is_moved_aside(checkpoints):
+    """Otherwise the same command would find none and start from scratch."""
     for step in (1, 2):
         (save(checkpoints, step) / "model.safetensors").write_bytes(b"")
     for _ in range(2):
@@ -110,7 +110,7 @@ def test_where_none_is_whole_nothing_is_set_aside(checkpoints):
     assert names(checkpoints) == ["step_00000001", "step_00000002"]
 
 
-def test_one_file_can_be_asked_for(checkpoints):
+def test_damage_can_be_checked_for_one_file(checkpoints):
     saved = save(checkpoints, 1)
     (saved / "model.safetensors").unlink()
     assert "is missing" in find_damage(saved) and find_damage(saved, "config.json") is None

@@ -1,7 +1,6 @@
-"""FSDP2 through the whole trainer, on CPU processes: see fsdp_on_cpu.py. A sharded model asks of the trainer that every
-process runs every forward pass, and that the weights are gathered before the processes part."""
+"""FSDP2 through the whole trainer, on CPU processes: see fsdp_on_cpu.py. A sharded model requires that every rank runs
+every forward pass, and that all ranks gather the weights before any of them exits."""
 
-import json
 import os
 import subprocess
 import sys
@@ -10,19 +9,18 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from support import PATIENCE, ROOT, measured, write_jsonl
+from tiny_models import tiny_model
 from torch import distributed
 from torch.distributed.fsdp import fully_shard
 
 import modeling_gpt2repro
-import prepare_data
 from gpt2repro.data.token_stream import TokenStream
 from gpt2repro.evaluation import validation
 from gpt2repro.recipe import Recipe
-from gpt2repro.train.metrics import read_metrics
-from modeling_gpt2repro import GPT2ReproConfig, GPT2ReproForCausalLM
+from modeling_gpt2repro import GPT2ReproForCausalLM
 
 
-ROOT = Path(__file__).resolve().parents[2]
 RECIPE = """
 sequence_length: 32
 global_batch_tokens: 512
@@ -42,48 +40,27 @@ model: {n_positions: 32, n_layer: 2, n_head: 2, n_embd: 32}
 
 
 @pytest.fixture(scope="module")
-def data_dir(tmp_path_factory, topics):
-    root = tmp_path_factory.mktemp("data")
-    (root / "topics.txt").write_text("\n".join(topics))
-    source = ("--source", str(root / "topics.txt"), "--tokenizer", "char")
-    prepare_data.main(["files", *source, "--output_dir", str(root / "prepared")])
-    return root / "prepared"
-
-
-@pytest.fixture(scope="module")
-def train(data_dir, tmp_path_factory):
-    """Run the trainer with an accelerate config; returns the run's directory."""
-    root = tmp_path_factory.mktemp("runs")
+def recipe_file(data_dir, tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("recipe")
     items = [
-        {"ctx": "The ", "endings": [f"{word} {i}" for word in ("cat", "list", "a", "of")], "label": 1} for i in "abcde"
+        {"ind": i, "ctx": "The ", "endings": [f"{word} {i}" for word in ("cat", "list", "a", "of")], "label": 1}
+        for i in range(5)
     ]
-    (root / "hellaswag.jsonl").write_text("".join(json.dumps({"ind": i} | item) + "\n" for i, item in enumerate(items)))
-    (root / "recipe.yaml").write_text(f"data_dir: {data_dir}\nhellaswag_data: {root / 'hellaswag.jsonl'}\n{RECIPE}")
-
-    def run(config: str, processes: int, *flags: str) -> Path:
-        output_dir = root / f"{config}-{processes}-{'-'.join(flags)}"
-        if output_dir.exists():
-            return output_dir
-        command = ["accelerate.commands.launch", "--config_file", f"accelerate_configs/{config}.yaml", *flags]
-        command += ["--num_processes", str(processes), *(["--main_process_port", "0"] if processes > 1 else [])]
-        command += ["tests/fsdp_on_cpu.py", "--config", root / "recipe.yaml", "--output_dir", output_dir]
-        environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-        done = subprocess.run(
-            [sys.executable, "-m", *map(str, command)],
-            cwd=ROOT,
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=60,  # seconds; processes that wait for each other wait for ever
-        )
-        assert done.returncode == 0, done.stderr
-        return output_dir
-
-    return run
+    hellaswag = write_jsonl(root / "hellaswag.jsonl", items)
+    (root / "recipe.yaml").write_text(f"data_dir: {data_dir}\nhellaswag_data: {hellaswag}\n{RECIPE}")
+    return root / "recipe.yaml"
 
 
-def measured(output_dir: Path, key: str) -> list:
-    return [row[key] for row in read_metrics(output_dir / "metrics.jsonl") if key in row]
+def train_sharded(recipe_file: Path, output_dir: Path, config: str, processes: int, *flags: str) -> None:
+    """Train under `accelerate launch` with an accelerate config for FSDP2."""
+    command = ["accelerate.commands.launch", "--config_file", f"accelerate_configs/{config}.yaml", *flags]
+    command += ["--num_processes", str(processes), "--main_process_port", "0"]
+    command += ["tests/fsdp_on_cpu.py", "--config", recipe_file, "--output_dir", output_dir]
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", *map(str, command)]
+    # The limit ends ranks that wait for each other for ever.
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=PATIENCE)
+    assert done.returncode == 0, done.stderr
 
 
 HSDP = ("--num_machines", "1", "--parallelism_config_dp_shard_size", "2")  # two times two, on this machine
@@ -94,10 +71,15 @@ HSDP = ("--num_machines", "1", "--parallelism_config_dp_shard_size", "2")  # two
     "config, processes, flags, precision, tolerance",
     [("fsdp2_8gpu", 2, (), "no", 1e-5), ("hsdp_2node", 4, HSDP, "bf16", 1e-4)],
 )
-def test_a_sharded_run_learns_what_one_process_learns(train, config, processes, flags, precision, tolerance):
-    """In bf16 too: Accelerate's own FSDP2 precision returns the loss, and adds gradients up, in three digits."""
-    one = train("cpu", 1, "--mixed_precision", precision)
-    sharded = train(config, processes, "--mixed_precision", precision, *flags)
+def test_a_sharded_run_learns_what_one_process_learns(
+    recipe_file, trainer_server, tmp_path, config, processes, flags, precision, tolerance
+):
+    """In bf16 too: Accelerate's own FSDP2 precision returns the loss, and sums gradients, in three digits."""
+    one, sharded, log = tmp_path / "one", tmp_path / "sharded", tmp_path / "log"
+    argv = ["train_accelerate.py", "--config", recipe_file, "--output_dir", one]
+    pid = trainer_server.start(argv, log, log, environment={"ACCELERATE_MIXED_PRECISION": precision})
+    assert trainer_server.wait(pid) == 0, log.read_text()
+    train_sharded(recipe_file, sharded, config, processes, "--mixed_precision", precision, *flags)
     for key in ("loss", "grad_norm", "val_loss", "hellaswag_acc_norm"):
         assert measured(sharded, key) == pytest.approx(measured(one, key), abs=tolerance)
         assert measured(one, key)
@@ -113,14 +95,12 @@ def test_a_sharded_run_learns_what_one_process_learns(train, config, processes, 
 
 
 @pytest.mark.parametrize("n_windows, forwards", [(16, 2), (17, 3), (1, 1)])
-def test_validation_has_as_many_forward_passes_on_each_process(data_dir, monkeypatch, n_windows, forwards):
-    """And is the mean over all windows, those of a process that has none included."""
+def test_every_rank_runs_as_many_forward_passes_in_validation(data_dir, monkeypatch, n_windows, forwards):
+    """And the loss is the mean over all windows, even if a rank has none."""
     stream = TokenStream.open(data_dir, "val")
     recipe = Recipe(sequence_length=32, micro_batch_size=4, validation_tokens=32 * n_windows)
     calls, totals = [], []
-    model = GPT2ReproForCausalLM(
-        GPT2ReproConfig(vocab_size=128, unpadded_vocab_size=128, n_layer=1, n_head=1, n_embd=8)
-    )
+    model = tiny_model(vocab_size=128, unpadded_vocab_size=128, n_layer=1, n_head=1, n_embd=8)
     model.register_forward_hook(lambda *_: calls.append(len(totals)))
     monkeypatch.setattr(validation, "gather_object", lambda mine: totals.extend(mine) or list(totals))
     device = torch.device("cpu")
@@ -138,15 +118,11 @@ def test_validation_has_as_many_forward_passes_on_each_process(data_dir, monkeyp
 
 
 def test_a_sharded_model_never_holds_all_logits(monkeypatch):
-    """fully_shard changes the class of the head; the loss still takes its weight, and comes in chunks."""
+    """fully_shard changes the head's class; the loss still takes the head's weight and is computed in chunks."""
     used = []
     whole = modeling_gpt2repro.linear_cross_entropy
     monkeypatch.setattr(modeling_gpt2repro, "linear_cross_entropy", lambda *args: used.append(True) or whole(*args))
-    config = GPT2ReproConfig(vocab_size=64, unpadded_vocab_size=50, n_positions=8, n_layer=1, n_head=2, n_embd=16)
-    torch.manual_seed(0)
-    plain = GPT2ReproForCausalLM(config)
-    sharded = GPT2ReproForCausalLM(config)
-    sharded.load_state_dict(plain.state_dict())
+    plain, sharded = tiny_model(n_layer=1), tiny_model(n_layer=1)
     tokens = torch.randint(0, 50, (2, 9))
     distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
     try:

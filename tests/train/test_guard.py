@@ -1,4 +1,4 @@
-"""The judge of the steps, fed with numbers."""
+"""The guard against bad steps, given plain numbers."""
 
 import math
 
@@ -11,8 +11,8 @@ from gpt2repro.train.guard import Guard
 from gpt2repro.train.run_state import RunState
 
 
-def test_a_rollback_into_a_row_of_bad_steps_leaves_out_no_batch_that_is_still_good():
-    """The checkpoint after step 6 lies between bad steps: the batches that were bad before it are behind it anyway."""
+def test_a_rollback_into_a_streak_of_bad_steps_skips_no_good_batch():
+    """The checkpoint after step 6 lies between bad steps; the bad batches before it are in the past anyway."""
     guard = Guard(Recipe(max_bad_steps=4))
     for step in range(7):
         bad = step >= 3
@@ -25,7 +25,7 @@ def test_a_rollback_into_a_row_of_bad_steps_leaves_out_no_batch_that_is_still_go
     assert [guard.batch(step) for step in range(6, 9)] == [7, 8, 9]
 
 
-def test_a_run_that_went_back_too_often_ends_though_the_limit_was_lowered_since():
+def test_a_run_with_too_many_rollbacks_ends_even_if_the_limit_was_lowered_later():
     run = RunState(Recipe(max_rollbacks=1), telemetry=None)
     run.guard.rollbacks = 2
     with pytest.raises(SharedError, match="after 2 rollbacks"):
@@ -33,7 +33,7 @@ def test_a_run_that_went_back_too_often_ends_though_the_limit_was_lowered_since(
 
 
 def test_a_gradient_that_no_scale_makes_finite_is_a_bad_step():
-    """GradScaler halves its scale at each, for ever."""
+    """GradScaler would halve its scale forever."""
     guard = Guard(Recipe(max_bad_steps=3))
     scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
     optimizer = torch.optim.SGD([weight := torch.nn.Parameter(torch.ones(1))], lr=1.0)
@@ -42,5 +42,5 @@ def test_a_gradient_that_no_scale_makes_finite_is_a_bad_step():
         scaler.unscale_(optimizer)
         assert not guard.accepts(step, 3.0, math.inf, scaler)
         optimizer.zero_grad()
-        assert guard.bad_steps == max(0, step - 1)  # those at scales of 4 and 2 are not
+        assert guard.bad_steps == max(0, step - 1)  # overflows at scales of 4 and 2 are not
     assert guard.gives_up

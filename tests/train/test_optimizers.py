@@ -1,32 +1,29 @@
-"""Optimizers against reference steps written out here, and saving and restoring their state."""
+"""Optimizers compared with reference steps written out here; saving and restoring their state."""
 
 import copy
 import math
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from accelerate import DistributedType
+from support import ROOT
+from tiny_models import tiny_model
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
 from gpt2repro.errors import UserError
 from gpt2repro.recipe import Recipe
 from gpt2repro.train.optimizers import OPTIMIZERS, build_optimizers, launch_problems, optimizer_problems, set_lr
 from gpt2repro.train.preflight import resolve_and_check
-from modeling_gpt2repro import GPT2ReproConfig, GPT2ReproForCausalLM
 
 
-ROOT = Path(__file__).resolve().parents[2]
 MATRICES = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 MUON = Recipe(optimizer="muon", learning_rate=1e-3, muon_learning_rate=0.02, muon_momentum=0.9, muon_weight_decay=0.5)
 
 
 @pytest.fixture
 def model():
-    torch.manual_seed(0)
-    sizes = {"vocab_size": 64, "unpadded_vocab_size": 60, "n_positions": 8, "n_layer": 2, "n_head": 2, "n_embd": 32}
-    return GPT2ReproForCausalLM(GPT2ReproConfig(**sizes))
+    return tiny_model(n_positions=8)
 
 
 def train(model, optimizers, steps, first=0):
@@ -137,14 +134,8 @@ def test_a_misspelled_optimizer_is_named_with_the_nearest():
 
 
 def test_an_unknown_optimizer_is_reported_with_the_other_mistakes(tmp_path):
-    argv = [
-        "--config",
-        str(ROOT / "recipes" / "demo.yaml"),
-        "--data_dir",
-        str(tmp_path),
-        "--output_dir",
-        str(tmp_path / "run"),
-    ]
+    recipe = str(ROOT / "recipes" / "demo.yaml")
+    argv = ["--config", recipe, "--data_dir", str(tmp_path), "--output_dir", str(tmp_path / "run")]
     with pytest.raises(UserError) as error:
         resolve_and_check([*argv, "--optimizer", "muno", "--max_step", "3", "--log_every", "0"])
     for part in ("did you mean --max_steps?", "log_every=0 must be", "did you mean muon?", "prepare_data.py"):
@@ -153,7 +144,7 @@ def test_an_unknown_optimizer_is_reported_with_the_other_mistakes(tmp_path):
 
 @pytest.mark.parametrize("distributed", [False, True])
 def test_a_resumed_run_matches_an_uninterrupted_one(model, distributed):
-    """Through state_dict, and through torch.distributed.checkpoint, which goes by the names of the weights."""
+    """Through state_dict, and through torch.distributed.checkpoint, which identifies state by the weights' names."""
     optimizers = build_optimizers(model, MUON)
     train(model, optimizers, 3)
     other = copy.deepcopy(model)

@@ -1,4 +1,4 @@
-"""The learning rate against formulas and numbers written out here."""
+"""The learning rate compared with formulas and numbers written out here."""
 
 import math
 
@@ -49,7 +49,7 @@ def test_linear_decays_by_the_same_amount_each_step():
 
 
 def test_wsd_is_stable_until_the_decay():
-    """The last fifth of 100 steps decays, from 1 at step 80 to 0.1 at step 100, which is not taken."""
+    """The last fifth of 100 steps decays, from 1 at step 80 to 0.1 at step 100, which is never reached."""
     line = rates(lr_schedule="wsd", decay_fraction=0.2, decay_shape="linear")
     root = rates(lr_schedule="wsd", decay_fraction=0.2, decay_shape="1-sqrt")
     assert line[10:81] == root[10:81] == [1.0] * 71

@@ -1,4 +1,4 @@
-"""What a run says of itself."""
+"""What a run reports: metrics, speed, picture, provenance."""
 
 import json
 from types import SimpleNamespace
@@ -15,7 +15,7 @@ from gpt2repro.train.speed import flops_per_token, peak_flops
 from gpt2repro.train.telemetry import Telemetry
 
 
-def test_rows_are_appended_once_whatever_is_logged_again(tmp_path):
+def test_a_row_is_appended_once_even_if_it_is_logged_again(tmp_path):
     path = tmp_path / "metrics.jsonl"
     first = Metrics(path)
     for step in (1, 2, 3):
@@ -24,7 +24,7 @@ def test_rows_are_appended_once_whatever_is_logged_again(tmp_path):
     assert first.add({"step": 2, "val_loss": 0.5})
     first.write()
     with path.open("a") as file:
-        file.write('{"step": 4, "lo')  # a crash cut the row off
+        file.write('{"step": 4, "lo')  # a crash truncated the row
 
     resumed = Metrics(path)
     assert not resumed.add({"step": 3, "loss": 99.0})
@@ -37,7 +37,7 @@ def test_rows_are_appended_once_whatever_is_logged_again(tmp_path):
     assert [row["val_loss"] for row in rows if "val_loss" in row] == [0.5, 0.25]
 
 
-def test_of_a_step_made_again_after_a_rollback_the_second_counts(tmp_path):
+def test_the_repetition_of_a_step_after_a_rollback_counts(tmp_path):
     metrics = Metrics(tmp_path / "metrics.jsonl")
     for step, loss in ((1, 1.0), (2, None), (3, None)):
         metrics.add({"step": step, "loss": loss})
@@ -46,7 +46,7 @@ def test_of_a_step_made_again_after_a_rollback_the_second_counts(tmp_path):
     assert metrics.add({"step": 2, "loss": 2.0})
     metrics.write()
     assert [row["loss"] for row in read_metrics(metrics.path)] == [1.0, 2.0, None]
-    assert len(metrics.path.read_text().splitlines()) == 4  # nothing that was written is lost
+    assert len(metrics.path.read_text().splitlines()) == 4  # no row that was written is lost
 
     resumed = Metrics(metrics.path)  # from a checkpoint after step 2
     assert not resumed.add({"step": 2, "loss": 99.0})
@@ -102,7 +102,7 @@ def test_what_was_measured_since_the_last_row_survives_a_stop(tmp_path):
         model.weight.data *= 2
     first.log_step(1, 5.0, 1e-3, 9.0, Guard(recipe))
     saved = json.loads(json.dumps(first.state_dict()))
-    assert saved["hours"] > 2.0  # those of the step too, though it has no row yet
+    assert saved["hours"] > 2.0  # includes the step, although it has no row yet
 
     resumed = Telemetry(recipe, accelerator, model)
     resumed.load_state_dict(saved)
@@ -114,7 +114,7 @@ def test_what_was_measured_since_the_last_row_survives_a_stop(tmp_path):
     assert row["update_ratio"] > 0 and row["hours"] > saved["hours"]
 
 
-def test_picture_is_drawn_without_a_screen(tmp_path):
+def test_the_loss_curve_is_drawn_without_a_display(tmp_path):
     rows = [{"step": s, "loss": 3 - s / 10} for s in range(1, 9)] + [{"step": 8, "val_loss": 2.3}]
     plot_losses(rows, {"unigram entropy": 3.3}, tmp_path / "loss.png", "a run")
     assert (tmp_path / "loss.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"

@@ -1,4 +1,4 @@
-"""Trackers get the numbers of metrics.jsonl; a run that goes on is one run there."""
+"""Trackers get the numbers of metrics.jsonl; a resumed run is one run there."""
 
 import json
 from types import SimpleNamespace
@@ -21,7 +21,7 @@ ROWS = [{"step": step, "tokens": step * 10, "loss": 5.0 - step, "samples": ["tex
 
 
 class Kept(GeneralTracker):
-    """A tracker in memory that takes the place of wandb, and knows of two steps."""
+    """An in-memory tracker in place of wandb, which already has two steps."""
 
     name, requires_logging_directory = "wandb", False
     tracker = SimpleNamespace(offline=False, step=3)
@@ -44,7 +44,7 @@ def recipe(tmp_path):
 
 @pytest.fixture
 def start():
-    """Start a recipe's tracker as each process of a run does."""
+    """Start a recipe's tracker as every process of a run does."""
 
     def start(recipe: Recipe, tracker=None) -> Accelerator:
         accelerator = Accelerator(cpu=True, log_with=tracker or recipe.report_to, project_dir=recipe.output_dir)
@@ -58,7 +58,7 @@ def write_metrics(path, rows):
     (path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def test_the_tracker_is_given_what_it_lacks(recipe, start, tmp_path):
+def test_a_tracker_gets_the_rows_that_it_lacks(recipe, start, tmp_path):
     write_metrics(tmp_path / "run", ROWS)
     kept = Kept()
     start(recipe("wandb"), kept)
@@ -79,7 +79,7 @@ def test_a_tracker_that_fails_does_not_end_the_run(recipe, start, capsys):
     assert "report_to=wandb failed (Connection lost); metrics.jsonl continues without it" in printed
 
 
-def test_tensorboard_goes_on(recipe, start, tmp_path):
+def test_tensorboard_resumes(recipe, start, tmp_path):
     pytest.importorskip("tensorboard", reason="tensorboard is not installed")
     from tensorboard.backend.event_processing.event_multiplexer import EventMultiplexer
 
@@ -96,7 +96,7 @@ def test_tensorboard_goes_on(recipe, start, tmp_path):
     assert yaml.safe_load(settings.read_text())["learning_rate"] == Recipe.learning_rate
 
 
-def test_trackio_goes_on_after_a_kill(recipe, start, tmp_path, monkeypatch):
+def test_trackio_resumes_after_a_kill(recipe, start, tmp_path, monkeypatch):
     monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
     pytest.importorskip("trackio", reason="trackio is not installed")
     from trackio.sqlite_storage import SQLiteStorage
@@ -104,7 +104,7 @@ def test_trackio_goes_on_after_a_kill(recipe, start, tmp_path, monkeypatch):
     accelerator = start(recipe("trackio"))
     track(accelerator, ROWS[0])
     accelerator.end_training()
-    write_metrics(tmp_path / "run", ROWS[:3])  # two rows were written down when the process was killed
+    write_metrics(tmp_path / "run", ROWS[:3])  # two more rows were on disk when the process was killed
     accelerator = start(recipe("trackio"))
     track(accelerator, ROWS[3])
     accelerator.end_training()

@@ -1,0 +1,75 @@
+"""What a user without the checkout does with a model: `stranger.py FUNCTION ARGUMENT ...`, in an interpreter that finds
+neither the checkout nor an editable install of it."""
+
+import sys
+from pathlib import Path
+
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path = [entry for entry in sys.path if Path(entry).resolve() not in (Path.cwd(), ROOT, ROOT / "tests")]
+sys.meta_path = [finder for finder in sys.meta_path if "editable" not in str(finder)]
+
+import torch  # noqa: E402
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, pipeline  # noqa: E402
+
+
+def logits(model) -> torch.Tensor:
+    with torch.no_grad():
+        return model(torch.arange(8)[None]).logits
+
+
+def use_folder(folder: str) -> None:
+    """Generate from a model folder, by model and tokenizer and by pipeline."""
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert "transformers_modules" in type(model).__module__
+    ids = tokenizer("The ", return_tensors="pt").input_ids
+    assert model.generate(ids, max_new_tokens=5, do_sample=False).shape == (1, ids.shape[1] + 5)
+    text = pipeline("text-generation", folder, trust_remote_code=True)("The ", max_new_tokens=5)[0]["generated_text"]
+    assert text.startswith("The ") and len(text) > 4
+
+
+def load_by_name(name: str, result: str) -> None:
+    """Load every Auto class that the config names; save logits, those made from the trunk, and a greedy text."""
+    config = AutoConfig.from_pretrained(name, trust_remote_code=True)
+    trunk = AutoModel.from_pretrained(name, trust_remote_code=True)
+    model = AutoModelForCausalLM.from_pretrained(name, trust_remote_code=True)
+    tokenizer = AutoTokenizer.from_pretrained(name)
+    package = f"transformers_modules.{name.replace('/', '.')}"
+    assert all(package in type(thing).__module__ for thing in (config, trunk, model))
+    ids = tokenizer("A cat ", return_tensors="pt").input_ids
+    text = tokenizer.decode(model.generate(ids, max_new_tokens=5, do_sample=False)[0])
+    with torch.no_grad():
+        by_hand = trunk(torch.arange(8)[None]).last_hidden_state @ trunk.wte.weight[: config.unpadded_vocab_size].T
+    torch.save([logits(model), by_hand, text], result)
+
+
+def load_revisions(name: str, first: str, second: str, result: str) -> None:
+    """Load a repository by every kind of revision; save the logits and the code's VERSION of each."""
+    revisions = {
+        "main": {},
+        "sha": {"revision": first},
+        "tag": {"revision": "v1"},
+        "branch": {"revision": "release/1"},
+        "old weights, new code": {"revision": first, "code_revision": second},
+        "new weights, old code": {"code_revision": "v1"},
+    }
+    found = {}
+    for case, revision in revisions.items():
+        model = AutoModelForCausalLM.from_pretrained(name, trust_remote_code=True, **revision)
+        code = sys.modules[type(model).__module__]
+        found[case] = [logits(model), getattr(code, "VERSION", 1)]
+    torch.save(found, result)
+
+
+def load_plain(name: str, revision: str, result: str) -> None:
+    """Load a GPT2LMHeadModel; save its class, the tokens of a text, and logits."""
+    model = AutoModelForCausalLM.from_pretrained(name, revision=revision)
+    tokens = AutoTokenizer.from_pretrained(name, revision=revision)("A cat").input_ids
+    torch.save((type(model).__name__, tokens, logits(model)), result)
+
+
+if __name__ == "__main__":
+    _, function, *arguments = sys.argv
+    globals()[function](*arguments)
+    assert "modeling_gpt2repro" not in sys.modules, "the checkout's own model was imported"
