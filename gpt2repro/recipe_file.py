@@ -200,10 +200,10 @@ def recipe_of_record(content: dict) -> dict:
     """The recipe in a run's recipe.yaml, from which the run can be repeated; a recipe file as it is."""
     recipe = {name: value for name, value in content.items() if name not in RECORD_KEYS}
     data = content.get("data")
-    is_record = isinstance(data, dict) and "manifest_sha256" in data
-    if is_record:
-        recipe.pop("data")
-    if is_record and "sources" in data:  # a mixture
+    if not isinstance(data, dict) or "manifest_sha256" not in data:
+        return recipe
+    recipe.pop("data")
+    if "sources" in data:  # a mixture
         recipe.pop("data_dir", None)
         recipe["data"] = {source["directory"]: source["weight"] for source in data["sources"]}
     return recipe

@@ -78,5 +78,5 @@ def load_hellaswag(plan: Plan) -> list[EncodedItem]:
     """The encoded HellaSwag items; empty if the recipe does not evaluate on HellaSwag."""
     if not plan.recipe.hellaswag_every:
         return []
-    items = on_main(lambda: load_items(plan.recipe.hellaswag_data))
+    items = on_main(lambda: load_items(plan.recipe.hellaswag_data, flag="--hellaswag_data"))
     return [encode_item(item, plan.tokenizer, plan.config.n_positions) for item in items]

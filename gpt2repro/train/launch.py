@@ -12,7 +12,7 @@ from accelerate.utils import DistributedType, GradientAccumulationPlugin, InitPr
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from gpt2repro.data.mixture import RunData
-from gpt2repro.errors import UserError
+from gpt2repro.errors import UserError, report_write_errors
 from gpt2repro.processes import cpu_asked, device_name, on_main, use_all_cores, world_size
 from gpt2repro.recipe import Recipe
 from gpt2repro.run_folder import RunFolder
@@ -69,11 +69,12 @@ def begin_run(recipe: Recipe, data: RunData, folder: RunFolder, accelerator: Acc
 
     def begin() -> None:
         verified = data.verify_changed(folder.read_verified())
-        folder.lock()
-        if not folder.recipe.exists():
-            _report_assumed_tokenizers(data)
-            folder.write_record(run_record(recipe, data, hardware))
-        folder.write_verified(verified)
+        with report_write_errors(folder.path):
+            folder.lock()
+            if not folder.recipe.exists():
+                _report_assumed_tokenizers(data)
+                folder.write_record(run_record(recipe, data, hardware))
+            folder.write_verified(verified)
         start_tracker(recipe, folder.read_record().get("run_id"), accelerator)
 
     on_main(begin)
@@ -86,6 +87,7 @@ def run_record(recipe: Recipe, data: RunData, hardware: str) -> dict:
     plain_name = re.sub(r"[^\w.-]", "-", output_dir.name)
     return {
         **dataclasses.asdict(recipe),
+        "corpus": data.name,  # the recipe's may be another one's, if --data_dir was given
         "base_model": None if is_local else recipe.init_from,  # a Hub id
         "data": data.record(),
         "hardware": hardware,
