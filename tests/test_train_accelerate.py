@@ -285,6 +285,56 @@ def test_a_stopped_run_goes_on_as_if_nothing_had_happened(train, data_dir, tmp_p
         assert torch.equal(tensor, weights(stopped)[name])
 
 
+@pytest.mark.parametrize("schedule", ["wsd", "constant"])
+def test_an_extended_run_is_one_that_was_longer_from_the_start(train, schedule, tmp_path):
+    """Also after the decay of wsd, which began at step 4 of 6 and begins at step 6 of 9."""
+    flags = ["--lr_schedule", schedule, "--decay_fraction", 0.34, "--checkpoint_every", 3, "--keep_last", 1]
+    train(tmp_path / "whole", *flags, "--max_steps", 9)
+    train(tmp_path / "extended", *flags, "--max_steps", 6)
+    printed = train(tmp_path / "extended", *flags, "--max_steps", 9).stdout
+    step = 3 if schedule == "wsd" else 6
+    assert f"from step {step} on: max_steps=9 instead of 6" in printed and f"resuming after step {step} of 9" in printed
+    for name, tensor in weights(tmp_path / "whole").items():
+        assert torch.equal(tensor, weights(tmp_path / "extended")[name])
+    losses = [{row["step"]: row["loss"] for row in rows(tmp_path / name, "loss")} for name in ("whole", "extended")]
+    assert losses[0] == losses[1]
+    assert "overrides:\n- step: " in (tmp_path / "extended" / "model" / "README.md").read_text()
+    record = yaml.safe_load((tmp_path / "extended" / "recipe.yaml").read_text())
+    assert record["max_steps"] == 9 and record["overrides"] == [{"step": step, "max_steps": {"from": 6, "to": 9}}]
+
+
+def test_fine_tuning_that_only_harms_keeps_the_given_model(train, trained, tmp_path):
+    flags = ["--init_from", trained[0], "--patience", 2, "--validate_every", 1, "--max_steps", 9, "--warmup_steps", 0]
+    flags += ["--learning_rate", 0.5, "--min_learning_rate", 0.5, "--checkpoint_every", 1, "--validation_tokens", 3000]
+    done = train(tmp_path / "tuned", *flags)
+    assert [row["step"] for row in rows(tmp_path / "tuned", "val_loss")] == [0, 1, 2]
+    assert (
+        "stopped early after step 2: 2 validations without improvement; exporting the model that the run was given"
+        in (done.stdout)
+    )
+    for name, tensor in weights(trained[0]).items():
+        assert torch.equal(tensor, weights(tmp_path / "tuned")[name])
+    card = (tmp_path / "tuned" / "model" / "README.md").read_text()
+    assert f"| {rows(tmp_path / 'tuned', 'val_loss')[0]['val_loss']:.4f} |" in card and "0 steps of" in card
+    again = train(tmp_path / "tuned", *flags)
+    assert "resuming after step 2 of 9" in again.stdout and "exporting the model that the run was given" in again.stdout
+
+
+def test_a_run_is_repeated_from_its_record(train, trained, tmp_path):
+    """The card names the corpus that was read, whatever the recipe was for."""
+    train(tmp_path / "again", "--config", trained[0] / "recipe.yaml")
+    for name, tensor in weights(trained[0]).items():
+        assert torch.equal(tensor, weights(tmp_path / "again")[name])
+
+
+def test_an_error_stands_on_a_line_of_its_own(train, tmp_path):
+    """Here one that comes while the progress bar is drawn."""
+    flags = ("--max_steps", 50, "--learning_rate", "1e30", "--validate_every", 0, "--sample_every", 0)
+    done = train(tmp_path / "run", *flags, "--max_bad_steps", 3, check=False)
+    assert [line for line in done.stderr.splitlines() if "error:" in line][0].startswith("error: 3 bad steps in a row")
+    assert done.stderr.splitlines()[-1].startswith("error: ")
+
+
 def test_eval_only_prints_the_losses_of_a_run_on_as_much_of_either_split(train, trained, data_dir, tmp_path):
     done = train(tmp_path / "run", "--eval_only", "--init_from", trained[0], "--num_workers", 0)
     losses = dict(line.split() for line in done.stdout.splitlines() if "_loss" in line)

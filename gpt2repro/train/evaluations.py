@@ -8,6 +8,7 @@ from gpt2repro.evaluation.hellaswag import ENDINGS, EncodedItem, encode_item, ev
 from gpt2repro.evaluation.validation import validation_losses
 from gpt2repro.models.sampling import generate
 from gpt2repro.processes import on_main
+from gpt2repro.train.checkpoint import Checkpoints
 from gpt2repro.train.preflight import Plan
 from gpt2repro.train.run_state import RunState
 from gpt2repro.train.telemetry import Telemetry
@@ -43,6 +44,13 @@ class Evaluations:
             self.score_hellaswag(run.step)
         if run.is_due(self.recipe.sample_every):
             self.sample(run.step)
+
+    def before_first_step(self, run: RunState, checkpoints: Checkpoints) -> None:
+        """Validate and save the given model as step 0, if that is due."""
+        if run.validates_given_model:
+            with self.telemetry.paused():
+                self.validate(run)
+                checkpoints.save(run.state_dict())
 
     def validate(self, run: RunState) -> None:
         losses = validation_losses(self.model, self.val_data, self.recipe, self.accelerator)

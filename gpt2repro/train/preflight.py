@@ -24,10 +24,11 @@ from gpt2repro.models.padding import padded
 from gpt2repro.models.sampling import prompt_text
 from gpt2repro.processes import cpu_asked, missing_gpu, on_main, world_size
 from gpt2repro.recipe import Recipe
-from gpt2repro.recipe_file import differences, parse_recipe
+from gpt2repro.recipe_file import parse_recipe
 from gpt2repro.run_folder import RunFolder
 from gpt2repro.train import checkpoint
 from gpt2repro.train.optimizers import optimizer_problems
+from gpt2repro.train.recipe_change import RecipeChange
 from modeling_gpt2repro import GPT2ReproConfig
 
 
@@ -254,9 +255,9 @@ def output_problems(recipe: Recipe, folder: RunFolder, data: RunData | None) -> 
     if not recipe.resume:
         return [f"output_dir={folder.path} holds a run, and resume is off; {elsewhere}"]
     recorded = folder.read_record()
-    differing = differences(recipe, recorded)
-    if differing:
-        return [f"output_dir={folder.path} holds a run of another recipe ({'; '.join(differing)}); {elsewhere}"]
+    problems = RecipeChange.between(recorded, recipe, folder).problems(recipe, recorded)
+    if problems:
+        return problems
     if data is not None and recorded["data"]["manifest_sha256"] != data.fingerprint:
         asked = f"data={recipe.data}" if recipe.data else f"data_dir={recipe.data_dir}"
         return [f"output_dir={folder.path} holds a run on other data than {asked}; {elsewhere}"]
