@@ -9,6 +9,7 @@ run that was stopped. gpt2repro/recipe.py lists the recipe's fields, gpt2repro/r
 """
 
 import dataclasses
+import functools
 import logging
 import sys
 
@@ -25,7 +26,7 @@ from gpt2repro.errors import refuse, report_write_errors, run_script
 from gpt2repro.evaluation.validation import validation_losses
 from gpt2repro.hub.model_card import model_card
 from gpt2repro.hub.upload import create_repository, upload
-from gpt2repro.models.folder import save_model_folder
+from gpt2repro.models.folder import rehearse_export, save_model_folder
 from gpt2repro.models.unwrap import full_tensor, unwrapped
 from gpt2repro.processes import on_main
 from gpt2repro.recipe import Recipe
@@ -61,6 +62,8 @@ def main(argv: list[str]) -> None:
     check_hub_access(recipe)
     folder = RunFolder(recipe.output_dir)
     begin_run(recipe, plan.data, folder, accelerator)
+    card_of = functools.partial(model_card, name=folder.name, repo_id=recipe.hub_model_id, run=folder)
+    on_main(lambda: rehearse_export(raw_model, plan.tokenizer, card_of))
 
     # Restore.
     telemetry = Telemetry(recipe, accelerator, raw_model)

@@ -3,7 +3,8 @@
 import contextlib
 import json
 import shutil
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -13,7 +14,6 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
-    GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     dynamic_module_utils,
@@ -23,10 +23,11 @@ from gpt2repro.data.tokenization import build_tokenizer
 from gpt2repro.errors import UserError
 from gpt2repro.files import new_folder
 from gpt2repro.models.errors import explained
+from gpt2repro.models.generation_defaults import load_generation_defaults, our_generation_defaults
 from gpt2repro.models.openai_weights import from_gpt2
-from gpt2repro.models.padding import without_padding
+from gpt2repro.models.padding import unpadded, without_padding
 from gpt2repro.run_folder import RunFolder
-from modeling_gpt2repro import register_auto_classes
+from modeling_gpt2repro import GPT2ReproForCausalLM, register_auto_classes
 
 
 # What transformers records about its own loading; nothing a reader of the folder needs.
@@ -70,22 +71,45 @@ def save_model_folder(
         picture: the loss curve as PNG.
     """
     model = without_padding(model)
-    config = model.config
     if model.generation_config._from_model_config:  # nobody has chosen one
-        model.generation_config = GenerationConfig(
-            bos_token_id=config.bos_token_id, eos_token_id=config.eos_token_id, do_sample=True, top_k=50
-        )
-    tokenizer.model_max_length = config.n_positions
+        model.generation_config = our_generation_defaults(model.config)
     with new_folder(folder) as unfinished:
         model.save_pretrained(unfinished)
-        _save_tokenizer(unfinished, tokenizer)
+        _save_tokenizer(unfinished, tokenizer, model.config.n_positions)
         card.save(unfinished / "README.md")
         if picture:
             shutil.copy(picture, unfinished / "loss.png")
 
 
-def _save_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+def rehearse_export(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, make_card: Callable[[PreTrainedModel], ModelCard]
+) -> None:
+    """Do everything that `save_model_folder` does except writing weights, in a temporary folder, so that what cannot be
+    saved ends a run before its first step and not after its last.
+
+    Args:
+        model: only its configuration and generation defaults are read; it may be sharded.
+        make_card: the model card of the model that it is given, which has no weights.
+    Raises:
+        UserError: the export would fail.
+    """
+    with torch.device("meta"):
+        exported = GPT2ReproForCausalLM(unpadded(model.config))
+    exported.generation_config = model.generation_config
+    if model.generation_config._from_model_config:
+        exported.generation_config = our_generation_defaults(model.config)
+    problem = "the model folder could not be saved at the end of this run"
+    with tempfile.TemporaryDirectory() as scratch, explained(problem, "correct what it names and repeat the command"):
+        folder = Path(scratch)
+        exported.config.save_pretrained(folder)  # with the model's code
+        exported.generation_config.save_pretrained(folder)
+        _save_tokenizer(folder, tokenizer, exported.config.n_positions)
+        make_card(exported).save(folder / "README.md")
+
+
+def _save_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase, n_positions: int) -> None:
     """Save the tokenizer so that transformers 4 loads it as well."""
+    tokenizer.model_max_length = n_positions
     tokenizer.save_pretrained(folder)
     path = folder / "tokenizer_config.json"
     settings = json.loads(path.read_text())
@@ -137,12 +161,13 @@ def open_model(
         _remote_code_lock() if trust_remote_code else contextlib.nullcontext(),
         explained(f"{name}: no model can be loaded from there", "give a folder of save_pretrained or a Hub id"),
     ):
-        AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
     tokenizer = load_tokenizer(path, trust_remote_code)  # before the weights, so that mistakes show early
     with explained(f"{name}: not a causal language model with weights", "give one that AutoModelForCausalLM can load"):
         model, loading_info = AutoModelForCausalLM.from_pretrained(
             path,
             dtype=dtype,
+            generation_config=load_generation_defaults(path, config),
             trust_remote_code=trust_remote_code,
             output_loading_info=True,
             ignore_mismatched_sizes=True,

@@ -9,7 +9,6 @@ are transposed. Everything else is identical: a model that is opened has no padd
 Only who trains it asks for them, with `stored.build(padded(stored.config))`; they are zeros.
 """
 
-import contextlib
 import copy
 import functools
 import json
@@ -22,11 +21,12 @@ from pathlib import Path
 import torch
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
-from transformers import GenerationConfig, GPT2Config, GPT2LMHeadModel, PreTrainedConfig, PreTrainedModel
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedConfig, PreTrainedModel
 
 from gpt2repro.errors import UserError, first_line
 from gpt2repro.models.errors import explained
 from gpt2repro.models.foreign_checkpoints import check_tensors, read_checkpoint_file
+from gpt2repro.models.generation_defaults import load_generation_defaults
 from gpt2repro.models.padding import EMBEDDINGS, unpadded
 from gpt2repro.models.unwrap import unwrapped
 from modeling_gpt2repro import GPT2ReproConfig, GPT2ReproForCausalLM
@@ -100,8 +100,7 @@ class StoredGPT2:
         model.load_state_dict(weights, assign=True, strict=not config.tie_word_embeddings)
         model.tie_weights()
         if not Path(self.source).is_file():
-            with contextlib.suppress(OSError):  # generation_config.json is optional
-                model.generation_config = GenerationConfig.from_pretrained(self.source, revision=self.revision)
+            model.generation_config = load_generation_defaults(self.source, config, self.revision)
         return model.eval()
 
     def _check_architecture(self, config: GPT2ReproConfig) -> None:
