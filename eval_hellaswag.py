@@ -55,7 +55,6 @@ def main(argv: list[str]) -> None:
     config = model.config.get_text_config()
     max_length = getattr(config, "max_position_embeddings", None)  # an alias of n_positions
     encoded = [encode_item(item, tokenizer, max_length) for item in items]
-    check_vocabulary(args.model, encoded, config.vocab_size)
     model = model.to(accelerator.device)
     default_batch_size = CPU_BATCH_SIZE if accelerator.device.type == "cpu" else BATCH_SIZE
     batch_size = args.batch_size or default_batch_size
@@ -110,16 +109,6 @@ def check_arguments(args: argparse.Namespace) -> None:
     except UserError as error:
         problems.append(str(error))
     refuse(problems)
-
-
-def check_vocabulary(name: str, encoded: list, vocab_size: int) -> None:
-    """Raise a UserError if the tokenizer is another model's; an unknown id would end in a device-side error."""
-    highest = max(max(row) for item in encoded for row in item.rows)
-    if highest >= vocab_size:
-        raise UserError(
-            f"{name}: the tokenizer returns token {highest}, but the model knows only {vocab_size}; "
-            "the tokenizer belongs to another model"
-        )
 
 
 def score_table(model: str, metrics: dict) -> str:

@@ -19,7 +19,7 @@ from huggingface_hub.utils import HFValidationError, validate_repo_id
 from gpt2repro.errors import Parser, UserError, run_script
 from gpt2repro.hub.model_card import model_card
 from gpt2repro.hub.upload import create_repository, upload
-from gpt2repro.models.folder import find_model, load_tokenizer, save_model_folder, tokenizer_for
+from gpt2repro.models.folder import check_tokenizer, find_model, load_tokenizer, save_model_folder, tokenizer_for
 from gpt2repro.models.openai_weights import from_gpt2, to_gpt2
 from gpt2repro.run_folder import RunFolder
 from gpt2repro.train import checkpoint
@@ -41,13 +41,9 @@ def main(argv: list[str]) -> None:
         folder = Path("publish") / args.to.replace("/", "--")  # deleted once it is uploaded
         name = args.to.split("/")[-1]
 
-    model = from_gpt2(source)
-    tokenizer = load_tokenizer(args.tokenizer) if args.tokenizer else tokenizer_for(source, model)
-    if len(tokenizer) > model.config.vocab_size:
-        raise UserError(
-            f"the tokenizer has {len(tokenizer)} tokens, the model {model.config.vocab_size}; "
-            "pass the one that it was trained with as --tokenizer"
-        )
+    model = from_gpt2(source, drop_heads=args.drop_heads)
+    tokenizer = load_tokenizer(Path(args.tokenizer).expanduser()) if args.tokenizer else tokenizer_for(source, model)
+    check_tokenizer(source, tokenizer, model.config)
     if not is_folder:
         create_repository(args.to, private=args.private or None, revision=args.revision)
     if args.format == "gpt2":
@@ -93,6 +89,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
         help="gpt2repro: with our model code; gpt2: transformers' own class, loads anywhere (default: %(default)s)",
     )
     parser.add_argument("--tokenizer", help="folder or Hub id, if SOURCE has none")
+    parser.add_argument("--drop_heads", action="store_true", help="leave out value heads and other trainers' extras")
     parser.add_argument("--license", help="license of the weights, for the model card (default: the run's recipe's)")
     parser.add_argument("--private", action="store_true", help="create a private repository")
     parser.add_argument("--revision", help="branch to push to, created if missing (default: main)")

@@ -5,6 +5,7 @@ torch and accelerate are imported where they are used: the processes that prepar
 
 import os
 import platform
+import sys
 import threading
 from collections.abc import Callable
 from multiprocessing.process import BaseProcess
@@ -41,6 +42,12 @@ def on_main(function: Callable[[], Any]) -> Any:
     if problem:
         raise SharedError(problem)
     return result
+
+
+def note(text: str) -> None:
+    """Print a line for the user on stderr, once: on rank 0, whether or not the process group exists yet."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"note: {text}", file=sys.stderr, flush=True)
 
 
 def cpu_asked() -> bool:

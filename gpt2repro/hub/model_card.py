@@ -58,7 +58,8 @@ def model_card(
     metrics: dict[str, Any] = {}
     if run is not None:
         record = run.read_record()
-        metrics = _metrics_of_step(read_metrics(run.metrics), record, last_step)
+        if run.metrics.is_file():  # absent before the first step
+            metrics = _metrics_of_step(read_metrics(run.metrics), record, last_step)
     results = _results(metrics, record)
     license = license or record.get("license")
     metadata = _metadata(name, license, record, metrics, results)
