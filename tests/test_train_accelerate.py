@@ -322,9 +322,11 @@ def test_fine_tuning_that_only_harms_keeps_the_given_model(train, trained, tmp_p
 
 def test_a_run_is_repeated_from_its_record(train, trained, tmp_path):
     """The card names the corpus that was read, whatever the recipe was for."""
-    train(tmp_path / "again", "--config", trained[0] / "recipe.yaml")
+    train(tmp_path / "again", "--config", trained[0] / "recipe.yaml", "--corpus", "python-docs")
     for name, tensor in weights(trained[0]).items():
         assert torch.equal(tensor, weights(tmp_path / "again")[name])
+    assert yaml.safe_load((tmp_path / "again" / "recipe.yaml").read_text())["corpus"] == "files"
+    assert "python-docs" not in (tmp_path / "again" / "model" / "README.md").read_text()
 
 
 def test_an_error_stands_on_a_line_of_its_own(train, tmp_path):
