@@ -691,9 +691,11 @@ def test_init_from_has_its_own_sizes_whatever_the_recipe_says(data_dir, recipe_f
         assert "n_layer=3, n_head=2, n_embd=16; the recipe's n_" in said or "n_layer=3, n_embd=16; the recipe's" in said
 
 
-def test_a_directory_that_cannot_be_written_is_refused_at_the_start(refused, tmp_path, monkeypatch):
+def test_a_directory_that_cannot_be_written_is_refused_at_the_start(refused, small_disk, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     assert f"{tmp_path / 'file'} is a file; choose another" in refused("--output_dir", tmp_path / "file" / "a" / "b")
+    disk = small_disk(2**20, flags=1)  # MS_RDONLY: not even root may write
+    assert f"{disk} is read-only; choose another --output_dir" in refused("--output_dir", disk / "runs" / "a")
     monkeypatch.setattr(preflight.os, "access", lambda path, mode: path != tmp_path)
     message = refused("--output_dir", tmp_path / "new" / "run")
     assert f"output_dir={tmp_path / 'new' / 'run'} cannot be written: {tmp_path} is read-only; choose" in message
