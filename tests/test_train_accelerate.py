@@ -302,9 +302,11 @@ def test_fine_tuning_that_only_harms_keeps_the_given_model(train, trained, tmp_p
 
 def test_a_run_is_repeated_from_its_record(train, trained, tmp_path):
     """The card names the corpus that was read, whatever the recipe was for."""
-    train(tmp_path / "again", "--config", trained[0] / "recipe.yaml")
+    train(tmp_path / "again", "--config", trained[0] / "recipe.yaml", "--corpus", "python-docs")
     for name, tensor in weights(trained[0]).items():
         assert torch.equal(tensor, weights(tmp_path / "again")[name])
+    assert yaml.safe_load((tmp_path / "again" / "recipe.yaml").read_text())["corpus"] == "files"
+    assert "python-docs" not in (tmp_path / "again" / "model" / "README.md").read_text()
 
 
 def test_an_error_stands_on_a_line_of_its_own(train, tmp_path):
@@ -676,9 +678,11 @@ def test_init_from_has_its_own_sizes_whatever_the_recipe_says(data_dir, recipe_f
         assert "n_layer=3, n_head=2, n_embd=16; the recipe's n_" in said or "n_layer=3, n_embd=16; the recipe's" in said
 
 
-def test_a_directory_that_cannot_be_written_is_refused_at_the_start(refused, tmp_path, monkeypatch):
+def test_a_directory_that_cannot_be_written_is_refused_at_the_start(refused, small_disk, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     assert f"{tmp_path / 'file'} is a file; choose another" in refused("--output_dir", tmp_path / "file" / "a" / "b")
+    disk = small_disk(2**20, flags=1)  # MS_RDONLY: not even root may write
+    assert f"{disk} is read-only; choose another --output_dir" in refused("--output_dir", disk / "runs" / "a")
     monkeypatch.setattr(preflight.os, "access", lambda path, mode: path != tmp_path)
     message = refused("--output_dir", tmp_path / "new" / "run")
     assert f"output_dir={tmp_path / 'new' / 'run'} cannot be written: {tmp_path} is read-only; choose" in message
