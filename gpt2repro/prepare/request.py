@@ -30,6 +30,7 @@ class Request:
     tokenizer_documents: int
     dedup: str | None
     url_column: str
+    document_separator: str | None
 
     def settings(self) -> dict:
         """The manifest's record of the request, under "settings"."""
@@ -38,7 +39,7 @@ class Request:
     def deduplication_settings(self) -> dict:
         """The part of it that the deduplication depends on."""
         names = ("corpus", "source", "text_column", "hub_config", "split", "revision", "dedup", "url_column")
-        return {name: getattr(self, name) for name in names}
+        return {name: getattr(self, name) for name in (*names, "document_separator")}
 
     @property
     def dedup_methods(self) -> tuple[str, ...]:
@@ -61,6 +62,7 @@ class Request:
             hub_config=self.hub_config,
             split=self.split,
             revision=self.revision or recorded_revision,
+            document_separator=self.document_separator,
         )
 
     def validation_split(self, corpus: Corpus) -> ValidationSplit:
@@ -81,8 +83,10 @@ class Request:
 def refuse_other_settings(directory: Path, recorded: dict, asked: dict) -> None:
     """Raise UserError if work in a directory was recorded with other settings than those that are asked for.
 
-    A setting that is not recorded did not exist yet, and is not compared.
+    A setting that is not recorded did not exist yet, and is not compared; but without a recorded separator, none was
+    used.
     """
+    recorded = {"document_separator": None} | recorded
     differences = [key for key in asked if key in recorded and recorded[key] != asked[key]]
     if differences:
         raise UserError(
