@@ -102,6 +102,11 @@ def prepare(directory: OutputDirectory, request: Request, execution: Execution) 
         tokenizer = build_and_save_tokenizer(directory, corpus, request)
         replace(unfinished, tokenizer=tokenizer).write(directory.unfinished)
 
+    default = val_split
+    val_split = with_retries(lambda: request.fitted_split(corpus, default))
+    if val_split != default:
+        print(f"validation: {val_split}, as the default {default.fraction} takes no document of so few", flush=True)
+
     job = parts.Job(
         directory=directory,
         tokenizer=request.tokenizer_of(corpus),

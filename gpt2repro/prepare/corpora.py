@@ -19,6 +19,7 @@ from gpt2repro.prepare.boundaries import WIKITEXT_TITLE, Boundary
 from gpt2repro.prepare.local_files import Listing, describe_left_out, list_files
 from gpt2repro.prepare.readers import Piece
 from gpt2repro.prepare.retries import HUB_REMEDY, reading, with_retries
+from gpt2repro.prepare.validation import DEFAULT_SPLIT, SMALL_CORPUS_SPLIT, ValidationSplit
 
 
 if TYPE_CHECKING:
@@ -53,29 +54,6 @@ class CorpusQuery:
     @property
     def boundary(self) -> Boundary | None:
         return None if self.document_separator is None else Boundary(separator=self.document_separator)
-
-
-@dataclass(frozen=True)
-class ValidationSplit:
-    """How validation is split off: by one of the two numbers, the other is 0.
-
-    tokens: the first documents, until they have this many tokens.
-    fraction: this fraction of the documents, chosen by hash; of a single text, its end.
-    """
-
-    tokens: int = 0
-    fraction: float = 0.0
-
-    def to_dict(self) -> dict[str, int | float]:
-        """What the manifest records."""
-        return {"val_tokens": self.tokens} if self.tokens else {"val_fraction": self.fraction}
-
-    def __str__(self) -> str:
-        return f"--val_tokens {self.tokens}" if self.tokens else f"--val_fraction {self.fraction}"
-
-
-DEFAULT_SPLIT = ValidationSplit(fraction=0.005)
-SMALL_CORPUS_SPLIT = ValidationSplit(fraction=0.1)  # as nanoGPT's data/shakespeare*/prepare.py
 
 
 @dataclass(frozen=True)
@@ -184,6 +162,9 @@ def _open_files(query: CorpusQuery) -> Corpus:
     listing.keep(filter(readers.is_readable, listing.files), "of other formats")
     if root.is_dir():
         listing.keep([path for path in listing.files if path != listing.readme], "README")
+    suffixes = {path: readers.file_suffix(path) for path in listing.files}
+    if not set(suffixes.values()) <= set(readers.TEXT_SUFFIXES):  # then Markdown is about the data, not data
+        listing.keep([path for path in listing.files if suffixes[path] != ".md"], "Markdown beside tables")
     files = listing.files
     if not files:
         also = f" ({describe_left_out(listing.left_out)})" if root.is_dir() and listing.left_out else ""

@@ -39,6 +39,7 @@ COMPRESSION_RATIO = 4  # estimated bytes of text for each byte of a compressed f
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 SKIP_REASONS = ("no text", "no JSON")  # of rows that are skipped and counted: the text is null, the line is not JSON
 DOCUMENT_NOTES = ("repaired", *SKIP_REASONS)  # what is counted
+URL_FLAG = "--url_column, or leave url out of --dedup"
 NOT_JSON = object()  # a row that could not be parsed; None is the row `null`
 
 
@@ -78,6 +79,11 @@ class Piece:
     builder: "DatasetBuilder | None" = None
     url_column: str | None = None
     boundary: Boundary | None = None
+
+    @property
+    def has_columns(self) -> bool:
+        """Whether its rows have columns, and each is a document: text files and joined lines have no URLs."""
+        return self.reader not in ("text", "lines") and self.boundary is None
 
     def rows(self) -> Iterator[object]:
         """The rows as they are in the file, of Parquet only the columns needed; NOT_JSON for a line that is not JSON.
@@ -415,7 +421,7 @@ def _lines(piece: Piece) -> Iterator[tuple[int, bytes]]:
 def _read_parquet(piece: Piece) -> Iterator[dict]:
     columns = {piece.column: "--text_column"}
     if piece.url_column:
-        columns[piece.url_column] = "--url_column"
+        columns[piece.url_column] = URL_FLAG
     with _open_parquet(piece.path) as file:
         for column, flag in columns.items():
             _check_column(piece.path, column, file.schema_arrow, flag)

@@ -2,10 +2,12 @@
 
 import dataclasses
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 from gpt2repro.errors import UserError
-from gpt2repro.prepare.corpora import Corpus, CorpusQuery, ValidationSplit
+from gpt2repro.prepare.corpora import Corpus, CorpusQuery
+from gpt2repro.prepare.validation import ValidationSplit, fitting_fraction, takes_document
 
 
 EXECUTORS = ("local", "slurm", "ray")
@@ -78,6 +80,16 @@ class Request:
         if corpus.single_text:
             raise UserError(f"--val_tokens {self.val_tokens}: one long text is split by position; use --val_fraction F")
         return ValidationSplit(tokens=self.val_tokens)
+
+    def fitted_split(self, corpus: Corpus, split: ValidationSplit) -> ValidationSplit:
+        """The split, unless it is a default fraction that takes no document of a small corpus: then one that does."""
+        by_default = self.val_fraction is None and self.val_tokens is None
+        if not by_default or corpus.single_text or not split.fraction:
+            return split
+        if any(takes_document(split.fraction, text) for text in islice(corpus.texts(), self.max_documents)):
+            return split
+        fraction = fitting_fraction(islice(corpus.texts(), self.max_documents))
+        return split if fraction is None else ValidationSplit(fraction=fraction)
 
 
 def refuse_other_settings(directory: Path, recorded: dict, asked: dict) -> None:

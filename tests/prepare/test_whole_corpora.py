@@ -174,7 +174,12 @@ def test_a_separator_asked_for_later_is_another_preparation(tmp_path):
 
 def test_every_format_of_a_folder_is_read(tmp_path):
     line = b'{"text": "%s"}\n'
-    files = {"a.csv": b"text\ncsv\n", "b.tsv": b"id\ttext\n1\ttsv, tabs\n", "c.md": b"md", "d.ndjson": line % b"ndjson"}
+    files = {
+        "a.csv": b"text\ncsv\n",
+        "b.tsv": b"id\ttext\n1\ttsv, tabs\n",
+        "c.txt": b"txt",
+        "d.ndjson": line % b"ndjson",
+    }
     files |= {"e [1].csv": b"text\nbrackets\n", "f.json": json.dumps({"text": "object"}, indent=1).encode()}
     for suffix in ("gz", "bz2", "xz", "zst"):
         files[f"{suffix}.jsonl.{suffix}"] = compressed(line % suffix.encode(), suffix)
@@ -182,10 +187,19 @@ def test_every_format_of_a_folder_is_read(tmp_path):
     folder = write_files(tmp_path / "src", files)
     corpus = open_corpus("files", str(folder))
     assert sorted(corpus.texts()) == sorted(
-        ["csv", "tsv, tabs", "md", "ndjson", "brackets", "object"]
+        ["csv", "tsv, tabs", "txt", "ndjson", "brackets", "object"]
         + ["gz", "bz2", "xz", "zst", "gz text", "bz2 text", "xz text", "zst text"]
     )
     assert corpus.left_out == {}
+
+
+def test_markdown_is_text_among_texts_and_a_note_beside_tables(tmp_path):
+    folder = write_files(tmp_path / "src", {"a.md": b"# A", "b.txt": b"b", "c.md.xz": compressed(b"c", "xz")})
+    assert read("files", str(folder)) == ["# A", "b", "c"]
+    write_files(folder, {"d.jsonl": b'{"text": "d"}\n'})
+    corpus = open_corpus("files", str(folder))
+    assert list(corpus.texts()) == ["b", "d"]
+    assert corpus.left_out == {"Markdown beside tables": ["a.md", "c.md.xz"]}
 
 
 def test_all_frames_of_a_zst_file_are_read(tmp_path):
