@@ -29,6 +29,7 @@ from gpt2repro.prepare import parts, workers
 from gpt2repro.prepare.corpora import HUB_CORPORA, LOCAL_CORPORA, Corpus, CorpusQuery, open_corpus
 from gpt2repro.prepare.deduplication import DedupOptions, deduplicate
 from gpt2repro.prepare.describe import describe
+from gpt2repro.prepare.local_files import describe_left_out
 from gpt2repro.prepare.plan import PartRecord, Quota
 from gpt2repro.prepare.prepared import (
     OutputDirectory,
@@ -78,6 +79,10 @@ def say_if_prepared(directory: OutputDirectory, request: Request) -> bool:
 def prepare(directory: OutputDirectory, request: Request, execution: Execution) -> None:
     """Start or resume: open the corpus, deduplicate it, build the tokenizer, tokenize all parts, write the manifest."""
     corpus = directory.open_corpus(request)
+    if corpus.left_out:
+        print(describe_left_out(corpus.left_out), flush=True)
+    if corpus.hint:
+        print(corpus.hint, flush=True)
     val_split = request.validation_split(corpus)
     check_space(directory, corpus, expected_vocab_size(request.tokenizer_of(corpus)), request)
     unfinished = Unfinished(request.settings(), corpus.facts, corpus.modified)
@@ -96,6 +101,11 @@ def prepare(directory: OutputDirectory, request: Request, execution: Execution) 
     if tokenizer is None:
         tokenizer = build_and_save_tokenizer(directory, corpus, request)
         replace(unfinished, tokenizer=tokenizer).write(directory.unfinished)
+
+    default = val_split
+    val_split = with_retries(lambda: request.fitted_split(corpus, default))
+    if val_split != default:
+        print(f"validation: {val_split}, as the default {default.fraction} takes no document of so few", flush=True)
 
     job = parts.Job(
         directory=directory,
@@ -123,6 +133,7 @@ def prepare(directory: OutputDirectory, request: Request, execution: Execution) 
             "settings": request.settings(),
             "repaired_documents": notes["repaired"],
             "skipped_documents": {reason: notes[reason] for reason in SKIP_REASONS},
+            "left_out_files": {reason: len(names) for reason, names in corpus.left_out.items()},
         },
     )
     manifest.write(directory.path)
@@ -209,6 +220,12 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
         help="validation: this fraction of the documents, chosen by hash; of a single text, its end",
     )
     parser.add_argument("--text_column", default="text", help="column of the documents in tables (default: text)")
+    parser.add_argument(
+        "--document_separator",
+        metavar="SEP",
+        help="what separates documents in a text file, or in rows that are lines: text such as '<|endoftext|>', or "
+        "`blank` for blank lines (default: a file is a document, and so is a row)",
+    )
     parser.add_argument("--hub_config", help="configuration of a Hub dataset, e.g. sample-10BT")
     parser.add_argument("--split", default="train", help="split of a Hub dataset (default: train)")
     parser.add_argument("--revision", help="commit, branch or tag of a Hub dataset")

@@ -8,7 +8,6 @@ import contextlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from hashlib import blake2b
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
@@ -23,6 +22,7 @@ from gpt2repro.files import flush, write_json
 from gpt2repro.prepare.plan import PartRecord, Quota
 from gpt2repro.prepare.prepared import OutputDirectory, explain_disk_errors
 from gpt2repro.prepare.readers import DOCUMENT_NOTES, Piece
+from gpt2repro.prepare.validation import takes_document
 
 
 BATCH_DOCUMENTS = 64  # tokenized at a time
@@ -111,9 +111,7 @@ def _batches(documents: Iterator[SplitDocument]) -> Iterator[list[SplitDocument]
 def split_documents(pieces: tuple[Piece, ...], job: Job, notes: dict[str, int]) -> Iterator[SplitDocument]:
     """The documents of a part; skipped rows are counted in `notes`.
 
-    A single text is cut by position, as nanoGPT's data/shakespeare*/prepare.py does. Of many documents those go to
-    validation whose hash falls below the fraction, so that a document keeps its split when the corpus grows, and exact
-    copies go where it goes.
+    A single text is cut by position, as nanoGPT's data/shakespeare*/prepare.py does; many documents are split by hash.
     """
     for document in (document for piece in pieces for document in piece.documents()):
         if document.text is None:
@@ -125,8 +123,7 @@ def split_documents(pieces: tuple[Piece, ...], job: Job, notes: dict[str, int]) 
             yield SplitDocument("train", document.text[:cut], document.note)
             yield SplitDocument("val", document.text[cut:], "")
         else:
-            digest = blake2b(document.text.encode(), digest_size=8).digest()
-            split = "val" if int.from_bytes(digest) < job.val_fraction * 2**64 else "train"
+            split = "val" if takes_document(job.val_fraction, document.text) else "train"
             yield SplitDocument(split, document.text, document.note)
 
 

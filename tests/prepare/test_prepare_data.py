@@ -288,11 +288,47 @@ def test_one_text_has_no_first_documents(tmp_path):
 @pytest.mark.parametrize("split, option", [("train", ["--val_tokens", 10**9]), ("val", ["--val_fraction", 1e-9])])
 def test_a_split_without_documents(source, tmp_path, split, option):
     line = refusal("files", "--source", source, "--output_dir", tmp_path / "out", "--tokenizer", "char", *option)
-    assert f"the {split} split got no document" in line
+    assert f"the {split} split got no document with {option[0]} {option[1]}; use --val_" in line
     assert not (tmp_path / "out" / "manifest.json").exists()
+    remedy = line.split("; use ")[1].split()
+    prepare("files", "--source", source, "--output_dir", tmp_path / "out", "--tokenizer", "char", *remedy)
+
+
+@pytest.mark.parametrize("documents", [2, 3, 20])
+def test_the_default_fraction_suits_a_small_folder(tmp_path, capsys, documents):
+    for number in range(documents):
+        (tmp_path / f"{number:03}.txt").write_text(f"the text number {number}")
+    prepare("files", "--source", tmp_path, "--output_dir", tmp_path.parent / f"out{documents}")
+    manifest = json.loads((tmp_path.parent / f"out{documents}" / "manifest.json").read_text())
+    assert manifest["splits"]["val"]["documents"] == max(1, documents // 10)
+    fraction = manifest["split"]["val_fraction"]
+    assert f"validation: --val_fraction {fraction}, as the default 0.005 takes no" in capsys.readouterr().out
+    again = tmp_path.parent / f"again{documents}"
+    prepare("files", "--source", tmp_path, "--output_dir", again, "--val_fraction", fraction)
+    assert json.loads((again / "manifest.json").read_text())["splits"] == manifest["splits"]
+
+
+@pytest.mark.parametrize("limit", [["--max_documents", 8], ["--max_tokens", 50]])
+def test_limits_of_a_small_folder(tmp_path, limit):
+    for number in range(30):
+        (tmp_path / f"{number:03}.txt").write_text(f"the text number {number}")
+    command = ["files", "--source", tmp_path, "--output_dir", tmp_path.parent / f"{limit[0]}", *limit]
+    with contextlib.suppress(UserError):
+        prepare(*command)
+        return
+    prepare(*command, *refusal(*command).split("; use ")[1].split())
+
+
+def test_one_document_cannot_be_split(tmp_path):
+    for name in "ab":
+        (tmp_path / f"{name}.txt").write_text("the same")
+    line = refusal("files", "--source", tmp_path, "--output_dir", tmp_path.parent / "out")
+    assert line.endswith("two different documents are needed: add some, or split texts with --document_separator")
 
 
 def test_verify_needs_a_prepared_directory(tmp_path):
+    assert "is empty; fill it with `python prepare_data.py CORPUS" in refusal("--verify", tmp_path)
+    (tmp_path / "train_00000.npy").write_bytes(b"")
     assert "unfinished" in refusal("--verify", tmp_path)
     assert "does not exist" in refusal("--verify", tmp_path / "missing")
 
