@@ -22,7 +22,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from gpt2repro.data.manifest import Manifest
-from gpt2repro.data.tokenization import build_tokenizer, expected_vocab_size
+from gpt2repro.data.tokenization import KEEP, SPECIAL_TOKEN_CHOICES, SpecialTokens, build_tokenizer, expected_vocab_size
 from gpt2repro.errors import Parser, UserError, refuse, run_script
 from gpt2repro.files import file_sha256
 from gpt2repro.prepare import parts, workers
@@ -43,6 +43,7 @@ from gpt2repro.prepare.prepared import (
 from gpt2repro.prepare.readers import DOCUMENT_NOTES, SKIP_REASONS
 from gpt2repro.prepare.request import EXECUTORS, Execution, Request
 from gpt2repro.prepare.retries import with_retries
+from gpt2repro.prepare.validation import ValidationSplit
 
 
 def main(argv: list[str]) -> None:
@@ -79,10 +80,7 @@ def say_if_prepared(directory: OutputDirectory, request: Request) -> bool:
 def prepare(directory: OutputDirectory, request: Request, execution: Execution) -> None:
     """Start or resume: open the corpus, deduplicate it, build the tokenizer, tokenize all parts, write the manifest."""
     corpus = directory.open_corpus(request)
-    if corpus.left_out:
-        print(describe_left_out(corpus.left_out), flush=True)
-    if corpus.hint:
-        print(corpus.hint, flush=True)
+    print_corpus_notes(corpus)
     val_split = request.validation_split(corpus)
     check_space(directory, corpus, expected_vocab_size(request.tokenizer_of(corpus)), request)
     unfinished = Unfinished(request.settings(), corpus.facts, corpus.modified)
@@ -102,10 +100,9 @@ def prepare(directory: OutputDirectory, request: Request, execution: Execution) 
         tokenizer = build_and_save_tokenizer(directory, corpus, request)
         replace(unfinished, tokenizer=tokenizer).write(directory.unfinished)
 
-    default = val_split
-    val_split = with_retries(lambda: request.fitted_split(corpus, default))
-    if val_split != default:
-        print(f"validation: {val_split}, as the default {default.fraction} takes no document of so few", flush=True)
+    val_split = fit_split(val_split, corpus, request)
+    special_tokens = SpecialTokens.read(directory.tokenizer, request.special_tokens)
+    print_tokenizer_notes(tokenizer, special_tokens, corpus)
 
     job = parts.Job(
         directory=directory,
@@ -113,6 +110,7 @@ def prepare(directory: OutputDirectory, request: Request, execution: Execution) 
         vocab_size=tokenizer.record.vocab_size,
         eot_id=tokenizer.record.eot_id,
         shard_tokens=request.shard_tokens,
+        special_tokens=request.special_tokens,
         val_fraction=val_split.fraction,
         single_text=corpus.single_text,
     )
@@ -133,12 +131,35 @@ def prepare(directory: OutputDirectory, request: Request, execution: Execution) 
             "settings": request.settings(),
             "repaired_documents": notes["repaired"],
             "skipped_documents": {reason: notes[reason] for reason in SKIP_REASONS},
+            "special_tokens": special_tokens.to_dict(),
             "left_out_files": {reason: len(names) for reason, names in corpus.left_out.items()},
         },
     )
     manifest.write(directory.path)
     directory.tidy()
     print(summary(directory.path, manifest))
+
+
+def print_corpus_notes(corpus: Corpus) -> None:
+    if corpus.left_out:
+        print(describe_left_out(corpus.left_out), flush=True)
+    if corpus.hint:
+        print(corpus.hint, flush=True)
+
+
+def print_tokenizer_notes(tokenizer: SavedTokenizer, special_tokens: SpecialTokens, corpus: Corpus) -> None:
+    if special_tokens.kept:
+        print(special_tokens, flush=True)
+    if tokenizer.record.eot_id is None and not corpus.single_text:
+        print("note: the tokenizer has no end-of-text token, so nothing separates documents", flush=True)
+
+
+def fit_split(default: ValidationSplit, corpus: Corpus, request: Request) -> ValidationSplit:
+    """The split, which a small corpus needs to be larger if it is a default."""
+    split = with_retries(lambda: request.fitted_split(corpus, default))
+    if split != default:
+        print(f"validation: {split}, as the default {default.fraction} takes no document of so few", flush=True)
+    return split
 
 
 def run_deduplication(
@@ -205,7 +226,19 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("corpus", nargs="?", help=f"{corpora}, or the Hub id of any dataset")
     parser.add_argument("--output_dir", help="where the shards go")
     parser.add_argument("--source", help="local file or folder, for `files` and the shakespeare corpora")
-    parser.add_argument("--tokenizer", help="gpt2, char, bpe:N, or a saved tokenizer (default: depends on the corpus)")
+    parser.add_argument(
+        "--tokenizer",
+        help="gpt2, char, bpe:N, or a saved tokenizer: a Hub id, its folder, or that of a run, a prepared directory or "
+        "a model (default: depends on the corpus)",
+    )
+    parser.add_argument(
+        "--special_tokens",
+        choices=SPECIAL_TOKEN_CHOICES,
+        default=KEEP,
+        help="a saved tokenizer's own markers such as <|user|>, written in a document: keep them as one id, as at "
+        "inference, or encode them as ordinary text; <|endoftext|>, padding and the like are always text (default: "
+        "%(default)s)",
+    )
     parser.add_argument(
         "--shard_tokens",
         type=int,

@@ -16,7 +16,7 @@ import numpy as np
 
 from gpt2repro.data.shards import SPLITS, Shard, ShardWriter, Split, has_tokens, token_dtype
 from gpt2repro.data.token_stream import TokenStream
-from gpt2repro.data.tokenization import load_encoder
+from gpt2repro.data.tokenization import KEEP, load_encoder
 from gpt2repro.errors import UserError
 from gpt2repro.files import flush, write_json
 from gpt2repro.prepare.plan import PartRecord, Quota
@@ -37,6 +37,7 @@ class Job:
     shard_tokens: tokens in a shard, at most.
     val_fraction: share of the documents that go to validation, chosen by hash; 0: none.
     single_text: the only document is cut by position instead.
+    special_tokens: one of tokenization.SPECIAL_TOKEN_CHOICES.
     """
 
     directory: OutputDirectory
@@ -46,6 +47,7 @@ class Job:
     shard_tokens: int
     val_fraction: float = 0.0
     single_text: bool = False
+    special_tokens: str = KEEP
 
     @property
     def dtype(self) -> np.dtype:
@@ -91,7 +93,7 @@ def prepare_part(
     """
     record_path = job.directory.parts / f"part_{number:05d}.json"
     record_path.unlink(missing_ok=True)
-    encode = load_encoder(job.tokenizer, job.directory.tokenizer)
+    encode = load_encoder(job.tokenizer, job.directory.tokenizer, job.special_tokens)
     with explain_disk_errors(job.directory.path), PartWriter(number, job, quota) as writer:
         for batch in _batches(split_documents(pieces, job, writer.notes)):
             writer.add(batch, encode([document.text for document in batch]))

@@ -33,6 +33,7 @@ class Request:
     dedup: str | None
     url_column: str
     document_separator: str | None
+    special_tokens: str
 
     def settings(self) -> dict:
         """The manifest's record of the request, under "settings"."""

@@ -15,6 +15,7 @@ import pytest
 from support import ROOT, prepare, refusal, write_jsonl
 
 import prepare_data
+from gpt2repro.data.tokenization import build_tokenizer
 from gpt2repro.errors import UserError
 from gpt2repro.prepare import built_in, corpora, parts, readers, retries, workers
 from gpt2repro.prepare.prepared import OutputDirectory, check_space
@@ -317,6 +318,36 @@ def test_limits_of_a_small_folder(tmp_path, limit):
         prepare(*command)
         return
     prepare(*command, *refusal(*command).split("; use ")[1].split())
+
+
+def test_special_tokens_are_recorded_and_said(tmp_path, capsys):
+    tokenizer = build_tokenizer("bpe:266", ["hello world"]).fast
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|user|>"]})
+    tokenizer.save_pretrained(tmp_path / "chat")
+    rows = [{"text": f"<|user|>hello {number} <|endoftext|>"} for number in range(9)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    command = ["files", "--source", tmp_path / "a.jsonl", "--tokenizer", tmp_path / "chat", "--val_fraction", 0.3]
+    for choice, per_document in (("keep", 1), ("text", 0)):
+        prepare(*command, "--output_dir", tmp_path / choice, "--special_tokens", choice)
+        said = "special tokens written in a document: one id each for <|user|>; ordinary text for <|endoftext|>"
+        assert (said in capsys.readouterr().out) == (choice == "keep")
+        manifest, tokens = load(tmp_path / choice, "train")
+        documents = manifest["splits"]["train"]["documents"]
+        marker, end_of_text = tokenizer.convert_tokens_to_ids(["<|user|>", "<|endoftext|>"])
+        assert (tokens == marker).sum() == documents * per_document and (tokens == end_of_text).sum() == documents
+        assert ("<|user|>" in manifest["special_tokens"][choice]) and manifest["settings"]["special_tokens"] == choice
+    line = mistake(*command, "--output_dir", tmp_path / "keep", "--special_tokens", "text")
+    assert "other settings (special_tokens)" in line
+
+
+def test_a_tokenizer_without_end_of_text_is_said(tmp_path, capsys):
+    (tmp_path / "a.jsonl").write_text("".join(f'{{"text": "hello {number}"}}\n' for number in range(9)))
+    command = ["files", "--source", tmp_path / "a.jsonl", "--val_fraction", 0.3]
+    prepare(*command, "--tokenizer", "char", "--output_dir", tmp_path / "char")
+    assert "no end-of-text token, so nothing separates documents" in capsys.readouterr().out
+    prepare(*command, "--tokenizer", tmp_path / "char", "--output_dir", tmp_path / "again")
+    prepare(*command, "--tokenizer", "gpt2", "--output_dir", tmp_path / "gpt2")
+    assert capsys.readouterr().out.count("end-of-text") == 1
 
 
 def test_one_document_cannot_be_split(tmp_path):
