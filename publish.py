@@ -17,6 +17,7 @@ from pathlib import Path
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 from gpt2repro.errors import Parser, UserError, run_script
+from gpt2repro.files import write_problem
 from gpt2repro.hub.model_card import model_card
 from gpt2repro.hub.upload import create_repository, upload
 from gpt2repro.models.folder import check_tokenizer, find_model, load_tokenizer, save_model_folder, tokenizer_for
@@ -41,6 +42,10 @@ def main(argv: list[str]) -> None:
         folder = Path("publish") / args.to.replace("/", "--")  # deleted once it is uploaded
         name = args.to.split("/")[-1]
 
+    unwritable = write_problem(folder.parent)
+    if unwritable:
+        remedy = "choose another --to" if is_folder else "run the command in a folder that can be written"
+        raise UserError(f"--to {args.to}: {unwritable}; {remedy}")
     model = from_gpt2(source, drop_heads=args.drop_heads)
     tokenizer = load_tokenizer(Path(args.tokenizer).expanduser()) if args.tokenizer else tokenizer_for(source, model)
     check_tokenizer(source, tokenizer, model.config)

@@ -18,6 +18,7 @@ from accelerate import Accelerator
 
 from gpt2repro.errors import Parser, UserError, run_script
 from gpt2repro.evaluation.compare import as_table, compare_models
+from gpt2repro.files import write_problem
 from gpt2repro.models.folder import open_model
 from gpt2repro.prepare.built_in import python_docs
 from gpt2repro.processes import cpu_asked
@@ -86,10 +87,15 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--output", type=Path, metavar="FILE", help="also write the comparison as JSON")
     parser.add_argument("--trust_remote_code", action="store_true", help="run the model code that comes with A or B")
     args = parser.parse_args(argv)
+    args.text = args.text and args.text.expanduser()
+    args.output = args.output and args.output.expanduser()
     if args.tokens < 1:
         raise UserError(f"--tokens {args.tokens} must be at least 1")
     if args.output and (args.output.exists() or not args.output.parent.is_dir()):
         raise UserError(f"--output {args.output} must be a new file in an existing folder; choose another name")
+    unwritable = write_problem(args.output.parent) if args.output else None
+    if unwritable:
+        raise UserError(f"--output {args.output}: {unwritable}; choose another folder")
     return args
 
 

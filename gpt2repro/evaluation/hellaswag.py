@@ -21,7 +21,6 @@ import json
 import math
 import zlib
 from dataclasses import dataclass
-from pathlib import Path
 
 import datasets
 import torch
@@ -36,31 +35,31 @@ HUB_ID = "Rowan/hellaswag"
 OPENAI_GPT2 = {"hellaswag_acc": 0.2859, "hellaswag_acc_norm": 0.2955}  # 124M, full set; build-nanogpt hellaswag.py
 FULL_SET = 10_042  # items of the validation set
 ENDINGS = 4
-METRIC_FOLDER = Path(__file__).parent / "metrics" / "hellaswag"
 
 
-def load_items(data: str | None = None, limit: int | None = None) -> list[dict]:
+def load_items(data: str | None = None, limit: int | None = None, flag: str = "--data") -> list[dict]:
     """The validation set, or its first `limit` items.
 
     Args:
         data: a local .jsonl or .jsonl.gz file; None means Rowan/hellaswag from the Hub.
+        flag: by which the user gives `data`, for error messages.
     Raises:
         UserError: no such file, an invalid line, or the Hub is unreachable.
     """
     if data is not None:
-        return read_items(data, limit)
+        return read_items(data, limit, flag)
     try:
         rows = datasets.load_dataset(HUB_ID, split="validation")
     except (OSError, datasets.exceptions.DatasetsError) as error:
         raise UserError(
             f"HellaSwag ({HUB_ID}) cannot be downloaded from the Hub ({first_line(error)}); check the network, or give "
-            "a local copy of hellaswag_val.jsonl with --data FILE"
+            f"a local copy of hellaswag_val.jsonl with {flag} FILE"
         ) from error
     wanted = len(rows) if limit is None else min(limit, len(rows))
     return [check_item(row, f"{HUB_ID}, row {number}") for number, row in enumerate(rows.select(range(wanted)))]
 
 
-def read_items(path: str, limit: int | None = None) -> list[dict]:
+def read_items(path: str, limit: int | None = None, flag: str = "--data") -> list[dict]:
     """The items of a .jsonl or .jsonl.gz file, one JSON object per line; reading stops after `limit` items.
 
     Raises:
@@ -77,10 +76,10 @@ def read_items(path: str, limit: int | None = None) -> list[dict]:
                     break
     except (OSError, EOFError, zlib.error) as error:  # the last two: a truncated or damaged gzip file
         raise UserError(
-            f"{path} cannot be read ({first_line(error)}); --data takes a .jsonl or .jsonl.gz file"
+            f"{path} cannot be read ({first_line(error)}); {flag} takes a .jsonl or .jsonl.gz file"
         ) from error
     if not items:
-        raise UserError(f"{path} holds no items; --data takes one JSON object per line")
+        raise UserError(f"{path} holds no items; {flag} takes one JSON object per line")
     return items
 
 
@@ -343,11 +342,13 @@ def indices_of_rank(encoded_items: list[EncodedItem], rank: int, world_size: int
 
 
 def compute_metric(records: list[dict]) -> dict:
-    """The metrics of `evaluate_hellaswag` from its records, computed by the `evaluate` metric in metrics/hellaswag."""
-    import evaluate  # takes a second to import, which most training runs need not spend
+    """The metrics of `evaluate_hellaswag` from its records, by the formula of the `evaluate` metric in
+    metrics/hellaswag. `evaluate` itself is left out: it needs a cache that it can write to, and in the middle of a run
+    it is too late to find out that there is none."""
+    # Importing it imports `evaluate`, which takes a second that most training runs need not spend.
+    from gpt2repro.evaluation.metrics.hellaswag.hellaswag import accuracies
 
-    metric = evaluate.load(str(METRIC_FOLDER), keep_in_memory=True)
-    result = metric.compute(
+    result = accuracies(
         summed_nll=[record["summed_nll"] for record in records],
         ending_tokens=[record["ending_tokens"] for record in records],
         references=[record["label"] for record in records],

@@ -297,6 +297,7 @@ def test_a_compiled_model_is_unwrapped_and_stays_compiled(tokenizer):
         (["run", "--to", "out"], "a folder starts with ./"),
         (["run", "--to", "a/b/c"], "is not owner/name"),
         (["run", "--to", "./run"], "exists already"),
+        (["run", "--to", "/proc/out"], "/proc cannot be written"),
         (["run", "--to", "./out", "--private"], "are for the Hub"),
         (["run", "--to", "./out", "--tokenizer", "./gpt2_folder"], "no tokenizer can be loaded"),
     ],
