@@ -83,8 +83,8 @@ def missing_gpu() -> list[str]:
     if cpu_asked() or not wants_gpu or torch.accelerator.is_available():
         return []
     return [
-        "the launch command asks for a GPU, but torch finds none; use accelerate_configs/cpu.yaml or multi_cpu.yaml, "
-        "or install a torch build for this machine's GPU"
+        "the launch command asks for a GPU, but torch finds none; use accelerate_configs/cpu.yaml or multi_cpu.yaml "
+        "(with torchrun: set ACCELERATE_USE_CPU=true), or install a torch build for this machine's GPU"
     ]
 
 

@@ -239,7 +239,7 @@ def _public_settings(record: dict[str, Any]) -> dict[str, Any]:
     """The recipe without paths on the machine that ran it."""
     settings = {name: value for name, value in record.items() if name not in NOT_SHOWN}
     if "corpus" in settings:
-        settings["corpus"] = _public_name(settings["corpus"])
+        settings["corpus"] = _public_name(record["data"]["corpus"]["name"])  # the recipe may have named another one
     settings["init_from"] = _started_from(record)
     return settings
 
