@@ -31,7 +31,7 @@ from gpt2repro.evaluation.hellaswag import (
 )
 from gpt2repro.files import write_problem
 from gpt2repro.models.folder import find_model, open_model
-from gpt2repro.processes import cpu_asked
+from gpt2repro.processes import cpu_asked, note_missing_processes
 
 
 PROTOCOL = "completion style, build-nanogpt"
@@ -49,6 +49,7 @@ DTYPES: dict[str, str | torch.dtype] = {"auto": "auto", "float32": torch.float32
 def main(argv: list[str]) -> None:
     args = parse_arguments(argv)
     check_arguments(args)
+    note_missing_processes()
     accelerator = Accelerator(cpu=cpu_asked())
     with accelerator.main_process_first():  # the other ranks find downloads and remote code in the caches
         items = load_items(args.data, args.limit)
