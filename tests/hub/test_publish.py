@@ -318,6 +318,20 @@ def test_a_tokenizer_of_another_size_is_refused(run_dir, tmp_path, python_docs):
         publish.main([str(run_dir), "--to", str(tmp_path / "out"), "--tokenizer", str(tmp_path / "tokenizer")])
 
 
+def test_the_picture_is_the_runs_and_of_a_checkpoint_one_with_its_reference_losses(run_dir, tmp_path, monkeypatch):
+    (run_dir / "loss.png").write_bytes(b"as the run drew it")
+    publish.main([str(run_dir), "--to", str(tmp_path / "out")])
+    assert (tmp_path / "out" / "loss.png").read_bytes() == b"as the run drew it"
+
+    (run_dir / "recipe.yaml").write_text(yaml.safe_dump(RECIPE | {"reference_losses": {"OpenAI": 3.29}}))
+    drawn = []
+    monkeypatch.setattr(publish, "plot_losses", lambda *args: (drawn.append(args), args[2].write_bytes(b"drawn")))
+    publish.main([str(run_dir / "checkpoints" / "step_00000010"), "--to", str(tmp_path / "early")])
+    ((rows, lines, _, title),) = drawn
+    assert {row["step"] for row in rows} == {10} and lines == {"OpenAI": 3.29}
+    assert title == "early: GPT-2, 36.1K parameters, fineweb-edu"
+
+
 @pytest.mark.parametrize("damage", ["missing key", "truncated"])
 def test_a_damaged_model_folder_is_refused(run_dir, tmp_path, damage):
     from safetensors.torch import load_file, save_file
