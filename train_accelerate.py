@@ -96,6 +96,8 @@ def main(argv: list[str]) -> None:
 
     # End.
     checkpoints.close()
+    if run.stopping:
+        stop_request.ignore_signals()  # a launcher ends the other ranks when one has exited; rank 0 reports first
     run.take_best(checkpoints)
     trained = unwrapped(raw_model)  # all ranks gather a sharded model
     # Free DDP while all ranks are still alive: it destroys its process group holding the GIL, which gloo may wait for.

@@ -50,6 +50,19 @@ def note(text: str) -> None:
         print(f"note: {text}", file=sys.stderr, flush=True)
 
 
+def note_missing_processes() -> None:
+    """Say so if `accelerate launch --cpu --num_processes N` started one process instead of N.
+
+    Of N it then passes on only the address at which the processes would have met.
+    """
+    launched = "ACCELERATE_MIXED_PRECISION" in os.environ
+    if launched and "MASTER_PORT" in os.environ and "WORLD_SIZE" not in os.environ:
+        note(
+            "`accelerate launch` started one process: with --cpu it ignores --num_processes; for several, pass "
+            "--config_file accelerate_configs/multi_cpu.yaml --num_processes N instead of --cpu"
+        )
+
+
 def cpu_asked() -> bool:
     """Whether this run must stay on the CPU: `use_cpu: true` in the accelerate config, or every GPU hidden.
 

@@ -25,7 +25,7 @@ from gpt2repro.data.tokenization import build_tokenizer
 from gpt2repro.errors import UserError, first_line
 from gpt2repro.files import new_folder
 from gpt2repro.models.errors import ACCESS_DENIED, LOG_IN, explained
-from gpt2repro.models.foreign_checkpoints import WRAPPERS, shortened
+from gpt2repro.models.foreign_checkpoints import WRAPPERS, first_three
 from gpt2repro.models.generation_defaults import load_generation_defaults, our_generation_defaults
 from gpt2repro.models.openai_weights import MASK_BUFFERS, WEIGHT_FILES, from_gpt2
 from gpt2repro.models.padding import unpadded, without_padding
@@ -248,7 +248,7 @@ def open_model(
     _refuse_random_weights(name, loading_info)
     unused = sorted(key for key in loading_info["unexpected_keys"] if not key.endswith(MASK_BUFFERS))
     if unused:
-        note(f"{name} also holds {shortened(unused)}, which the language model does not use")
+        note(f"{name} also holds {first_three(unused)}, which the language model does not use")
     return model, tokenizer
 
 
@@ -259,7 +259,7 @@ def _refuse_random_weights(name: str, loading_info: dict) -> None:
     random = missing + misshapen
     if random:
         raise UserError(
-            f"{name} lacks {len(random)} of the model's tensors, or has them in other shapes ({shortened(random)}); "
+            f"{name} lacks {len(random)} of the model's tensors, or has them in other shapes ({first_three(random)}); "
             "save it again"
         )
 

@@ -135,7 +135,7 @@ def check_tensors(fields: dict, shapes: dict[str, tuple[int, ...]], keys: dict[s
     remedy = "give the complete checkpoint of an unmodified GPT-2"
     if any(not name.startswith(LANGUAGE_MODEL) for name in shapes):
         remedy = f"`python publish.py {where} --drop_heads --to ./FOLDER` leaves out what is not a language model's"
-    raise UserError(f"{where}: {shortened(problems)}; {remedy}")
+    raise UserError(f"{where}: {first_three(problems)}; {remedy}")
 
 
 def _block_shapes(fields: dict) -> dict[str, tuple[int, ...]]:
@@ -214,13 +214,13 @@ def _torch_fields(path: str | Path, checkpoint: dict) -> dict:
         problems = _name_problems(args, SIZES)
         key, activation_function = "config", "gelu_new"
     else:
-        keys = shortened([str(key) for key in checkpoint]) or "(none)"
+        keys = first_three([str(key) for key in checkpoint]) or "(none)"
         raise UserError(
             f"{path} has the keys {keys}; give a checkpoint with model and model_args (nanoGPT) or with model and "
             "config, a GPTConfig (build-nanogpt); weights alone need the model's config.json beside them, in a folder"
         )
     if problems:
-        raise UserError(f"{path}, {key}: {shortened(problems)}; give a checkpoint of the unmodified trainer")
+        raise UserError(f"{path}, {key}: {first_three(problems)}; give a checkpoint of the unmodified trainer")
     return _fields(path, args, args["vocab_size"], activation_function)
 
 
@@ -333,15 +333,15 @@ def _name_problems(
     problems = []
     missing = [name for name in expected if name not in names]
     if missing:
-        problems.append(f"lacks {shortened(missing)}")
+        problems.append(f"lacks {first_three(missing)}")
     keys = keys or {}
     unknown = [keys.get(name, str(name)) for name in names if name not in expected and name not in optional]
     if unknown:
-        problems.append(f"holds unknown {shortened(unknown)}")
+        problems.append(f"holds unknown {first_three(unknown)}")
     return problems
 
 
-def shortened(items: list[str]) -> str:
+def first_three(items: list[str]) -> str:
     """The first three, and how many more there are."""
     shown = ", ".join(items[:3])
     return shown if len(items) <= 3 else f"{shown} and {len(items) - 3} more"

@@ -6,6 +6,7 @@ import os
 import socket
 import subprocess
 import sys
+from types import MappingProxyType
 
 import datasets
 import evaluate
@@ -460,9 +461,10 @@ def folder(tmp_path_factory, ours, tokenizer):
     return folder
 
 
-def run_script(folder, *flags, launcher=()):
+def run_script(folder, *flags, launcher=(), environment=MappingProxyType({})):
     script = [sys.executable, *launcher, str(ROOT / "eval_hellaswag.py"), "model", "--data", "items.jsonl", *flags]
-    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    settings = {"ACCELERATE_USE_CPU": "true", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    environment = os.environ | settings | environment
     return subprocess.run(script, cwd=folder, env=environment, capture_output=True, text=True, timeout=PATIENCE)
 
 
@@ -504,6 +506,15 @@ def test_the_script_alone_and_on_two_processes(folder, ours, encoded):
     assert json.loads((folder / "one.json").read_text()) == one
 
 
+@pytest.mark.slow
+def test_neither_a_writable_home_nor_a_cache_is_needed(folder):
+    nowhere = "/dev/null/nowhere"  # not even root can write there
+    caches = dict.fromkeys(("HOME", "HF_HOME", "HF_MODULES_CACHE", "HF_DATASETS_CACHE", "XDG_CACHE_HOME"), nowhere)
+    done = run_script(folder, "--limit", "2", environment=caches)
+    assert done.returncode == 0, done.stderr
+    assert "acc_norm" in done.stdout and "Traceback" not in done.stderr
+
+
 @pytest.fixture
 def run_main(folder, monkeypatch):
     """`main` in this process, on the CPU, in the model's parent folder."""
@@ -521,6 +532,8 @@ def run_main(folder, monkeypatch):
         (["model", "--limit", "-1"], "--limit -1: must be 1 or more"),
         (["model", "--batch_size", "0"], "--batch_size 0: must be 1 or more"),
         (["model", "--output", "nowhere/out.json"], "no folder nowhere"),
+        (["model", "--output", "/proc/out.json"], "/proc cannot be written"),
+        (["~/no_such_model"], "~/no_such_model does not exist"),
     ],
 )
 def test_mistakes_in_the_flags(run_main, flags, complaint):
