@@ -37,7 +37,7 @@ from gpt2repro.train.launch import begin_run, build_accelerator
 from gpt2repro.train.metrics import read_metrics
 from gpt2repro.train.optimizers import build_optimizers, launch_problems, set_lr
 from gpt2repro.train.preflight import Plan, resolve_and_check
-from gpt2repro.train.report import baseline_loss, files_text, losses_text, plot_losses
+from gpt2repro.train.report import baseline_loss, files_text, losses_text, plot_losses, shortened
 from gpt2repro.train.run_state import RunState
 from gpt2repro.train.schedule import lr_at
 from gpt2repro.train.stopping import EXIT_CODE, StopRequest
@@ -60,8 +60,7 @@ def main(argv: list[str]) -> None:
     model, *optimizers = accelerator.prepare(raw_model, *raw_optimizers)
     stop_request = StopRequest(recipe.max_hours)
     check_hub_access(recipe)
-    folder = RunFolder(recipe.output_dir)
-    begin_run(recipe, plan.data, folder, accelerator)
+    folder = begin_run(recipe, plan.data, accelerator)
 
     # Restore.
     telemetry = Telemetry(recipe, accelerator, raw_model)
@@ -70,6 +69,7 @@ def main(argv: list[str]) -> None:
     batches = Batches(plan.data.train, recipe, accelerator, run.guard.batch)
     evaluations = Evaluations(plan, hellaswag, accelerator, model, raw_model, telemetry)
     run.resume(checkpoints)
+    evaluations.before_first_step(run, checkpoints)
     model.train()
 
     while not run.finished:
@@ -218,8 +218,9 @@ def finish(plan: Plan, folder: RunFolder, model: PreTrainedModel, run: RunState)
     rows = read_metrics(folder.metrics)
     samples = [row["samples"] for row in rows if "samples" in row and row["step"] <= step]
     baseline = baseline_loss(data)
-    title = f"{folder.name}: GPT-2, {model.num_parameters() / 1e6:.1f}M parameters, {data.name}"
-    plot_losses(rows, {"unigram entropy": baseline, **recipe.reference_losses}, folder.picture, title)
+    title = f"{folder.name}: GPT-2, {shortened(model.num_parameters())} parameters, {data.name}"
+    lines = {"unigram entropy": baseline, **recipe.reference_losses}
+    plot_losses(rows, lines, folder.picture, title, exported=step if recipe.patience else None)
 
     card = model_card(model, folder.name, recipe.hub_model_id, folder, step)
     save_model_folder(folder.model, model, plan.tokenizer, card, folder.picture)

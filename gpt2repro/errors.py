@@ -3,14 +3,19 @@ only, as every script starts here."""
 
 import argparse
 import contextlib
+import errno
 import os
 import re
 import sys
+import time
 from collections.abc import Callable, Iterator
 from typing import NoReturn
 
 
 FREE_SPACE = "free some space and repeat the command: it resumes from the newest checkpoint"
+MAKE_WRITABLE = "make it writable, or choose another directory, and repeat the command"
+NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS)
+GRACE_SECONDS = 10.0  # for which another rank lets rank 0 speak first; ranks start seconds apart on a busy machine
 
 
 class UserError(Exception):
@@ -52,9 +57,11 @@ def report_write_errors(what: object) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if not isinstance(error, OSError) and os_error_number(error) is None:
+        number = os_error_number(error)
+        if not isinstance(error, OSError) and number is None:
             raise
-        raise UserError(f"cannot write {what} ({first_line(error)}); {FREE_SPACE}") from error
+        remedy = MAKE_WRITABLE if number in NOT_WRITABLE else FREE_SPACE
+        raise UserError(f"cannot write {what} ({first_line(error)}); {remedy}") from error
 
 
 class Parser(argparse.ArgumentParser):
@@ -69,22 +76,40 @@ class Parser(argparse.ArgumentParser):
 
 
 def run_script(main: Callable[[list[str]], None]) -> None:
-    """Run `main(argv)` as a script. A UserError is printed by one process and exits with code 2."""
+    """Run `main(argv)` as a script. A UserError is printed, by one process if all have it, and exits with code 2."""
     try:
         main(sys.argv[1:])
     except UserError as error:
-        rank = os.environ.get("RANK", "0")
-        if rank == "0" or _concerns_this_rank_alone(error):
-            suffix = "" if rank == "0" else f" (rank {rank})"
-            for line in str(error).splitlines():
-                print(f"error: {line}{suffix}", file=sys.stderr, flush=True)
+        _close_progress_bars()
+        _print_error(error, rank=int(os.environ.get("RANK", "0")))
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
 
 
+def _print_error(error: UserError, rank: int) -> None:
+    """Print the error's lines. Other ranks first wait for rank 0, which usually has the same error: a launcher ends all
+    processes as soon as one has ended, so rank 0 would be killed before it has spoken, and when it has, they are.
+    """
+    if rank != 0 and not _concerns_this_rank_alone(error):
+        time.sleep(GRACE_SECONDS)
+    if rank != 0 and isinstance(error, SharedError):
+        return
+    suffix = "" if rank == 0 else f" (rank {rank})"
+    for line in str(error).splitlines():
+        print(f"error: {line}{suffix}", file=sys.stderr, flush=True)
+
+
+def _close_progress_bars() -> None:
+    """End the line of each progress bar, so that the error begins on a line of its own."""
+    tqdm = sys.modules.get("tqdm")
+    if tqdm is not None:
+        for bar in list(tqdm.tqdm._instances):
+            bar.close()
+
+
 def _concerns_this_rank_alone(error: UserError) -> bool:
-    """Before the process group exists every rank makes the same mistake; after that, an error that was not broadcast
+    """Before the process group exists, ranks usually make the same mistake; after that, an error that was not broadcast
     is this rank's own. torch is not imported for the question: without it there is no process group."""
     torch_distributed = sys.modules.get("torch.distributed")
     has_process_group = torch_distributed is not None and torch_distributed.is_initialized()

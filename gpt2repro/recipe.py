@@ -15,7 +15,9 @@ Sampling = Literal["shuffle", "sequential", "random"]
 BOUNDS = {"at_least": operator.ge, "above": operator.gt, "at_most": operator.le, "below": operator.lt}
 
 
-def define_option(group: str, default: Any, help: str, *, changeable: bool = False, **bounds: float) -> Any:
+def define_option(
+    group: str, default: Any, help: str, *, changeable: bool = False, overridable: bool = False, **bounds: float
+) -> Any:
     """A dataclass field that is a recipe option.
 
     Args:
@@ -23,9 +25,10 @@ def define_option(group: str, default: Any, help: str, *, changeable: bool = Fal
         default: the field's default; each recipe gets its own copy of a list or dict.
         help: what the value means, with its unit.
         changeable: a resumed run may use another value, because it does not affect what the model learns.
+        overridable: a resumed run may use another value with --override_recipe: it affects the steps to come only.
         bounds: `at_least=`, `above=`, `at_most=` or `below=`. None satisfies them all.
     """
-    metadata = {"group": group, "help": help, "changeable": changeable, "bounds": bounds}
+    metadata = {"group": group, "help": help, "changeable": changeable, "overridable": overridable, "bounds": bounds}
     if isinstance(default, dict | list):
         return dataclasses.field(default_factory=lambda: copy.copy(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
@@ -47,6 +50,12 @@ class Recipe:
     output_dir: str = option("runs/gpt2-124m", "directory of the run", changeable=True)
     seed: int = option(1337, "seed for initialization, data order and dropout", at_least=0, below=2**32)
     resume: bool = option(True, "resume from the newest checkpoint in output_dir", changeable=True)
+    extend: bool = option(
+        False, "resume with a larger max_steps although past steps would have had other learning rates", changeable=True
+    )
+    override_recipe: bool = option(
+        False, "resume with other learning rates, decay rates or limits from now on; recorded", changeable=True
+    )
     eval_only: bool = option(False, "print the losses of init_from on the data, without training", changeable=True)
 
     option = options_of("data")
@@ -68,7 +77,7 @@ class Recipe:
     model: dict[str, Any] = option({}, "fields of GPT2ReproConfig, e.g. n_layer; as flags: --model.n_layer 6")
 
     option = options_of("batch and run length")
-    max_steps: int = option(19_073, "optimizer steps", at_least=1)
+    max_steps: int = option(19_073, "optimizer steps", overridable=True, at_least=1)
     global_batch_tokens: int = option(
         524_288, "tokens per optimizer step, over all ranks and micro-batches", at_least=1
     )
@@ -83,24 +92,36 @@ class Recipe:
     optimizer: str = option(
         "adamw", "adamw, muon (for the blocks' matrices), or another in train/optimizers.py's registry"
     )
-    weight_decay: float = option(0.1, "decoupled weight decay of tensors with 2 or more dimensions", at_least=0)
-    adam_beta1: float = option(0.9, "AdamW's first-moment decay rate", at_least=0, below=1)
-    adam_beta2: float = option(0.95, "AdamW's second-moment decay rate", at_least=0, below=1)
-    adam_epsilon: float = option(1e-8, "AdamW's epsilon", above=0)
-    muon_learning_rate: float = option(0.02, "Muon's peak learning rate; scheduled like learning_rate", at_least=0)
-    muon_momentum: float = option(0.95, "Muon's momentum", at_least=0, below=1)
-    muon_weight_decay: float = option(0.05, "Muon's decoupled weight decay", at_least=0)
-    max_grad_norm: float = option(1.0, "global gradient norm above which gradients are clipped", above=0)
+    weight_decay: float = option(
+        0.1, "decoupled weight decay of tensors with 2 or more dimensions", overridable=True, at_least=0
+    )
+    adam_beta1: float = option(0.9, "AdamW's first-moment decay rate", overridable=True, at_least=0, below=1)
+    adam_beta2: float = option(0.95, "AdamW's second-moment decay rate", overridable=True, at_least=0, below=1)
+    adam_epsilon: float = option(1e-8, "AdamW's epsilon", overridable=True, above=0)
+    muon_learning_rate: float = option(
+        0.02, "Muon's peak learning rate; scheduled like learning_rate", overridable=True, at_least=0
+    )
+    muon_momentum: float = option(0.95, "Muon's momentum", overridable=True, at_least=0, below=1)
+    muon_weight_decay: float = option(0.05, "Muon's decoupled weight decay", overridable=True, at_least=0)
+    max_grad_norm: float = option(
+        1.0, "global gradient norm above which gradients are clipped", overridable=True, above=0
+    )
 
     option = options_of("learning-rate schedule")
-    learning_rate: float = option(6e-4, "AdamW's peak learning rate", at_least=0)
-    min_learning_rate: float = option(6e-5, "learning rate at the end of the decay", at_least=0)
-    warmup_steps: int = option(715, "steps of linear warm-up", at_least=0)
+    learning_rate: float = option(6e-4, "AdamW's peak learning rate", overridable=True, at_least=0)
+    min_learning_rate: float = option(6e-5, "learning rate at the end of the decay", overridable=True, at_least=0)
+    warmup_steps: int = option(715, "steps of linear warm-up", overridable=True, at_least=0)
     lr_schedule: Literal["cosine", "linear", "constant", "wsd"] = option(
-        "cosine", "after the warm-up: cosine or linear decay, constant, or wsd (warm-up, stable, decay)"
+        "cosine",
+        "after the warm-up: cosine or linear decay, constant, or wsd (warm-up, stable, decay)",
+        overridable=True,
     )
-    decay_fraction: float = option(0.2, "final fraction of max_steps over which wsd decays", above=0, at_most=1)
-    decay_shape: Literal["linear", "1-sqrt"] = option("1-sqrt", "shape of wsd's decay: linear or 1-sqrt")
+    decay_fraction: float = option(
+        0.2, "final fraction of max_steps over which wsd decays", overridable=True, above=0, at_most=1
+    )
+    decay_shape: Literal["linear", "1-sqrt"] = option(
+        "1-sqrt", "shape of wsd's decay: linear or 1-sqrt", overridable=True
+    )
 
     option = options_of("evaluation")
     validate_every: int = option(
@@ -140,8 +161,10 @@ class Recipe:
         8, "consecutive bad steps that trigger a rollback to a checkpoint", changeable=True, at_least=1
     )
     max_rollbacks: int = option(3, "rollbacks before the run fails", changeable=True, at_least=0)
-    spike_zscore: float = option(6.0, "standard deviations above recent losses that make a loss a spike", above=0)
-    skip_spikes: bool = option(False, "skip the update when the loss spikes")
+    spike_zscore: float = option(
+        6.0, "standard deviations above recent losses that make a loss a spike", overridable=True, above=0
+    )
+    skip_spikes: bool = option(False, "skip the update when the loss spikes", overridable=True)
 
     option = options_of("speed and memory")
     compile: bool = option(False, "torch.compile the model", changeable=True)
@@ -172,6 +195,12 @@ class Recipe:
     def sources(self) -> dict[str, float]:
         """The directories that the run reads, with their weights."""
         return self.data or {self.data_dir: 1.0}
+
+    @property
+    def wsd_decay_start(self) -> float:
+        """The step at which the decay of lr_schedule=wsd begins; the learning rate of earlier steps does not depend on
+        max_steps."""
+        return self.max_steps * (1 - self.decay_fraction)
 
     def tokens_before(self, step: int) -> int:
         """Tokens in the batches of all steps before `step`."""
@@ -254,7 +283,7 @@ class Recipe:
             )
         if self.optimizer == "muon" and self.learning_rate == 0:
             problems.append("learning_rate=0 must be above 0 with muon, whose learning rate is a multiple of it")
-        decay_start = self.max_steps * (1 - self.decay_fraction)
+        decay_start = self.wsd_decay_start
         if self.warmup_steps >= self.max_steps:
             problems.append(
                 f"warmup_steps={self.warmup_steps} must be below max_steps={self.max_steps}; change one of them"

@@ -16,11 +16,41 @@ from gpt2repro.errors import Parser, UserError
 from gpt2repro.recipe import Recipe
 
 
+# What a run's recipe.yaml records besides its recipe; `data` there describes the data.
+RECORD_KEYS = ("base_model", "hardware", "versions", "run_id", "overrides")
+OTHER_NAMES = {  # what nanoGPT and transformers' Trainer call a field -> what it is called here
+    "dropout": "model.resid_pdrop, model.embd_pdrop and model.attn_pdrop",
+    "block_size": "sequence_length, and model.n_positions when training from scratch",
+    "batch_size": "micro_batch_size",
+    "per_device_train_batch_size": "micro_batch_size",
+    "gradient_accumulation_steps": "global_batch_tokens, from which the accumulation follows",
+    "num_train_epochs": "max_steps",
+    "max_iters": "max_steps",
+    "lr": "learning_rate",
+    "min_lr": "min_learning_rate",
+    "warmup_iters": "warmup_steps",
+    "lr_scheduler_type": "lr_schedule",
+    "eval_interval": "validate_every",
+    "eval_steps": "validate_every",
+    "save_steps": "checkpoint_every",
+    "logging_steps": "log_every",
+    "grad_clip": "max_grad_norm",
+    "beta1": "adam_beta1",
+    "beta2": "adam_beta2",
+    "dataset": "data_dir",
+    "out_dir": "output_dir",
+    "model_name_or_path": "init_from",
+    "early_stopping_patience": "patience",
+}
+CLOSE = 0.75  # difflib's similarity from which a name is suggested
+
+
 def parse_recipe(argv: list[str], default_config: Path, config_class: type) -> tuple[Recipe, list[str]]:
     """The recipe of a command line, and the mistakes in the fields' names and types.
 
     Args:
-        argv: `--config FILE`, and `--field value` or `--model.field value`, which override it.
+        argv: `--config FILE`, and `--field value` or `--model.field value`, which override it. The file is a recipe, or
+            the recipe.yaml of a run, whose record of data, hardware and software is left out.
         default_config: the recipe to use without --config.
         config_class: the model's configuration class; its annotated fields are those that `model` may set.
     Returns:
@@ -30,9 +60,10 @@ def parse_recipe(argv: list[str], default_config: Path, config_class: type) -> t
         UserError: the recipe file cannot be read.
     """
     types = field_types(config_class)
-    namespace, unrecognized = build_parser(types).parse_known_args(argv)
+    namespace, unrecognized = build_parser(config_class).parse_known_args(argv)
     flags = {name: value for name, value in vars(namespace).items() if name != "config" and value is not None}
-    in_file, model_problems = flatten_model(read_yaml(Path(namespace.config or default_config)))
+    content = recipe_of_record(read_yaml(Path(namespace.config or default_config)))
+    in_file, model_problems = flatten_model(content)
 
     problems = argument_problems(unrecognized, types) + model_problems
     if sets_data_twice(in_file) or sets_data_twice(flags):
@@ -45,14 +76,24 @@ def parse_recipe(argv: list[str], default_config: Path, config_class: type) -> t
     return Recipe(**fields), problems + value_problems
 
 
-def differences(recipe: Recipe, recorded: dict) -> list[str]:
-    """The fields in which a recorded recipe, as read from recipe.yaml, would train another model than `recipe`."""
-    differing = []
+def changed_fields(recipe: Recipe, recorded: dict) -> dict[str, tuple[Any, Any]]:
+    """The fields in which a recorded recipe, as read from recipe.yaml, would train another model than `recipe`.
+
+    Returns:
+        The recorded value and that of `recipe`, by the field's name.
+    """
+    changed = {}
     for field in dataclasses.fields(Recipe):
         there, here = recorded.get(field.name, default_of(field)), getattr(recipe, field.name)
         if not field.metadata["changeable"] and there != here:
-            differing.append(f"{field.name}={there} there, {here} here")
-    return differing
+            changed[field.name] = (there, here)
+    return changed
+
+
+def differences(recipe: Recipe, recorded: dict) -> list[str]:
+    """`changed_fields` for an error message."""
+    changed = changed_fields(recipe, recorded)
+    return [f"{name}={there} there, {here} here" for name, (there, here) in changed.items()]
 
 
 def default_of(field: dataclasses.Field) -> Any:
@@ -62,8 +103,17 @@ def default_of(field: dataclasses.Field) -> Any:
 
 def unknown_field(name: str, known: Iterable[str]) -> str:
     """The message about a field that does not exist, with the nearest one that does."""
-    nearest = difflib.get_close_matches(name, known, n=1)
-    remedy = f"did you mean {nearest[0]}?" if nearest else "see --help"
+    dashes = "--" if name.startswith("--") else ""
+    plain = name.removeprefix("--").split("=")[0]
+    in_model = f"{dashes}model.{plain}"
+    nearest = difflib.get_close_matches(f"{dashes}{plain}", known, n=1, cutoff=CLOSE)
+    here = OTHER_NAMES.get(plain.removeprefix("model."))
+    if here:
+        remedy = f"here it is {here}"
+    elif in_model in known:
+        remedy = f"did you mean {in_model}?"
+    else:
+        remedy = f"did you mean {nearest[0]}?" if nearest else "see --help"
     return f"unknown recipe field {name}; {remedy}"
 
 
@@ -76,8 +126,9 @@ def field_types(config_class: type) -> dict[str, Any]:
     return typing.get_type_hints(Recipe) | model_types
 
 
-def build_parser(types: dict[str, Any]) -> argparse.ArgumentParser:
+def build_parser(config_class: type) -> argparse.ArgumentParser:
     """A flag for each field, in the groups of the recipe. All values stay text: they are converted as YAML's are."""
+    types = field_types(config_class)
     parser = Parser("Train GPT-2. Flags override the recipe file; --model.FIELD flags set fields of the model.")
     parser.add_argument("--config", help="recipe file, one of recipes/ or your own")
     fields = dataclasses.fields(Recipe)
@@ -87,7 +138,9 @@ def build_parser(types: dict[str, Any]) -> argparse.ArgumentParser:
         add_flag(groups[field.metadata["group"]], field, types[field.name])
     for name, hint in types.items():
         if name.startswith("model."):
-            parser.add_argument(f"--{name}", help=argparse.SUPPRESS, **bare_flag(hint))
+            default = getattr(config_class, name.removeprefix("model."))
+            help = f"{describe(hint)} (default: {default})"
+            groups["model"].add_argument(f"--{name}", help=help, **flag_settings(hint))
     return parser
 
 
@@ -99,12 +152,19 @@ def add_flag(group: argparse._ArgumentGroup, field: dataclasses.Field, hint: Any
     elif is_table(hint):
         group.description = f"{field.name} (in the recipe file): {help}"
     else:
-        group.add_argument(f"--{field.name}", metavar="VALUE", help=help, **bare_flag(hint))
+        group.add_argument(f"--{field.name}", help=help, **flag_settings(hint))
 
 
-def bare_flag(hint: Any) -> dict[str, Any]:
-    """The arguments of add_argument with which a yes-or-no flag needs no value."""
-    return {"nargs": "?", "const": "true"} if hint is bool else {}
+def flag_settings(hint: Any) -> dict[str, Any]:
+    """The arguments of add_argument that follow from a field's type: a yes-or-no flag needs no value, a list takes
+    several, and choices are shown."""
+    if hint is bool:
+        return {"nargs": "?", "const": "true", "metavar": "{true,false}"}
+    if typing.get_origin(hint) is list:
+        return {"nargs": "+", "metavar": "VALUE"}
+    if typing.get_origin(hint) is Literal:
+        return {"metavar": "{" + ",".join(typing.get_args(hint)) + "}"}
+    return {"metavar": "VALUE"}
 
 
 def argument_problems(unrecognized: list[str], types: dict[str, Any]) -> list[str]:
@@ -134,6 +194,19 @@ def read_yaml(path: Path) -> dict:
     if not isinstance(content, dict):
         raise UserError(f"--config {path} must be a table of `field: value` lines")
     return content
+
+
+def recipe_of_record(content: dict) -> dict:
+    """The recipe in a run's recipe.yaml, from which the run can be repeated; a recipe file as it is."""
+    recipe = {name: value for name, value in content.items() if name not in RECORD_KEYS}
+    data = content.get("data")
+    if not isinstance(data, dict) or "manifest_sha256" not in data:
+        return recipe
+    recipe.pop("data")
+    if "sources" in data:  # a mixture
+        recipe.pop("data_dir", None)
+        recipe["data"] = {source["directory"]: source["weight"] for source in data["sources"]}
+    return recipe
 
 
 def flatten_model(values: dict) -> tuple[dict, list[str]]:

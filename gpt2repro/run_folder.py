@@ -1,6 +1,7 @@
 """The output directory of a run: its layout, and how its records are written.
 
-recipe.yaml                 the resolved recipe, with versions and git commit; written at the first start
+recipe.yaml                 the resolved recipe, with versions and git commit; written at the first start, and when a
+                            resumed run changes it
 metrics.jsonl               one JSON object per row, appended and never rewritten
 loss.png                    training and validation loss
 checkpoints/step_00001000/  complete or absent
@@ -78,6 +79,12 @@ class RunFolder:
 
     def write_record(self, record: dict[str, Any]) -> None:
         write_text(self.recipe, yaml.safe_dump(record, sort_keys=False))
+
+    def override_steps(self) -> list[int]:
+        """The steps after which the run was resumed with another recipe."""
+        if not self.recipe.is_file():
+            return []
+        return [override["step"] for override in self.read_record().get("overrides", [])]
 
     def read_verified(self) -> dict[str, list[int]]:
         """What the last `write_verified` wrote; empty at the first start."""

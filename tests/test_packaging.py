@@ -61,6 +61,14 @@ def wheel(sdist, tmp_path_factory) -> Path:
     return archive
 
 
+def test_type_checks_read_our_files_and_no_run_beside_them():
+    """Runs and published folders hold copies of the model's file; mypy refuses two modules of one name."""
+    patterns = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["mypy"]["files"]
+    chosen = {path for pattern in patterns for path in ROOT.glob(pattern)}
+    ours = {ROOT / "gpt2repro", ROOT / "scripts", *ROOT.glob("*.py")}
+    assert chosen == ours and not any("**" in pattern for pattern in patterns)
+
+
 @pytest.mark.slow
 def test_the_sdist_holds_the_checkout(sdist, tracked):
     with tarfile.open(sdist) as archive:

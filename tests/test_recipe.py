@@ -6,11 +6,20 @@ import typing
 
 import pytest
 import torch
+import yaml
 from support import ROOT
 
 from gpt2repro.errors import UserError
 from gpt2repro.recipe import Recipe
-from gpt2repro.recipe_file import build_parser, default_of, differences, field_types, parse_recipe
+from gpt2repro.recipe_file import (
+    OTHER_NAMES,
+    RECORD_KEYS,
+    build_parser,
+    default_of,
+    differences,
+    field_types,
+    parse_recipe,
+)
 from modeling_gpt2repro import GPT2ReproConfig, GPT2ReproForCausalLM
 
 
@@ -127,6 +136,67 @@ def test_an_unknown_flag_is_reported_with_the_nearest_name(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("flag", "remedy"),
+    [
+        ("--dropout", "here it is model.resid_pdrop, model.embd_pdrop and model.attn_pdrop"),
+        ("--lr", "here it is learning_rate"),
+        ("--n_layer", "did you mean --model.n_layer?"),
+        ("--model.n_layr", "did you mean --model.n_layer?"),
+        ("--quux", "see --help"),
+    ],
+)
+def test_a_field_of_another_trainer_is_reported_with_its_name_here(tmp_path, flag, remedy):
+    assert parse(tmp_path, "", flag, "0.1")[1] == [f"unknown recipe field {flag}; {remedy}"]
+
+
+def test_names_of_other_trainers_lead_to_fields_that_exist():
+    known = field_types(GPT2ReproConfig)
+    for name, here in OTHER_NAMES.items():
+        assert name not in known
+        assert re.match(r"[\w.]+", here)[0] in known, name
+
+
+def test_a_list_is_given_by_a_flag(tmp_path):
+    recipe, problems = parse(tmp_path, "", "--sample_prompts", "One day", "B", "--seed", "3")
+    assert problems == [] and (recipe.sample_prompts, recipe.seed) == (["One day", "B"], 3)
+    assert parse(tmp_path, "", "--sample_prompts", "A")[0].sample_prompts == ["A"]
+    assert parse(tmp_path, "", "--sample_prompts=-1")[0].sample_prompts == ["-1"]
+
+
+def test_help_shows_choices_and_the_models_fields():
+    text = " ".join(build_parser(GPT2ReproConfig).format_help().split())
+    assert "--lr_schedule {cosine,linear,constant,wsd}" in text and "--compile [{true,false}]" in text
+    assert "--model.n_layer VALUE a whole number (default: 12)" in text
+    assert "--sample_prompts VALUE [VALUE ...]" in text
+
+
+@pytest.mark.parametrize(
+    ("data", "sources"),
+    [
+        ({"manifest_sha256": "ab", "corpus": {"name": "x"}}, {"data/mine": 1.0}),
+        (
+            {
+                "manifest_sha256": "ab",
+                "sources": [{"directory": "a", "weight": 0.7}, {"directory": "b", "weight": 0.3}],
+            },
+            {"a": 0.7, "b": 0.3},
+        ),
+    ],
+)
+def test_the_record_of_a_run_is_a_recipe(tmp_path, data, sources):
+    ran = Recipe(data_dir="data/mine" if len(sources) == 1 else "", max_steps=7, warmup_steps=1, model={"n_layer": 3})
+    record = dataclasses.asdict(ran) | dict.fromkeys(RECORD_KEYS, "recorded") | {"data": data}
+    recipe, problems = parse(tmp_path, yaml.safe_dump(record), "--output_dir", "runs/again")
+    assert problems == [] and recipe.sources == sources
+    assert dataclasses.replace(recipe, data={}) == dataclasses.replace(ran, output_dir="runs/again")
+
+
+def test_the_record_of_an_older_version_is_a_recipe():
+    recipe, problems = parse_recipe(["--config", str(ROOT / "tests/golden/run/recipe.yaml")], ROOT, GPT2ReproConfig)
+    assert problems == [] and recipe.sources == {"data": 1.0}
+
+
+@pytest.mark.parametrize(
     ("text", "flags", "sources"),
     [
         ("", "", {"data/fineweb-edu": 1.0}),
@@ -205,7 +275,7 @@ def test_hellaswag_data_must_exist(tmp_path):
 
 def test_help_lists_every_field_in_its_group_with_its_default(monkeypatch):
     monkeypatch.setenv("COLUMNS", "1000")  # no line is wrapped
-    text = build_parser(field_types(GPT2ReproConfig)).format_help()
+    text = build_parser(GPT2ReproConfig).format_help()
     _, *parts = re.split(r"^(\S.*):\n", text, flags=re.MULTILINE)
     sections = dict(zip(parts[::2], parts[1::2]))
     groups = list(dict.fromkeys(f.metadata["group"] for f in dataclasses.fields(Recipe)))

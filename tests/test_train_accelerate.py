@@ -7,7 +7,9 @@ import os
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -27,6 +29,7 @@ from gpt2repro.files import file_sha256
 from gpt2repro.recipe import Recipe
 from gpt2repro.run_folder import RunFolder
 from gpt2repro.train import preflight
+from gpt2repro.train.evaluations import load_hellaswag
 from gpt2repro.train.optimizers import build_optimizers, set_lr
 from gpt2repro.train.schedule import lr_at
 from modeling_gpt2repro import GPT2ReproConfig, GPT2ReproForCausalLM
@@ -262,6 +265,56 @@ def test_a_resumed_run_equals_the_uninterrupted_one(train, data_dir, tmp_path):
         assert torch.equal(tensor, weights(stopped)[name])
 
 
+@pytest.mark.parametrize("schedule", ["wsd", "constant"])
+def test_an_extended_run_is_one_that_was_longer_from_the_start(train, schedule, tmp_path):
+    """Also after the decay of wsd, which began at step 4 of 6 and begins at step 6 of 9."""
+    flags = ["--lr_schedule", schedule, "--decay_fraction", 0.34, "--checkpoint_every", 3, "--keep_last", 1]
+    train(tmp_path / "whole", *flags, "--max_steps", 9)
+    train(tmp_path / "extended", *flags, "--max_steps", 6)
+    printed = train(tmp_path / "extended", *flags, "--max_steps", 9).stdout
+    step = 3 if schedule == "wsd" else 6
+    assert f"from step {step} on: max_steps=9 instead of 6" in printed and f"resuming after step {step} of 9" in printed
+    for name, tensor in weights(tmp_path / "whole").items():
+        assert torch.equal(tensor, weights(tmp_path / "extended")[name])
+    losses = [{row["step"]: row["loss"] for row in rows(tmp_path / name, "loss")} for name in ("whole", "extended")]
+    assert losses[0] == losses[1]
+    assert "overrides:\n- step: " in (tmp_path / "extended" / "model" / "README.md").read_text()
+    record = yaml.safe_load((tmp_path / "extended" / "recipe.yaml").read_text())
+    assert record["max_steps"] == 9 and record["overrides"] == [{"step": step, "max_steps": {"from": 6, "to": 9}}]
+
+
+def test_fine_tuning_that_only_harms_keeps_the_given_model(train, trained, tmp_path):
+    flags = ["--init_from", trained[0], "--patience", 2, "--validate_every", 1, "--max_steps", 9, "--warmup_steps", 0]
+    flags += ["--learning_rate", 0.5, "--min_learning_rate", 0.5, "--checkpoint_every", 1, "--validation_tokens", 3000]
+    done = train(tmp_path / "tuned", *flags)
+    assert [row["step"] for row in rows(tmp_path / "tuned", "val_loss")] == [0, 1, 2]
+    assert (
+        "stopped early after step 2: 2 validations without improvement; exporting the model that the run was given"
+        in (done.stdout)
+    )
+    for name, tensor in weights(trained[0]).items():
+        assert torch.equal(tensor, weights(tmp_path / "tuned")[name])
+    card = (tmp_path / "tuned" / "model" / "README.md").read_text()
+    assert f"| {rows(tmp_path / 'tuned', 'val_loss')[0]['val_loss']:.4f} |" in card and "0 steps of" in card
+    again = train(tmp_path / "tuned", *flags)
+    assert "resuming after step 2 of 9" in again.stdout and "exporting the model that the run was given" in again.stdout
+
+
+def test_a_run_is_repeated_from_its_record(train, trained, tmp_path):
+    """The card names the corpus that was read, whatever the recipe was for."""
+    train(tmp_path / "again", "--config", trained[0] / "recipe.yaml")
+    for name, tensor in weights(trained[0]).items():
+        assert torch.equal(tensor, weights(tmp_path / "again")[name])
+
+
+def test_an_error_stands_on_a_line_of_its_own(train, tmp_path):
+    """Here one that comes while the progress bar is drawn."""
+    flags = ("--max_steps", 50, "--learning_rate", "1e30", "--validate_every", 0, "--sample_every", 0)
+    done = train(tmp_path / "run", *flags, "--max_bad_steps", 3, check=False)
+    assert [line for line in done.stderr.splitlines() if "error:" in line][0].startswith("error: 3 bad steps in a row")
+    assert done.stderr.splitlines()[-1].startswith("error: ")
+
+
 def test_eval_only_prints_the_losses_of_a_run_on_equally_much_of_both_splits(train, trained, data_dir, tmp_path):
     done = train(tmp_path / "run", "--eval_only", "--init_from", trained[0], "--num_workers", 0)
     losses = dict(line.split() for line in done.stdout.splitlines() if "_loss" in line)
@@ -385,12 +438,12 @@ def test_a_run_has_the_architecture_of_its_newest_readable_checkpoint(tmp_path):
         (folder / "hashes.json").write_text(json.dumps({"config.json": file_sha256(folder / "config.json")}))
     recipe = Recipe(init_from=str(tmp_path / "base"), output_dir=str(tmp_path / "run"))
     run = RunFolder(tmp_path / "run")
-    config, pretrained = preflight.starting_point(recipe, data=None, folder=run)
+    config, pretrained = preflight.starting_point(recipe, folder=run)
     assert config.n_layer == 3 and pretrained is None
     os.truncate(folder / "config.json", 10)
-    config, pretrained = preflight.starting_point(recipe, data=None, folder=run)
+    config, pretrained = preflight.starting_point(recipe, folder=run)
     assert config.n_layer == 3 and pretrained is None
-    config, pretrained = preflight.starting_point(recipe, data=None, folder=None)
+    config, pretrained = preflight.starting_point(recipe, folder=None)
     assert config.n_layer == 1 and pretrained is not None
 
 
@@ -427,6 +480,43 @@ def test_unfinished_data_is_refused(refused, data_dir, tmp_path):
     shutil.copytree(data_dir, tmp_path / "half", ignore=shutil.ignore_patterns("manifest.json"))
     message = refused("--data_dir", tmp_path / "half")
     assert "unfinished" in message and "prepare_data.py" in message
+
+
+def not_prepared(folder, kind):
+    if kind == "empty":
+        folder.mkdir()
+    elif kind == "save_to_disk":
+        datasets.Dataset.from_dict({"text": ["a"]}).save_to_disk(folder)
+    elif kind.startswith("a "):
+        folder.write_text("some text")
+    else:
+        folder.mkdir()
+        (folder / f"part{kind}").write_text("some text")
+
+
+@pytest.mark.parametrize(
+    ("kind", "what", "command"),
+    [
+        ("empty", "is empty", "`python prepare_data.py CORPUS --output_dir {}`"),
+        ("save_to_disk", "holds a dataset saved by save_to_disk", "`load_from_disk(...).to_parquet(FILE)`"),
+        ("a file", "is a file of text, not of tokens", "`python prepare_data.py files --source {} --output_dir"),
+        (".txt", "holds text (part.txt), not tokens", "`python prepare_data.py files --source {} --output_dir"),
+        (".csv", "holds a table (part.csv), not tokens", "`python prepare_data.py {} --output_dir"),
+        (
+            ".jsonl.gz",
+            "holds text (part.jsonl.gz), not tokens",
+            "`python prepare_data.py files --source {} --output_dir",
+        ),
+        ("a .bin", "is a file, but token files are opened by their folder", "give "),
+        (".docx", "holds no tokens", "`python prepare_data.py` makes"),
+    ],
+)
+def test_what_is_no_prepared_data_is_named_with_the_command_that_prepares_it(refused, tmp_path, kind, what, command):
+    folder = tmp_path / ("mine.bin" if kind == "a .bin" else "mine")
+    not_prepared(folder, kind)
+    message = refused("--data_dir", folder)
+    assert f"{folder} {what}" in message and command.format(folder) in message
+    assert "unfinished" not in message and "this recipe's data" not in message and "\n" not in message
 
 
 def test_a_damaged_folder_of_another_trainer_is_refused_in_one_line(refused, tmp_path):
@@ -527,6 +617,16 @@ def test_a_resumed_run_of_two_processes_is_one_in_tensorboard(train, tmp_path):
         assert events == [(row["step"], row[key]) for row in rows(tmp_path / "run", key)]
 
 
+def test_hellaswag_without_the_hub_names_the_recipes_field(monkeypatch):
+    def unreachable(*args, **kwargs):
+        raise ConnectionError("Couldn't reach it")
+
+    monkeypatch.setattr(datasets, "load_dataset", unreachable)
+    plan = SimpleNamespace(recipe=Recipe(hellaswag_every=1))
+    with pytest.raises(UserError, match="--hellaswag_data FILE"):
+        load_hellaswag(plan)
+
+
 def test_a_missing_tracker_names_its_pip_install(refused, monkeypatch):
     monkeypatch.setattr(preflight, "get_available_trackers", list)
     assert "pip install trackio" in refused("--report_to", "trackio")
@@ -551,3 +651,28 @@ def test_init_from_a_model_with_another_tokenizer_is_refused(refused, trained, g
 
 def test_init_from_a_model_of_another_size_is_refused(refused, trained):
     assert "model.n_layer=3" in refused("--init_from", trained[0], "--model.n_layer", 3)
+
+
+def test_init_from_has_its_own_sizes_whatever_the_recipe_says(data_dir, recipe_file, tmp_path, capsys):
+    """The recipe has 2 layers of width 32; its dropout and fewer positions count."""
+    vocab_size = Manifest.read(data_dir).tokenizer.vocab_size
+    gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=vocab_size, n_positions=48, n_layer=3, n_head=2, n_embd=16))
+    gpt2.save_pretrained(tmp_path / "gpt2")
+    with_recipe = ["--config", recipe_file, "--output_dir", tmp_path / "run"]
+    without = ["--eval_only", "--sequence_length", 32]
+    for flags in (with_recipe, without):
+        argv = [*flags, "--init_from", tmp_path / "gpt2", "--data_dir", data_dir, "--model.resid_pdrop", 0.5]
+        plan = preflight.resolve_and_check(list(map(str, argv)))
+        config = plan.config
+        assert (config.n_layer, config.n_embd, config.n_positions, config.resid_pdrop) == (3, 16, 32, 0.5)
+        assert plan.recipe.model.keys() <= {"n_head", "n_positions", "resid_pdrop"}
+        said = capsys.readouterr().out
+        assert "n_layer=3, n_head=2, n_embd=16; the recipe's n_" in said or "n_layer=3, n_embd=16; the recipe's" in said
+
+
+def test_a_directory_that_cannot_be_written_is_refused_at_the_start(refused, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    assert f"{tmp_path / 'file'} is a file; choose another" in refused("--output_dir", tmp_path / "file" / "a" / "b")
+    monkeypatch.setattr(preflight.os, "access", lambda path, mode: path != tmp_path)
+    message = refused("--output_dir", tmp_path / "new" / "run")
+    assert f"output_dir={tmp_path / 'new' / 'run'} cannot be written: {tmp_path} is read-only; choose" in message

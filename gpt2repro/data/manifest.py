@@ -23,6 +23,9 @@ from gpt2repro.files import file_problem, write_json
 
 MANIFEST = "manifest.json"
 FORMAT_VERSION = 1
+UNFINISHED = ("preparing.json", "parts", "tokenizer", "deduplicated")  # what prepare_data.py makes before the manifest
+TEXT_FORMATS = (".txt", ".jsonl", ".json", ".parquet")  # what `prepare_data.py files` reads
+TABLE_FORMATS = (".csv", ".tsv")  # what `prepare_data.py FOLDER` reads, as datasets.load_dataset does
 
 
 @dataclass(frozen=True)
@@ -139,6 +142,8 @@ class Manifest:
             UserError: the directory is missing or unfinished, its manifest damaged or of another format version.
         """
         path = Path(data_dir) / MANIFEST
+        if path.parent.is_file():
+            raise UserError(_why_a_file_is_none(path.parent))
         if not path.parent.is_dir():
             raise UserError(f"data directory {data_dir} does not exist; make it with `python prepare_data.py`")
         if not path.exists():
@@ -280,10 +285,41 @@ def _why_there_is_none(folder: Path) -> str:
             f"{folder} holds {trainer}'s tokens, which have no {MANIFEST} that describes them; train on them as they "
             "are, or prepare the text with `python prepare_data.py`"
         )
-    return (
-        f"data directory {folder} has no {MANIFEST}, so its preparation is unfinished; repeat the "
-        "`python prepare_data.py` command that started it"
-    )
+    has_shards = any(folder.glob("train_*.npy"))
+    if has_shards or any((folder / name).exists() for name in UNFINISHED):
+        return (
+            f"data directory {folder} has no {MANIFEST}, so its preparation is unfinished; repeat the "
+            "`python prepare_data.py` command that started it"
+        )
+    names = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
+    if not names:
+        return f"{folder} is empty; fill it with `python prepare_data.py CORPUS --output_dir {folder}`"
+    if (folder / "dataset_info.json").exists() or (folder / "dataset_dict.json").exists():
+        return (
+            f"{folder} holds a dataset saved by save_to_disk, not tokens; write each split to a file with "
+            "`load_from_disk(...).to_parquet(FILE)`, then run `python prepare_data.py files --source FILE`"
+        )
+    for name in names:
+        if name.removesuffix(".gz").endswith(TEXT_FORMATS):
+            return f"{folder} holds text ({name}), not tokens; {_prepare('files --source ', folder)}"
+        if name.endswith(TABLE_FORMATS):
+            return f"{folder} holds a table ({name}), not tokens; {_prepare('', folder)}"
+    return f"{folder} holds no tokens and no {MANIFEST}; `python prepare_data.py` makes a directory that does"
+
+
+def _why_a_file_is_none(file: Path) -> str:
+    if file.suffix in (".bin", ".npy", ".ds"):
+        return f"{file} is a file, but token files are opened by their folder; give {file.parent}"
+    if file.name.endswith(TABLE_FORMATS):
+        return f"{file} is a table, not tokens; {_prepare('', file.parent)}"
+    return f"{file} is a file of text, not of tokens; {_prepare('files --source ', file)}"
+
+
+def _prepare(corpus: str, source: Path) -> str:
+    """The command that tokenizes a file or folder of text."""
+    output_dir = f"data/{source.absolute().stem}-tokens"
+    command = f"python prepare_data.py {corpus}{source} --output_dir {output_dir}"
+    return f"prepare it with `{command}` and train on {output_dir}"
 
 
 def _foreign_split(files: list[TokenFile]) -> Split:

@@ -39,28 +39,29 @@ ENDINGS = 4
 METRIC_FOLDER = Path(__file__).parent / "metrics" / "hellaswag"
 
 
-def load_items(data: str | None = None, limit: int | None = None) -> list[dict]:
+def load_items(data: str | None = None, limit: int | None = None, flag: str = "--data") -> list[dict]:
     """The validation set, or its first `limit` items.
 
     Args:
         data: a local .jsonl or .jsonl.gz file; None means Rowan/hellaswag from the Hub.
+        flag: by which the user gives `data`, for error messages.
     Raises:
         UserError: no such file, an invalid line, or the Hub is unreachable.
     """
     if data is not None:
-        return read_items(data, limit)
+        return read_items(data, limit, flag)
     try:
         rows = datasets.load_dataset(HUB_ID, split="validation")
     except (OSError, datasets.exceptions.DatasetsError) as error:
         raise UserError(
             f"HellaSwag ({HUB_ID}) cannot be downloaded from the Hub ({first_line(error)}); check the network, or give "
-            "a local copy of hellaswag_val.jsonl with --data FILE"
+            f"a local copy of hellaswag_val.jsonl with {flag} FILE"
         ) from error
     wanted = len(rows) if limit is None else min(limit, len(rows))
     return [check_item(row, f"{HUB_ID}, row {number}") for number, row in enumerate(rows.select(range(wanted)))]
 
 
-def read_items(path: str, limit: int | None = None) -> list[dict]:
+def read_items(path: str, limit: int | None = None, flag: str = "--data") -> list[dict]:
     """The items of a .jsonl or .jsonl.gz file, one JSON object per line; reading stops after `limit` items.
 
     Raises:
@@ -77,10 +78,10 @@ def read_items(path: str, limit: int | None = None) -> list[dict]:
                     break
     except (OSError, EOFError, zlib.error) as error:  # the last two: a truncated or damaged gzip file
         raise UserError(
-            f"{path} cannot be read ({first_line(error)}); --data takes a .jsonl or .jsonl.gz file"
+            f"{path} cannot be read ({first_line(error)}); {flag} takes a .jsonl or .jsonl.gz file"
         ) from error
     if not items:
-        raise UserError(f"{path} holds no items; --data takes one JSON object per line")
+        raise UserError(f"{path} holds no items; {flag} takes one JSON object per line")
     return items
 
 

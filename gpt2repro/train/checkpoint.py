@@ -196,10 +196,14 @@ class Checkpoints:
         (folder / HASHES).write_text(json.dumps(hashes, indent=2) + "\n")
 
     def _rotate(self) -> None:
-        """Delete all checkpoints but the newest keep_last, every keep_every-th step, and the best validated one."""
+        """Delete all checkpoints but the newest keep_last, every keep_every-th step, the best validated one, and with
+        lr_schedule=wsd the newest before the decay, from which the run can be extended."""
         found = self.folder.complete_checkpoints()
         kept = set(found[-self.recipe.keep_last :])
         kept.update(self._best_first()[:1])
+        if self.recipe.lr_schedule == "wsd":
+            before_decay = [path for path in found if checkpoint_step(path) <= self.recipe.wsd_decay_start]
+            kept.update(before_decay[-1:])
         if self.recipe.keep_every:
             kept.update(path for path in found if checkpoint_step(path) % self.recipe.keep_every == 0)
         for checkpoint in found:

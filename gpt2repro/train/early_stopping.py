@@ -23,7 +23,7 @@ class BestValidation:
         patience: validations without improvement after which training stops; 0: never.
 
     Attributes:
-        step: of the best validation; 0 before the first.
+        step: of the best validation; 0 before the first, and if that of the given model is the best.
         val_loss: nats per token; infinite before the first.
         since: validations since the best one.
     """

@@ -8,6 +8,7 @@ from gpt2repro.evaluation.hellaswag import ENDINGS, EncodedItem, encode_item, ev
 from gpt2repro.evaluation.validation import validation_losses
 from gpt2repro.models.sampling import generate
 from gpt2repro.processes import on_main
+from gpt2repro.train.checkpoint import Checkpoints
 from gpt2repro.train.preflight import Plan
 from gpt2repro.train.run_state import RunState
 from gpt2repro.train.telemetry import Telemetry
@@ -44,6 +45,13 @@ class Evaluations:
         if run.is_due(self.recipe.sample_every):
             self.sample(run.step)
 
+    def before_first_step(self, run: RunState, checkpoints: Checkpoints) -> None:
+        """Validate and save the given model as step 0, if that is due."""
+        if run.validates_given_model:
+            with self.telemetry.paused():
+                self.validate(run)
+                checkpoints.save(run.state_dict())
+
     def validate(self, run: RunState) -> None:
         losses = validation_losses(self.model, self.val_data, self.recipe, self.accelerator)
         run.note_validation(losses["val_loss"])
@@ -78,5 +86,5 @@ def load_hellaswag(plan: Plan) -> list[EncodedItem]:
     """The encoded HellaSwag items; empty if the recipe does not evaluate on HellaSwag."""
     if not plan.recipe.hellaswag_every:
         return []
-    items = on_main(lambda: load_items(plan.recipe.hellaswag_data))
+    items = on_main(lambda: load_items(plan.recipe.hellaswag_data, flag="--hellaswag_data"))
     return [encode_item(item, plan.tokenizer, plan.config.n_positions) for item in items]

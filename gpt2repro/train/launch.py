@@ -12,10 +12,11 @@ from accelerate.utils import DistributedType, GradientAccumulationPlugin, InitPr
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from gpt2repro.data.mixture import RunData
-from gpt2repro.errors import UserError
+from gpt2repro.errors import UserError, report_write_errors
 from gpt2repro.processes import cpu_asked, device_name, on_main, use_all_cores, world_size
 from gpt2repro.recipe import Recipe
 from gpt2repro.run_folder import RunFolder
+from gpt2repro.train.recipe_change import RecipeChange
 from gpt2repro.train.report import provenance
 from gpt2repro.train.tracker import start_tracker
 
@@ -56,27 +57,36 @@ def build_accelerator(recipe: Recipe) -> Accelerator:
     return accelerator
 
 
-def begin_run(recipe: Recipe, data: RunData, folder: RunFolder, accelerator: Accelerator) -> None:
-    """Verify the data, lock the output directory, write recipe.yaml at the first start, and start the tracker.
+def begin_run(recipe: Recipe, data: RunData, accelerator: Accelerator) -> RunFolder:
+    """Verify the data, lock the output directory, write recipe.yaml at the first start or record there what has changed
+    since, and start the tracker.
+
+    Returns:
+        The folder, locked by the main process.
 
     Raises:
         UserError: this rank has other data than the main process.
         SharedError: a shard has changed, another run holds the directory, or the tracker does not start.
     """
+    folder = RunFolder(recipe.output_dir)
     accelerator.wait_for_everyone()  # all ranks check the directory before the main process writes to it
     _refuse_other_data(data)
     hardware = f"{accelerator.num_processes} x {device_name(accelerator.device)}"
 
     def begin() -> None:
         verified = data.verify_changed(folder.read_verified())
-        folder.lock()
-        if not folder.recipe.exists():
-            _report_assumed_tokenizers(data)
-            folder.write_record(run_record(recipe, data, hardware))
-        folder.write_verified(verified)
+        with report_write_errors(folder.path):
+            folder.lock()
+            if folder.recipe.exists():
+                RecipeChange.between(folder.read_record(), recipe, folder).apply(folder)
+            else:
+                _report_assumed_tokenizers(data)
+                folder.write_record(run_record(recipe, data, hardware))
+            folder.write_verified(verified)
         start_tracker(recipe, folder.read_record().get("run_id"), accelerator)
 
     on_main(begin)
+    return folder
 
 
 def run_record(recipe: Recipe, data: RunData, hardware: str) -> dict:
@@ -86,6 +96,9 @@ def run_record(recipe: Recipe, data: RunData, hardware: str) -> dict:
     plain_name = re.sub(r"[^\w.-]", "-", output_dir.name)
     return {
         **dataclasses.asdict(recipe),
+        "extend": False,  # not a setting but a consent to one start
+        "override_recipe": False,
+        "corpus": data.name,  # the recipe's may be another one's, if --data_dir was given
         "base_model": None if is_local else recipe.init_from,  # a Hub id
         "data": data.record(),
         "hardware": hardware,

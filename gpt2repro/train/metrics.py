@@ -66,8 +66,17 @@ class Metrics:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The rows of a metrics.jsonl. Of a step that a rollback repeated, only the newest; a row cut short is dropped."""
-    newest = {(_kind(row), row["step"]): row for row in _rows(path)}
+    """The rows of a metrics.jsonl. Of a step that was repeated, after a rollback or with another recipe, only the
+    newest; a row cut short is dropped."""
+    newest: dict[tuple[str, int], dict[str, Any]] = {}
+    last_step = 0
+    for row in _rows(path):
+        kind, step = _kind(row), row["step"]
+        if kind == "loss" and step <= last_step:  # training went back: what was evaluated from here on is undone
+            newest = {key: old for key, old in newest.items() if "loss" in old or old["step"] < step}
+        if kind == "loss":
+            last_step = step
+        newest[kind, step] = row
     return list(newest.values())
 
 

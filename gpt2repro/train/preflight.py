@@ -1,16 +1,18 @@
 """What is resolved before a run starts: recipe, data, tokenizer and model, checked against each other. All mistakes are
 reported together, before anything expensive."""
 
+import dataclasses
+import os
 import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from accelerate import PartialState
 from accelerate.tracking import get_available_trackers
 from transformers import PreTrainedTokenizerBase
 
-from gpt2repro.data.foreign_tokens import foreign_format
 from gpt2repro.data.manifest import MANIFEST
 from gpt2repro.data.mixture import RunData
 from gpt2repro.data.tokenization import build_tokenizer, padded_vocab_size
@@ -22,10 +24,11 @@ from gpt2repro.models.padding import padded
 from gpt2repro.models.sampling import prompt_text
 from gpt2repro.processes import cpu_asked, missing_gpu, on_main, world_size
 from gpt2repro.recipe import Recipe
-from gpt2repro.recipe_file import differences, parse_recipe
+from gpt2repro.recipe_file import parse_recipe
 from gpt2repro.run_folder import RunFolder
 from gpt2repro.train import checkpoint
 from gpt2repro.train.optimizers import optimizer_problems
+from gpt2repro.train.recipe_change import RecipeChange
 from modeling_gpt2repro import GPT2ReproConfig
 
 
@@ -67,7 +70,8 @@ def resolve_and_check(argv: list[str]) -> Plan:
     data = plan = None
     try:
         data = open_data(recipe)
-        plan = make_plan(recipe, data, folder)
+        plan = make_plan(recipe, data, folder, flags)
+        recipe = plan.recipe
         problems += plan_problems(plan)
     except (UserError, ValueError) as error:
         problems.append(str(error))
@@ -78,23 +82,32 @@ def resolve_and_check(argv: list[str]) -> Plan:
     return plan
 
 
-def make_plan(recipe: Recipe, data: RunData, folder: RunFolder | None) -> Plan:
+def make_plan(recipe: Recipe, data: RunData, folder: RunFolder | None, flags: set[str]) -> Plan:
     """Resolve tokenizer and model.
 
+    Args:
+        folder: of the run; None with --eval_only.
+        flags: of the command line, e.g. --model.n_layer.
     Raises:
         UserError or ValueError: init_from is not a GPT-2, or the model's sizes contradict each other.
     """
-    config, pretrained = starting_point(recipe, data, folder)
+    if recipe.init_from == "scratch":
+        config, pretrained = scratch_config(recipe, data), None
+    else:
+        stored, pretrained = starting_point(recipe, folder)
+        recipe = drop_other_sizes(recipe, stored, flags)
+        config = adapt_config(stored, recipe)
     return Plan(recipe, data, data_tokenizer(data), config, pretrained)
 
 
 def prepare_demo(recipe: Recipe) -> None:
-    """Say that a command without --config trains the demo; on the main process, prepare its corpus if it is missing."""
+    """Say that a command without --config uses the demo's; on the main process, prepare its corpus if it is missing."""
     PartialState(cpu=cpu_asked())
 
     def prepare() -> None:
         name = DEMO.relative_to(CHECKOUT)
-        print(f"no --config: training the demo, {name}; recipes/ has the real ones", flush=True)
+        doing = "evaluating on the demo's data" if recipe.eval_only else "training the demo"
+        print(f"no --config: {doing}, {name}; recipes/ has the real ones", flush=True)
         if (Path(recipe.data_dir) / MANIFEST).exists():
             return
         script = str(CHECKOUT / "prepare_data.py")
@@ -109,11 +122,11 @@ def prepare_demo(recipe: Recipe) -> None:
 
 
 def open_data(recipe: Recipe) -> RunData:
-    """The recipe's data. An error names the command that prepares it, if the recipe knows the command."""
+    """The recipe's data. If it does not exist, the error names the command that prepares it."""
     try:
         return RunData.open(recipe.sources)
     except UserError as error:
-        if recipe.data or foreign_format(Path(recipe.data_dir)):
+        if recipe.data or Path(recipe.data_dir).exists():
             raise
         command = f"python prepare_data.py {recipe.corpus} --output_dir {recipe.data_dir}"
         raise UserError(f"{error}; `{command}` prepares this recipe's data") from error
@@ -128,27 +141,22 @@ def data_tokenizer(data: RunData) -> PreTrainedTokenizerBase:
 # ---- model ----
 
 
-def starting_point(
-    recipe: Recipe, data: RunData, folder: RunFolder | None
-) -> tuple[GPT2ReproConfig, StoredGPT2 | None]:
-    """The model's configuration, and the pretrained model that its weights come from, if any.
+def starting_point(recipe: Recipe, folder: RunFolder | None) -> tuple[GPT2ReproConfig, StoredGPT2 | None]:
+    """The configuration of init_from, and the pretrained model that the weights come from, if any.
 
     A run with a checkpoint resumes from that and no longer needs the model it was initialized from.
 
     Args:
         folder: of the run; None with --eval_only.
     Raises:
-        UserError or ValueError: init_from is not a GPT-2, or the model's sizes contradict each other.
+        UserError or ValueError: init_from is not a GPT-2.
     """
-    if recipe.init_from == "scratch":
-        return scratch_config(recipe, data), None
     has_checkpoint = folder is not None and folder.latest_checkpoint() is not None
     own_config = newest_config(folder) if folder is not None and has_checkpoint else None
     if own_config is not None:
-        return adapt_config(own_config, recipe), None
+        return own_config, None
     pretrained = open_gpt2(find_model(recipe.init_from))
-    config = adapt_config(padded(pretrained.config), recipe)
-    return config, None if has_checkpoint else pretrained
+    return padded(pretrained.config), None if has_checkpoint else pretrained
 
 
 def scratch_config(recipe: Recipe, data: RunData) -> GPT2ReproConfig:
@@ -172,6 +180,31 @@ def newest_config(folder: RunFolder) -> GPT2ReproConfig | None:
     return None
 
 
+def drop_other_sizes(recipe: Recipe, stored: GPT2ReproConfig, flags: set[str]) -> Recipe:
+    """The recipe without the model fields of its file that init_from has otherwise: a recipe's sizes are those to train
+    from scratch with. Fields given as flags stay; `adapt_config` checks them."""
+    dropped = {
+        name: value
+        for name, value in recipe.model.items()
+        if f"--model.{name}" not in flags and not can_adapt(name, value, stored)
+    }
+    if not dropped:
+        return recipe
+    if os.environ.get("RANK", "0") == "0":
+        theirs = ", ".join(f"{name}={getattr(stored, name)}" for name in dropped)
+        ours = ", ".join(f"{name}={value}" for name, value in dropped.items())
+        print(f"init_from={recipe.init_from} has {theirs}; the recipe's {ours} does not apply", flush=True)
+    kept = {name: value for name, value in recipe.model.items() if name not in dropped}
+    return dataclasses.replace(recipe, model=kept)
+
+
+def can_adapt(name: str, value: Any, stored: GPT2ReproConfig) -> bool:
+    """Whether a stored model can be trained with this value: its own, another dropout, or fewer positions."""
+    stored_value = getattr(stored, name)
+    is_crop = name == "n_positions" and value <= stored_value
+    return name in DROPOUTS or is_crop or value == stored_value
+
+
 def adapt_config(stored: GPT2ReproConfig, recipe: Recipe) -> GPT2ReproConfig:
     """The configuration of a model to continue training: dropout is the recipe's, the architecture is the model's.
 
@@ -181,15 +214,16 @@ def adapt_config(stored: GPT2ReproConfig, recipe: Recipe) -> GPT2ReproConfig:
         UserError: the recipe asks for another architecture.
     Source: nanoGPT model.py, crop_block_size.
     """
-    chosen = dict.fromkeys(DROPOUTS, 0.0) | {"n_positions": min(recipe.sequence_length, stored.n_positions)}
+    chosen: dict[str, Any] = dict.fromkeys(DROPOUTS, 0.0) | {
+        "n_positions": min(recipe.sequence_length, stored.n_positions)
+    }
     problems = []
     for name, value in recipe.model.items():
-        stored_value = getattr(stored, name)
-        is_crop = name == "n_positions" and value <= stored_value
-        if name in DROPOUTS or is_crop:
+        if can_adapt(name, value, stored):
             chosen[name] = value
-        elif value != stored_value:
-            problems.append(f"model.{name}={value}, but init_from={recipe.init_from} has {stored_value}; drop it")
+        else:
+            has = f"init_from={recipe.init_from} has {getattr(stored, name)}"
+            problems.append(f"model.{name}={value}, but {has}; drop --model.{name}")
     refuse(problems)
     return GPT2ReproConfig(**stored.to_dict() | chosen)
 
@@ -211,6 +245,9 @@ def output_problems(recipe: Recipe, folder: RunFolder, data: RunData | None) -> 
         data: None if it cannot be opened, which is reported elsewhere.
     """
     elsewhere = "choose another --output_dir, or delete it"
+    unwritable = write_problem(folder.path)
+    if unwritable:
+        return [f"output_dir={folder.path} cannot be written: {unwritable}; choose another --output_dir"]
     if folder.is_untouched():
         return []
     if not folder.recipe.is_file():
@@ -218,13 +255,23 @@ def output_problems(recipe: Recipe, folder: RunFolder, data: RunData | None) -> 
     if not recipe.resume:
         return [f"output_dir={folder.path} holds a run, and resume is off; {elsewhere}"]
     recorded = folder.read_record()
-    differing = differences(recipe, recorded)
-    if differing:
-        return [f"output_dir={folder.path} holds a run of another recipe ({'; '.join(differing)}); {elsewhere}"]
+    problems = RecipeChange.between(recorded, recipe, folder).problems(recipe, recorded)
+    if problems:
+        return problems
     if data is not None and recorded["data"]["manifest_sha256"] != data.fingerprint:
         asked = f"data={recipe.data}" if recipe.data else f"data_dir={recipe.data_dir}"
         return [f"output_dir={folder.path} holds a run on other data than {asked}; {elsewhere}"]
     return []
+
+
+def write_problem(folder: Path) -> str | None:
+    """Why nothing can be written into a folder, which may not exist yet; None if something can."""
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if existing != folder and not existing.is_dir():
+        return f"{existing} is a file"
+    if not os.access(existing, os.W_OK):
+        return f"{existing} is read-only"
+    return None
 
 
 def plan_problems(plan: Plan) -> list[str]:
@@ -243,7 +290,7 @@ def plan_problems(plan: Plan) -> list[str]:
             f"sequence_length={recipe.sequence_length} is longer than n_positions={config.n_positions}; "
             "lower sequence_length or, when training from scratch, raise --model.n_positions"
         )
-    for prompt in recipe.sample_prompts:
+    for prompt in [] if recipe.eval_only else recipe.sample_prompts:
         problems += prompt_problems(prompt, plan.tokenizer, config.n_positions)
     for source in plan.data.sources:
         problems += source.windows_problems(recipe.sequence_length)

@@ -15,6 +15,7 @@ from gpt2repro.files import CHECKOUT, write_bytes
 from gpt2repro.run_folder import RunFolder
 
 
+FEW_ROWS = 20  # below this, each row of the training loss is marked: a single one has no line
 LINE_COLORS = ("gray", "tab:green", "tab:red", "tab:purple", "tab:brown")
 
 
@@ -36,29 +37,48 @@ def baseline_loss(data: RunData) -> float:
     return unigram_entropy(data.train.frequencies(data.tokenizer.vocab_size))
 
 
-def plot_losses(metrics: list[dict[str, Any]], lines: dict[str, float], path: Path, title: str) -> None:
-    """Draw training and validation loss over steps, with a horizontal line for each named reference loss."""
+def plot_losses(
+    metrics: list[dict[str, Any]], lines: dict[str, float], path: Path, title: str, exported: int | None = None
+) -> None:
+    """Draw training and validation loss over steps, with a horizontal line for each named reference loss.
+
+    Args:
+        exported: the step whose weights are exported if that may not be the last; it is marked.
+    """
     import matplotlib
 
     matplotlib.use("Agg")  # needs no display
     from matplotlib import pyplot
+    from matplotlib.ticker import MaxNLocator
 
     train = [(row["step"], row["loss"]) for row in metrics if "loss" in row]
     val = [(row["step"], row["val_loss"]) for row in metrics if "val_loss" in row]
     figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
-    axes.plot(*zip(*train), color="tab:blue", alpha=0.5, linewidth=1, label="training")
+    marker = "." if len(train) < FEW_ROWS else None
+    axes.plot(*zip(*train), color="tab:blue", alpha=0.5, linewidth=1, marker=marker, label="training")
     if val:
         last = val[-1][1]
         axes.plot(*zip(*val), color="tab:orange", marker="o", markersize=4, label=f"validation, last {last:.4f}")
+    if exported is not None:
+        loss = dict(val)[exported]
+        label = f"exported, step {exported:,}, {loss:.4f}"
+        axes.plot(exported, loss, color="tab:red", marker="*", markersize=12, linestyle="none", label=label)
     for (name, loss), color in zip(lines.items(), itertools.cycle(LINE_COLORS)):
         axes.axhline(loss, linestyle="--", color=color, linewidth=1, label=f"{name}, {loss:.4f}")
     axes.set(xlabel="step", ylabel="loss, nats per token", title=title)
+    axes.set_xlim(left=0)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.3)
     axes.legend()
     picture = io.BytesIO()
     figure.savefig(picture, format="png", dpi=120)
     pyplot.close(figure)
     write_bytes(path, picture.getvalue())
+
+
+def shortened(number: int) -> str:
+    """A count for titles: 124.4M, 0.3M, 25.7K."""
+    return f"{number / 1e6:.1f}M" if number >= 1e5 else f"{number / 1e3:.1f}K"
 
 
 def losses_text(val_loss: float, baseline: float, data: RunData, at_step: str) -> str:

@@ -50,7 +50,16 @@ class RunState:
     @property
     def checkpoint_due(self) -> bool:
         is_new_best = self.recipe.patience > 0 and self.best.step == self.step
-        return self.is_due(self.recipe.checkpoint_every) or is_new_best or self.stopping is not None
+        decay_begins = self.recipe.lr_schedule == "wsd" and self.step == int(self.recipe.wsd_decay_start)
+        is_due = self.is_due(self.recipe.checkpoint_every)
+        return is_due or is_new_best or decay_begins or self.stopping is not None
+
+    @property
+    def validates_given_model(self) -> bool:
+        """Whether the model that training starts from is validated before the first step: with `patience`, a
+        fine-tuning that only harms exports the model that it was given."""
+        is_fine_tuning = self.recipe.init_from != "scratch"
+        return self.recipe.patience > 0 and is_fine_tuning and self.step == 0 and self.val_loss is None
 
     def advance(self) -> None:
         """Count a completed step."""
@@ -111,5 +120,11 @@ class RunState:
         if not self.recipe.patience or self.stopping is not None:
             return
         state = checkpoints.restore(best=True)
-        if state is not None:
-            self.step, self.val_loss = state["step"], state["val_loss"]
+        if state is None:
+            return
+        ended = f"ended after step {self.step:,}"
+        if self.best.patience_exhausted:
+            ended = f"stopped early after step {self.step:,}: {self.best.since} validations without improvement"
+        self.step, self.val_loss = state["step"], state["val_loss"]
+        exported = f"step {self.step:,}" if self.step else "the model that the run was given, step 0"
+        self.telemetry.say(f"{ended}; exporting {exported}, which has the best validation loss, {self.val_loss:.4f}")

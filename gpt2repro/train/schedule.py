@@ -19,7 +19,7 @@ def lr_at(step: int, recipe: Recipe) -> float:
         return recipe.learning_rate
     decay_start: float = recipe.warmup_steps
     if recipe.lr_schedule == "wsd":
-        decay_start = recipe.max_steps * (1 - recipe.decay_fraction)
+        decay_start = recipe.wsd_decay_start
     progress = max(0.0, (step - decay_start) / (recipe.max_steps - decay_start))
     peak_above_minimum = recipe.learning_rate - recipe.min_learning_rate
     return recipe.min_learning_rate + decay_factor(progress, recipe) * peak_above_minimum
@@ -36,3 +36,12 @@ def decay_factor(progress: float, recipe: Recipe) -> float:
     if recipe.lr_schedule == "wsd" and recipe.decay_shape == "1-sqrt":
         return 1 - math.sqrt(progress)
     return 1 - progress
+
+
+def steps_of_equal_rates(recipe: Recipe, other: Recipe) -> int:
+    """The number of steps, from the first, that have the same learning rate under both recipes."""
+    common = min(recipe.max_steps, other.max_steps)
+    for step in range(common):
+        if not math.isclose(lr_at(step, recipe), lr_at(step, other)):
+            return step
+    return common

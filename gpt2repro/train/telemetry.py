@@ -79,7 +79,12 @@ class Telemetry:
         self.update_ratio, self.hours_before = state["update_ratio"], state["hours"]
 
     def start(self, step: int) -> None:
-        """Start the clock: training begins or resumes after `step` steps."""
+        """Start the clock: training begins or resumes after `step` steps.
+
+        If the recipe was changed there, rows of later steps, trained with the old one, will be logged again.
+        """
+        if self.metrics is not None and step in RunFolder(self.recipe.output_dir).override_steps():
+            self.metrics.roll_back(step)
         self.timed_steps, self.waited_before = 0, self.waited
         self.bar.n = self.bar.initial = step
         self.began = self.lap_start = time.perf_counter()

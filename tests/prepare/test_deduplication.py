@@ -10,6 +10,7 @@ import socket
 import stat
 import subprocess
 import sys
+from pathlib import Path
 
 import psutil
 import pyarrow.parquet
@@ -222,8 +223,6 @@ def test_the_bucket_formula():
 
 
 # ---- the executors ----
-
-.strip()
 
 
 @pytest.mark.slow

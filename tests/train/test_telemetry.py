@@ -5,12 +5,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from matplotlib import pyplot
 from transformers import GPT2Config
 
 from gpt2repro.recipe import Recipe
+from gpt2repro.run_folder import RunFolder
 from gpt2repro.train.guard import Guard
 from gpt2repro.train.metrics import Metrics, read_metrics
-from gpt2repro.train.report import plot_losses, provenance
+from gpt2repro.train.report import plot_losses, provenance, shortened
 from gpt2repro.train.speed import flops_per_token, peak_flops
 from gpt2repro.train.telemetry import Telemetry
 
@@ -112,6 +114,48 @@ def test_what_was_measured_since_the_last_row_survives_a_stop(tmp_path):
     (row,) = read_metrics(tmp_path / "metrics.jsonl")
     assert (row["loss"], row["clipped"], row["update_ratio"]) == (3.5, 0.25, first.update_ratio)
     assert row["update_ratio"] > 0 and row["hours"] > saved["hours"]
+
+
+def test_an_evaluation_after_the_step_to_which_training_went_back_is_undone(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    rows = [("loss", 10), ("loss", 20), ("val_loss", 20), ("loss", 25), ("val_loss", 25), ("loss", 20), ("loss", 30)]
+    path.write_text("".join(json.dumps({"step": step, key: place}) + "\n" for place, (key, step) in enumerate(rows)))
+    found = [(row["step"], row.get("loss"), row.get("val_loss")) for row in read_metrics(path)]
+    assert found == [(10, 0, None), (20, 5, None), (25, 3, None), (30, 6, None)]
+
+
+def test_rows_after_a_changed_recipe_are_logged_again(tmp_path):
+    recipe = Recipe(output_dir=str(tmp_path))
+    folder = RunFolder(tmp_path)
+    folder.metrics.write_text("".join(json.dumps({"step": step, "val_loss": 1.0}) + "\n" for step in (2, 4)))
+    accelerator = SimpleNamespace(
+        is_main_process=True, device=torch.device("cpu"), mixed_precision="no", log=lambda values, step: None
+    )
+    model = torch.nn.Linear(2, 2)
+    model.config = GPT2Config()
+    for overrides, expected in (([], [1.0, 1.0]), ([{"step": 2}], [1.0, 3.0])):
+        folder.write_record({"overrides": overrides})
+        telemetry = Telemetry(recipe, accelerator, model)
+        telemetry.start(2)
+        telemetry.log(2, val_loss=3.0)
+        telemetry.log(4, val_loss=3.0)
+        assert [row["val_loss"] for row in read_metrics(folder.metrics)] == expected
+
+
+def test_picture_marks_the_exported_step_and_short_runs_begin_at_step_0(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(pyplot, "close", drawn.append)
+    rows = [{"step": 0, "val_loss": 2.3}, {"step": 4, "loss": 3.0}, {"step": 4, "val_loss": 2.5}]
+    plot_losses(rows, {}, tmp_path / "loss.png", "a run", exported=0)
+    (axes,) = drawn[0].axes
+    labels = [text.get_text() for text in axes.get_legend().get_texts()]
+    assert "exported, step 0, 2.3000" in labels and "validation, last 2.5000" in labels
+    assert axes.get_xlim()[0] == 0 and all(tick == int(tick) for tick in axes.get_xticks())
+
+
+@pytest.mark.parametrize(("number", "text"), [(124_439_808, "124.4M"), (250_000, "0.2M"), (25_696, "25.7K")])
+def test_parameters_are_counted_in_the_unit_that_shows_them(number, text):
+    assert shortened(number) == text
 
 
 def test_the_loss_curve_is_drawn_without_a_display(tmp_path):
