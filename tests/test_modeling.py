@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors import safe_open
+from tiny_models import as_gpt2_tensors, gradients
 from torch.testing import assert_close
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, GPT2Config, GPT2LMHeadModel
 
@@ -60,28 +61,14 @@ def ids():
     return torch.randint(V_REAL, (B, T), generator=torch.Generator().manual_seed(1))
 
 
-def as_gpt2_tensors(tensors: dict) -> dict:
-    """Weights or gradients in GPT-2's layout: projections (in, out), no padding rows."""
-    projections, vocabulary = ("c_attn.weight", "c_proj.weight", "c_fc.weight"), ("wte.weight", "lm_head.weight")
-    result = {}
-    for name, tensor in tensors.items():
-        tensor = tensor.T if name.endswith(projections) else tensor
-        result[name] = (tensor[:V_REAL] if name.endswith(vocabulary) else tensor).detach().clone()
-    return result
-
-
 def as_gpt2(model) -> GPT2LMHeadModel:
     """transformers' own GPT-2 with the same weights, in the same mode."""
     fields = ("n_positions", "n_embd", "n_layer", "n_head", "n_inner", "activation_function", "layer_norm_epsilon")
     fields += ("resid_pdrop", "embd_pdrop", "attn_pdrop", "bos_token_id", "eos_token_id")
     reference = GPT2LMHeadModel(GPT2Config(vocab_size=V_REAL, **{name: getattr(model.config, name) for name in fields}))
     reference.set_attn_implementation(model.config._attn_implementation)
-    reference.load_state_dict(as_gpt2_tensors(model.state_dict()))
+    reference.load_state_dict(as_gpt2_tensors(model.state_dict(), V_REAL))
     return reference.train(model.training)
-
-
-def gradients(model) -> dict:
-    return {name: parameter.grad for name, parameter in model.named_parameters()}
 
 
 def labels_with_gaps(ids):
@@ -133,13 +120,13 @@ def test_loss_gradients_and_adamw_step_equal_gpt2(model, ids, make_labels):
 
     loss.backward()
     expected.backward()
-    assert_close(as_gpt2_tensors(gradients(model)), gradients(reference), atol=1e-5, rtol=0)
+    assert_close(as_gpt2_tensors(gradients(model), V_REAL), gradients(reference), atol=1e-5, rtol=0)
 
     for network in (model, reference):
         # The gradient of a key's bias is zero in exact arithmetic. A small epsilon would amplify its rounding noise to
         # a full step, so epsilon is well above the noise.
         torch.optim.AdamW(network.parameters(), lr=1e-2, eps=1e-3, weight_decay=0.1).step()
-    assert_close(as_gpt2_tensors(model.state_dict()), reference.state_dict(), atol=1e-5, rtol=0)
+    assert_close(as_gpt2_tensors(model.state_dict(), V_REAL), reference.state_dict(), atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])

@@ -15,6 +15,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from accelerate import disk_offload
+from tiny_models import as_gpt2_tensors, gradients
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch._dynamo.testing import CompileCounter
 from torch.testing import assert_close
@@ -110,19 +111,6 @@ def ids():
 @pytest.fixture
 def long_ids():
     return torch.randint(1, V_REAL, (1, POSITIONS), generator=torch.Generator().manual_seed(4))
-
-
-def as_gpt2_tensors(tensors: dict, real: int = V_REAL) -> dict:
-    """Weights or gradients in GPT-2's layout: projections (in, out), no padding rows."""
-    result = {}
-    for name, tensor in tensors.items():
-        tensor = tensor.T if name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight")) else tensor
-        result[name] = tensor[:real] if name.endswith(("wte.weight", "lm_head.weight")) else tensor
-    return result
-
-
-def gradients(model) -> dict:
-    return {name: parameter.grad for name, parameter in model.named_parameters()}
 
 
 def calls_of(module) -> list:
@@ -475,7 +463,7 @@ def test_training_on_a_packed_row_equals_training_on_its_sequences(attention, ch
     assert_close(loss, expected, **CLOSE)
     loss.backward()
     expected.backward()
-    assert_close(as_gpt2_tensors(gradients(model)), gradients(reference), **CLOSE)
+    assert_close(as_gpt2_tensors(gradients(model), V_REAL), gradients(reference), **CLOSE)
 
 
 @pytest.fixture
@@ -913,7 +901,7 @@ def test_classifier_loss_and_gradients_equal_gpt2(ids, num_labels, labels, loss_
     assert_close(outputs.loss, loss_of(outputs.logits, labels), **CLOSE)
     outputs.loss.backward()
     expected.loss.backward()
-    for name, gradient in as_gpt2_tensors(gradients(ours)).items():
+    for name, gradient in as_gpt2_tensors(gradients(ours), V_REAL).items():
         wanted = gradients(theirs)[name]
         assert (gradient - wanted).abs().max() <= 1e-5 * wanted.abs().max(), name
 

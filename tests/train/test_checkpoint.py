@@ -75,7 +75,7 @@ def test_a_checkpoint_holds_the_state_of_its_step_although_training_continues(ch
     written, training_continued = checkpoint.save_file, Event()
     monkeypatch.setattr(checkpoint, "save_file", lambda *a, **k: training_continued.wait(PATIENCE) and written(*a, **k))
     losses = [3.0]
-    checkpoints.save({"step": 1, "telemetry": {"losses": losses}})
+    checkpoints.save({"step": 1, "val_loss": None, "telemetry": {"losses": losses}})
     losses.append(2.0)
     training_continued.set()
     assert checkpoints.restore()["telemetry"]["losses"] == [3.0]
