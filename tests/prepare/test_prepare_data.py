@@ -336,7 +336,7 @@ def test_special_tokens_are_recorded_and_said(tmp_path, capsys):
         marker, end_of_text = tokenizer.convert_tokens_to_ids(["<|user|>", "<|endoftext|>"])
         assert (tokens == marker).sum() == documents * per_document and (tokens == end_of_text).sum() == documents
         assert ("<|user|>" in manifest["special_tokens"][choice]) and manifest["settings"]["special_tokens"] == choice
-    line = mistake(*command, "--output_dir", tmp_path / "keep", "--special_tokens", "text")
+    line = refusal(*command, "--output_dir", tmp_path / "keep", "--special_tokens", "text")
     assert "other settings (special_tokens)" in line
 
 
