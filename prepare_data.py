@@ -119,22 +119,17 @@ def prepare(directory: OutputDirectory, request: Request, execution: Execution) 
         records = workers.prepare_parts(corpus.parts(), job, quota, execution.num_workers, progress.show)
     refuse_empty_splits(directory, records, val_split, corpus, request)
 
-    notes = count_notes(records, report)
-    manifest = Manifest(
-        corpus={"name": request.corpus, **corpus.facts},
-        tokenizer=tokenizer.record,
-        splits=parts.finalize_shards(records, job),
-        preparation={
-            "tokenizer_files": tokenizer.files,
-            "deduplication": report,
-            "split": val_split.to_dict(),
-            "settings": request.settings(),
-            "repaired_documents": notes["repaired"],
-            "skipped_documents": {reason: notes[reason] for reason in SKIP_REASONS},
-            "special_tokens": special_tokens.to_dict(),
-            "left_out_files": {reason: len(names) for reason, names in corpus.left_out.items()},
-        },
-    )
+    preparation = {
+        "tokenizer_files": tokenizer.files,
+        "deduplication": report,
+        "split": val_split.to_dict(),
+        "settings": request.settings(),
+        **count_notes(records, report),
+        "special_tokens": special_tokens.to_dict(),
+        "left_out_files": {reason: len(names) for reason, names in corpus.left_out.items()},
+    }
+    corpus_record = {"name": request.corpus, **corpus.facts}
+    manifest = Manifest(corpus_record, tokenizer.record, parts.finalize_shards(records, job), preparation)
     manifest.write(directory.path)
     directory.tidy()
     print(summary(directory.path, manifest))
@@ -187,12 +182,14 @@ def build_and_save_tokenizer(directory: OutputDirectory, corpus: Corpus, request
     return SavedTokenizer(tokenizer.record(), hashes)
 
 
-def count_notes(records: list[PartRecord], report: dict | None) -> dict[str, int]:
-    """note -> documents, over all parts and what the deduplication read."""
+def count_notes(records: list[PartRecord], report: dict | None) -> dict:
+    """The manifest's counts of repaired and skipped documents, over all parts and what the deduplication read."""
     counted = [record.notes for record in records]
     if report:
         counted.append(report["notes"])
-    return {note: sum(notes[note] for notes in counted) for note in DOCUMENT_NOTES}
+    totals = {note: sum(notes[note] for notes in counted) for note in DOCUMENT_NOTES}
+    skipped = {reason: totals[reason] for reason in SKIP_REASONS}
+    return {"repaired_documents": totals["repaired"], "skipped_documents": skipped}
 
 
 class Progress(tqdm):

@@ -78,7 +78,8 @@ class Manifest:
     tokenizer: which made the tokens.
     splits: "train" and "val".
     preparation: what else prepare_data.py records, by its keys in manifest.json: tokenizer_files, deduplication,
-        split, settings, repaired_documents, skipped_documents. Empty for another trainer's tokens.
+        split, settings, repaired_documents, skipped_documents, special_tokens, left_out_files. Empty for another
+        trainer's tokens.
     sha256: the hash of itself that the file carries (see `seal`); None: it carries none.
     fingerprint: the identity of the data, by which a run recognises it: the sha256 of manifest.json, or for another
         trainer's tokens that of the names, sizes and ends of their files.

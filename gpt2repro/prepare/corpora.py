@@ -173,7 +173,9 @@ def _open_files(query: CorpusQuery) -> Corpus:
             "--source"
         )
 
-    pieces = list(chain.from_iterable(readers.cut_file(path, query.text_column, query.boundary) for path in files))
+    pieces = list(chain.from_iterable(readers.cut_file(path, query.text_column) for path in files))
+    if query.boundary:
+        pieces = [readers.separated(piece, query.boundary) for piece in pieces]
     single_text = len(files) == 1 and bool(pieces) and pieces[0].reader == "text"
     return Corpus(
         pieces=pieces,

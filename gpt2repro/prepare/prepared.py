@@ -302,7 +302,8 @@ def _fitting_remedy(records: list[PartRecord], val_split: ValidationSplit, corpu
         flag = f"--val_fraction {value}"
     if value is not None:
         return f"use {flag}"
-    more = f"allow more than {given}" if given else "add some, or split texts with --document_separator"
+    separator = "another --document_separator" if request.document_separator else "--document_separator"
+    more = f"allow more than {given}" if given else f"add some, or split texts with {separator}"
     return f"two different documents are needed: {more}"
 
 

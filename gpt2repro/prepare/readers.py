@@ -15,7 +15,7 @@ import lzma
 import math
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -179,12 +179,8 @@ def is_readable(path: Path) -> bool:
     return suffix in (*TEXT_SUFFIXES, *JSON_SUFFIXES, *TABLE_SUFFIXES)
 
 
-def cut_file(path: Path, column: str, boundary: Boundary | None = None) -> list[Piece]:
-    """A local file as pieces of at most PART_BYTES, if its format can be cut; [] for a Parquet file without rows.
-
-    Args:
-        boundary: what separates the documents of a text file; None: it is one document.
-    """
+def cut_file(path: Path, column: str) -> list[Piece]:
+    """A local file as pieces of at most PART_BYTES, if its format can be cut; [] for a Parquet file without rows."""
     suffix = file_suffix(path)
     size = path.stat().st_size
     text_bytes = size * COMPRESSION_RATIO if is_compressed(path) else size
@@ -193,14 +189,18 @@ def cut_file(path: Path, column: str, boundary: Boundary | None = None) -> list[
     if suffix in TABLE_SUFFIXES:
         return cut_tables(open_tables(path), "train", column) if size else []
     if suffix in TEXT_SUFFIXES:
-        reader = "text" if boundary is None else "lines"
-        return [Piece(reader, str(path), text_bytes, boundary=boundary)]
+        return [Piece("text", str(path), text_bytes)]
     if suffix == ".json" and not _has_json_lines(path):
         return [Piece("json", str(path), text_bytes, column=column)]
     if is_compressed(path):
         return [Piece("json lines", str(path), text_bytes, column=column)]
     cuts = [*range(0, max(size, 1), PART_BYTES), size]
     return [Piece("json lines", str(path), stop - start, start, stop, column) for start, stop in pairwise(cuts)]
+
+
+def separated(piece: Piece, boundary: Boundary) -> Piece:
+    """The piece; a text file with its lines as rows, of which the boundary makes documents."""
+    return replace(piece, reader="lines", boundary=boundary) if piece.reader == "text" else piece
 
 
 def open_tables(path: Path) -> "DatasetBuilder":
