@@ -16,7 +16,7 @@ from pathlib import Path
 
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
-from gpt2repro.errors import Parser, UserError, run_script
+from gpt2repro.errors import Parser, UserError, first_line, os_error_number, run_script
 from gpt2repro.files import write_problem
 from gpt2repro.hub.model_card import model_card
 from gpt2repro.hub.upload import create_repository, upload
@@ -63,10 +63,10 @@ def main(argv: list[str]) -> None:
             draw_losses(run, last_step, picture, f"{name}: GPT-2, {shortened(model.num_parameters())} parameters")
         try:
             save_model_folder(folder, model, tokenizer, card, picture)
-        except OSError as error:
-            raise UserError(
-                f"--to {args.to}: {folder} cannot be written ({error.strerror}); make room for it"
-            ) from error
+        except Exception as error:  # safetensors and tokenizers do not raise OSError
+            if os_error_number(error) is None:
+                raise
+            raise UserError(f"--to {args.to} cannot be written ({first_line(error)}); make room for it") from error
     if is_folder:
         print(f"written to {args.to}")
     else:

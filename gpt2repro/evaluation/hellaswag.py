@@ -21,11 +21,13 @@ import json
 import math
 import zlib
 from dataclasses import dataclass
+from pathlib import Path
 
 import datasets
 import torch
 import torch.nn.functional as F
 from accelerate.utils import broadcast_object_list, gather_object
+from huggingface_hub import HfApi, constants
 from tqdm import tqdm
 
 from gpt2repro.errors import UserError, first_line
@@ -35,6 +37,7 @@ HUB_ID = "Rowan/hellaswag"
 OPENAI_GPT2 = {"hellaswag_acc": 0.2859, "hellaswag_acc_norm": 0.2955}  # 124M, full set; build-nanogpt hellaswag.py
 FULL_SET = 10_042  # items of the validation set
 ENDINGS = 4
+HUB_TIMEOUT = 10.0  # seconds
 
 
 def load_items(data: str | None = None, limit: int | None = None, flag: str = "--data") -> list[dict]:
@@ -49,6 +52,7 @@ def load_items(data: str | None = None, limit: int | None = None, flag: str = "-
     if data is not None:
         return read_items(data, limit, flag)
     try:
+        _ask_hub_once()
         rows = datasets.load_dataset(HUB_ID, split="validation")
     except (OSError, datasets.exceptions.DatasetsError) as error:
         raise UserError(
@@ -57,6 +61,18 @@ def load_items(data: str | None = None, limit: int | None = None, flag: str = "-
         ) from error
     wanted = len(rows) if limit is None else min(limit, len(rows))
     return [check_item(row, f"{HUB_ID}, row {number}") for number, row in enumerate(rows.select(range(wanted)))]
+
+
+def _ask_hub_once() -> None:
+    """Raise a ConnectionError if the set is not in the cache and the Hub cannot be reached: `load_dataset` would try
+    again for half a minute."""
+    cached = Path(datasets.config.HF_DATASETS_CACHE) / HUB_ID.replace("/", "___")
+    if cached.is_dir() or Path(HUB_ID).is_dir() or constants.HF_HUB_OFFLINE:
+        return
+    try:
+        HfApi().dataset_info(HUB_ID, timeout=HUB_TIMEOUT)
+    except Exception as error:  # network and permission errors share no base class
+        raise ConnectionError(first_line(error)) from error
 
 
 def read_items(path: str, limit: int | None = None, flag: str = "--data") -> list[dict]:

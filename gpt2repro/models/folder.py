@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from filelock import FileLock
 from huggingface_hub import ModelCard, constants, get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
-from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -77,9 +77,10 @@ def _check_hub(name: str) -> None:
         remedy = "check the name and the network"
         if isinstance(error, HfHubHTTPError) and error.response.status_code in ACCESS_DENIED:
             remedy = LOG_IN
+        if isinstance(error, EntryNotFoundError):
+            remedy = "give a model that has a config.json"
         raise UserError(
-            f"{name} is no file or folder here, and no model of that name can be loaded from the Hub "
-            f"({first_line(error)}); {remedy}"
+            f"{name}: no such file or folder, and no model can be loaded from the Hub ({first_line(error)}); {remedy}"
         ) from error
 
 

@@ -6,6 +6,7 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from types import MappingProxyType
 
 import datasets
@@ -16,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from huggingface_hub import constants
 from support import PATIENCE, ROOT, write_jsonl
 from tiny_models import as_gpt2_tensors, tiny_model
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast, T5Config
@@ -381,10 +383,21 @@ def test_without_the_hub_the_error_names_data(monkeypatch):
     def unreachable(*args, **kwargs):
         raise ConnectionError("Couldn't reach it\nfor many reasons")
 
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(datasets, "load_dataset", unreachable)
     with pytest.raises(UserError, match="--data FILE") as error:
         load_items()
     assert "\n" not in str(error.value)
+
+
+def test_without_a_network_the_hub_is_asked_once(monkeypatch, tmp_path):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *args, **kwargs: (_ for _ in ()).throw(socket.gaierror("no DNS")))
+    started = time.monotonic()
+    with pytest.raises(UserError, match="cannot be downloaded from the Hub"):
+        load_items()
+    assert time.monotonic() - started < 5
 
 
 # Metric

@@ -312,6 +312,13 @@ def test_mistakes_are_one_line_and_leave_nothing(run_dir, tmp_path, monkeypatch,
     assert sorted(tmp_path.rglob("*")) == before
 
 
+def test_a_full_disk_is_one_line(run_dir, small_disk):
+    disk = small_disk(4096 * 8)
+    with pytest.raises(UserError, match="cannot be written .*No space left on device.*; make room for it"):
+        publish.main([str(run_dir), "--to", str(disk / "out")])
+    assert list(disk.iterdir()) == []
+
+
 def test_a_tokenizer_of_another_size_is_refused(run_dir, tmp_path, python_docs):
     build_tokenizer("bpe:310", python_docs[:20]).fast.save_pretrained(tmp_path / "tokenizer")
     with pytest.raises(UserError, match="has 310 tokens, the model 300"):

@@ -119,7 +119,7 @@ def test_without_a_network_an_unknown_name_is_one_line_within_seconds(monkeypatc
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # nothing listens there
     started = time.monotonic()
     with pytest.raises(
-        UserError, match="runs/typo is no file or folder here.*check the name and the network"
+        UserError, match="runs/typo: no such file or folder, .*check the name and the network"
     ) as caught:
         find_model("runs/typo")
     assert time.monotonic() - started < 5 and len(str(caught.value).splitlines()) == 1
