@@ -12,6 +12,7 @@ tokenizer as written by save_pretrained, a Hub id, or a file of nanoGPT, build-n
 import argparse
 import hashlib
 import json
+import os
 from pathlib import Path
 
 import torch
@@ -28,8 +29,9 @@ from gpt2repro.evaluation.hellaswag import (
     predict,
     with_error,
 )
+from gpt2repro.files import write_problem
 from gpt2repro.models.folder import find_model, open_model
-from gpt2repro.processes import cpu_asked
+from gpt2repro.processes import cpu_asked, note_missing_processes
 
 
 PROTOCOL = "completion style, build-nanogpt"
@@ -47,6 +49,7 @@ DTYPES: dict[str, str | torch.dtype] = {"auto": "auto", "float32": torch.float32
 def main(argv: list[str]) -> None:
     args = parse_arguments(argv)
     check_arguments(args)
+    note_missing_processes()
     accelerator = Accelerator(cpu=cpu_asked())
     with accelerator.main_process_first():  # the other ranks find downloads and remote code in the caches
         items = load_items(args.data, args.limit)
@@ -55,7 +58,6 @@ def main(argv: list[str]) -> None:
     config = model.config.get_text_config()
     max_length = getattr(config, "max_position_embeddings", None)  # an alias of n_positions
     encoded = [encode_item(item, tokenizer, max_length) for item in items]
-    check_vocabulary(args.model, encoded, config.vocab_size)
     model = model.to(accelerator.device)
     default_batch_size = CPU_BATCH_SIZE if accelerator.device.type == "cpu" else BATCH_SIZE
     batch_size = args.batch_size or default_batch_size
@@ -89,7 +91,11 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--output", help="write the results and every item's scores to this JSON file")
     parser.add_argument("--dtype", choices=DTYPES, default="auto", help="dtype of the weights; auto: as saved")
     parser.add_argument("--trust_remote_code", action="store_true", help="run the model code that comes with MODEL")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    for name in ("data", "output"):  # the shell expands ~ neither in --data=~/x nor in quotes
+        value = getattr(args, name)
+        setattr(args, name, value and os.path.expanduser(value))
+    return args
 
 
 def check_arguments(args: argparse.Namespace) -> None:
@@ -105,21 +111,14 @@ def check_arguments(args: argparse.Namespace) -> None:
         problems.append(f"--output {args.output}: exists and is not overwritten; remove it or choose another name")
     if args.output and not Path(args.output).parent.is_dir():
         problems.append(f"--output {args.output}: no folder {Path(args.output).parent}; create it first")
+    elif args.output:
+        unwritable = write_problem(Path(args.output).parent)
+        problems += [f"--output {args.output}: {unwritable}; choose another folder"] if unwritable else []
     try:
         find_model(args.model)
     except UserError as error:
         problems.append(str(error))
     refuse(problems)
-
-
-def check_vocabulary(name: str, encoded: list, vocab_size: int) -> None:
-    """Raise a UserError if the tokenizer is another model's; an unknown id would end in a device-side error."""
-    highest = max(max(row) for item in encoded for row in item.rows)
-    if highest >= vocab_size:
-        raise UserError(
-            f"{name}: the tokenizer returns token {highest}, but the model knows only {vocab_size}; "
-            "the tokenizer belongs to another model"
-        )
 
 
 def score_table(model: str, metrics: dict) -> str:
@@ -159,8 +158,13 @@ def item_scores(item: dict, record: dict) -> dict:
 
 
 def write_report(report: dict, path: str) -> None:
-    with open(path, "x") as file:  # "x": does not overwrite a file created in the meantime either
-        json.dump(report, file)
+    try:
+        with open(path, "x") as file:  # "x": does not overwrite a file created in the meantime either
+            json.dump(report, file)
+    except OSError as error:
+        raise UserError(
+            f"--output {path} cannot be written ({error.strerror}); the scores above are complete"
+        ) from error
     print(f"wrote {path}")
 
 

@@ -22,13 +22,14 @@ from pathlib import Path
 from tqdm import tqdm
 
 from gpt2repro.data.manifest import Manifest
-from gpt2repro.data.tokenization import build_tokenizer, expected_vocab_size
+from gpt2repro.data.tokenization import KEEP, SPECIAL_TOKEN_CHOICES, SpecialTokens, build_tokenizer, expected_vocab_size
 from gpt2repro.errors import Parser, UserError, refuse, run_script
 from gpt2repro.files import file_sha256
 from gpt2repro.prepare import parts, workers
 from gpt2repro.prepare.corpora import HUB_CORPORA, LOCAL_CORPORA, Corpus, CorpusQuery, open_corpus
 from gpt2repro.prepare.deduplication import DedupOptions, deduplicate
 from gpt2repro.prepare.describe import describe
+from gpt2repro.prepare.local_files import describe_left_out
 from gpt2repro.prepare.plan import PartRecord, Quota
 from gpt2repro.prepare.prepared import (
     OutputDirectory,
@@ -42,6 +43,7 @@ from gpt2repro.prepare.prepared import (
 from gpt2repro.prepare.readers import DOCUMENT_NOTES, SKIP_REASONS
 from gpt2repro.prepare.request import EXECUTORS, Execution, Request
 from gpt2repro.prepare.retries import with_retries
+from gpt2repro.prepare.validation import ValidationSplit
 
 
 def main(argv: list[str]) -> None:
@@ -78,6 +80,7 @@ def say_if_prepared(directory: OutputDirectory, request: Request) -> bool:
 def prepare(directory: OutputDirectory, request: Request, execution: Execution) -> None:
     """Start or resume: open the corpus, deduplicate it, build the tokenizer, tokenize all parts, write the manifest."""
     corpus = directory.open_corpus(request)
+    print_corpus_notes(corpus)
     val_split = request.validation_split(corpus)
     check_space(directory, corpus, expected_vocab_size(request.tokenizer_of(corpus)), request)
     unfinished = Unfinished(request.settings(), corpus.facts, corpus.modified)
@@ -97,12 +100,17 @@ def prepare(directory: OutputDirectory, request: Request, execution: Execution) 
         tokenizer = build_and_save_tokenizer(directory, corpus, request)
         replace(unfinished, tokenizer=tokenizer).write(directory.unfinished)
 
+    val_split = fit_split(val_split, corpus, request)
+    special_tokens = SpecialTokens.read(directory.tokenizer, request.special_tokens)
+    print_tokenizer_notes(tokenizer, special_tokens, corpus)
+
     job = parts.Job(
         directory=directory,
         tokenizer=request.tokenizer_of(corpus),
         vocab_size=tokenizer.record.vocab_size,
         eot_id=tokenizer.record.eot_id,
         shard_tokens=request.shard_tokens,
+        special_tokens=request.special_tokens,
         val_fraction=val_split.fraction,
         single_text=corpus.single_text,
     )
@@ -123,11 +131,35 @@ def prepare(directory: OutputDirectory, request: Request, execution: Execution) 
             "settings": request.settings(),
             "repaired_documents": notes["repaired"],
             "skipped_documents": {reason: notes[reason] for reason in SKIP_REASONS},
+            "special_tokens": special_tokens.to_dict(),
+            "left_out_files": {reason: len(names) for reason, names in corpus.left_out.items()},
         },
     )
     manifest.write(directory.path)
     directory.tidy()
     print(summary(directory.path, manifest))
+
+
+def print_corpus_notes(corpus: Corpus) -> None:
+    if corpus.left_out:
+        print(describe_left_out(corpus.left_out), flush=True)
+    if corpus.hint:
+        print(corpus.hint, flush=True)
+
+
+def print_tokenizer_notes(tokenizer: SavedTokenizer, special_tokens: SpecialTokens, corpus: Corpus) -> None:
+    if special_tokens.kept:
+        print(special_tokens, flush=True)
+    if tokenizer.record.eot_id is None and not corpus.single_text:
+        print("note: the tokenizer has no end-of-text token, so nothing separates documents", flush=True)
+
+
+def fit_split(default: ValidationSplit, corpus: Corpus, request: Request) -> ValidationSplit:
+    """The split, which a small corpus needs to be larger if it is a default."""
+    split = with_retries(lambda: request.fitted_split(corpus, default))
+    if split != default:
+        print(f"validation: {split}, as the default {default.fraction} takes no document of so few", flush=True)
+    return split
 
 
 def run_deduplication(
@@ -194,7 +226,19 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("corpus", nargs="?", help=f"{corpora}, or the Hub id of any dataset")
     parser.add_argument("--output_dir", help="where the shards go")
     parser.add_argument("--source", help="local file or folder, for `files` and the shakespeare corpora")
-    parser.add_argument("--tokenizer", help="gpt2, char, bpe:N, or a saved tokenizer (default: depends on the corpus)")
+    parser.add_argument(
+        "--tokenizer",
+        help="gpt2, char, bpe:N, or a saved tokenizer: a Hub id, its folder, or that of a run, a prepared directory or "
+        "a model (default: depends on the corpus)",
+    )
+    parser.add_argument(
+        "--special_tokens",
+        choices=SPECIAL_TOKEN_CHOICES,
+        default=KEEP,
+        help="a saved tokenizer's own markers such as <|user|>, written in a document: keep them as one id, as at "
+        "inference, or encode them as ordinary text; <|endoftext|>, padding and the like are always text (default: "
+        "%(default)s)",
+    )
     parser.add_argument(
         "--shard_tokens",
         type=int,
@@ -209,6 +253,12 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
         help="validation: this fraction of the documents, chosen by hash; of a single text, its end",
     )
     parser.add_argument("--text_column", default="text", help="column of the documents in tables (default: text)")
+    parser.add_argument(
+        "--document_separator",
+        metavar="SEP",
+        help="what separates documents in a text file, or in rows that are lines: text such as '<|endoftext|>', or "
+        "`blank` for blank lines (default: a file is a document, and so is a row)",
+    )
     parser.add_argument("--hub_config", help="configuration of a Hub dataset, e.g. sample-10BT")
     parser.add_argument("--split", default="train", help="split of a Hub dataset (default: train)")
     parser.add_argument("--revision", help="commit, branch or tag of a Hub dataset")

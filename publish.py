@@ -17,14 +17,15 @@ from pathlib import Path
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 from gpt2repro.errors import Parser, UserError, run_script
+from gpt2repro.files import write_problem
 from gpt2repro.hub.model_card import model_card
 from gpt2repro.hub.upload import create_repository, upload
-from gpt2repro.models.folder import find_model, load_tokenizer, save_model_folder, tokenizer_for
+from gpt2repro.models.folder import check_tokenizer, find_model, load_tokenizer, save_model_folder, tokenizer_for
 from gpt2repro.models.openai_weights import from_gpt2, to_gpt2
 from gpt2repro.run_folder import RunFolder
 from gpt2repro.train import checkpoint
 from gpt2repro.train.metrics import read_metrics
-from gpt2repro.train.report import plot_losses
+from gpt2repro.train.report import plot_losses, shortened
 
 
 FOLDER_PREFIXES = (".", "/", "~")  # of --to; any other value is a Hub repository
@@ -41,13 +42,13 @@ def main(argv: list[str]) -> None:
         folder = Path("publish") / args.to.replace("/", "--")  # deleted once it is uploaded
         name = args.to.split("/")[-1]
 
-    model = from_gpt2(source)
-    tokenizer = load_tokenizer(args.tokenizer) if args.tokenizer else tokenizer_for(source, model)
-    if len(tokenizer) > model.config.vocab_size:
-        raise UserError(
-            f"the tokenizer has {len(tokenizer)} tokens, the model {model.config.vocab_size}; "
-            "pass the one that it was trained with as --tokenizer"
-        )
+    unwritable = write_problem(folder.parent)
+    if unwritable:
+        remedy = "choose another --to" if is_folder else "run the command in a folder that can be written"
+        raise UserError(f"--to {args.to}: {unwritable}; {remedy}")
+    model = from_gpt2(source, drop_heads=args.drop_heads)
+    tokenizer = load_tokenizer(Path(args.tokenizer).expanduser()) if args.tokenizer else tokenizer_for(source, model)
+    check_tokenizer(source, tokenizer, model.config)
     if not is_folder:
         create_repository(args.to, private=args.private or None, revision=args.revision)
     if args.format == "gpt2":
@@ -59,8 +60,13 @@ def main(argv: list[str]) -> None:
         picture = None
         if run is not None:
             picture = Path(scratch) / "loss.png"
-            draw_losses(run, last_step, picture, name)
-        save_model_folder(folder, model, tokenizer, card, picture)
+            draw_losses(run, last_step, picture, f"{name}: GPT-2, {shortened(model.num_parameters())} parameters")
+        try:
+            save_model_folder(folder, model, tokenizer, card, picture)
+        except OSError as error:
+            raise UserError(
+                f"--to {args.to}: {folder} cannot be written ({error.strerror}); make room for it"
+            ) from error
     if is_folder:
         print(f"written to {args.to}")
     else:
@@ -75,11 +81,14 @@ def checkpoint_step_of(source: Path) -> int | None:
 
 
 def draw_losses(run: RunFolder, last_step: int | None, path: Path, title: str) -> None:
-    """Draw the loss curve up to last_step; None: all of it."""
-    rows = read_metrics(run.metrics)
-    if last_step is not None:
-        rows = [row for row in rows if row["step"] <= last_step]
-    plot_losses(rows, {}, path, title)
+    """The run's own picture; for a checkpoint one up to its step, with the run's reference losses."""
+    if last_step is None and run.picture.is_file():
+        shutil.copy(run.picture, path)
+        return
+    rows = [row for row in read_metrics(run.metrics) if last_step is None or row["step"] <= last_step]
+    record = run.read_record()
+    corpora = [source["corpus"]["name"] for source in record["data"].get("sources", [record["data"]])]
+    plot_losses(rows, record.get("reference_losses", {}), path, f"{title}, {' + '.join(corpora)}")
 
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
@@ -93,6 +102,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
         help="gpt2repro: with our model code; gpt2: transformers' own class, loads anywhere (default: %(default)s)",
     )
     parser.add_argument("--tokenizer", help="folder or Hub id, if SOURCE has none")
+    parser.add_argument("--drop_heads", action="store_true", help="leave out value heads and other trainers' extras")
     parser.add_argument("--license", help="license of the weights, for the model card (default: the run's recipe's)")
     parser.add_argument("--private", action="store_true", help="create a private repository")
     parser.add_argument("--revision", help="branch to push to, created if missing (default: main)")

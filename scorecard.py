@@ -1,7 +1,7 @@
 """Compare two models on the same text.
 
-    python scorecard.py --weights-only gpt2 ./exported-gpt2             # is the conversion exact?
-    python scorecard.py --weights-only nanogpt/out/ckpt.pt ./converted --text my.txt
+    python scorecard.py gpt2 ./exported-gpt2             # is the conversion exact?
+    python scorecard.py nanogpt/out/ckpt.pt ./converted --text my.txt
 
 A and B are runs, checkpoints, model folders, Hub ids of causal language models, or files of nanoGPT, build-nanogpt and
 llm.c, with the same tokenizer. The table shows how far the hidden states of each layer and the logits differ, both
@@ -18,6 +18,7 @@ from accelerate import Accelerator
 
 from gpt2repro.errors import Parser, UserError, run_script
 from gpt2repro.evaluation.compare import as_table, compare_models
+from gpt2repro.files import write_problem
 from gpt2repro.models.folder import open_model
 from gpt2repro.prepare.built_in import python_docs
 from gpt2repro.processes import cpu_asked
@@ -29,7 +30,7 @@ CHARACTERS_PER_TOKEN = 8  # more than tokens of the default text have
 def main(argv: list[str]) -> None:
     args = parse_arguments(argv)
     device = Accelerator(cpu=cpu_asked()).device
-    name_a, name_b = args.weights_only
+    name_a, name_b = args.models
     model_a, tokenizer_a = open_model(name_a, torch.float32, args.trust_remote_code)
     model_b, tokenizer_b = open_model(name_b, torch.float32, args.trust_remote_code)
     text = read_text(args.text, args.tokens)
@@ -80,16 +81,25 @@ def default_text(min_characters: int) -> str:
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser = Parser(__doc__)
-    parser.add_argument("--weights-only", nargs=2, metavar=("A", "B"), required=True, help="the two models")
+    parser.add_argument("models", nargs="*", metavar="MODEL", help="the two models, A and B")
+    parser.add_argument("--weights-only", nargs=2, metavar=("A", "B"), help="the same, as a flag")
     parser.add_argument("--text", type=Path, help="text file (default: documentation that ships with Python)")
     parser.add_argument("--tokens", type=int, default=8192, help="length of text to compare on (default: %(default)s)")
     parser.add_argument("--output", type=Path, metavar="FILE", help="also write the comparison as JSON")
     parser.add_argument("--trust_remote_code", action="store_true", help="run the model code that comes with A or B")
     args = parser.parse_args(argv)
+    args.models = args.weights_only or args.models
+    if len(args.models) != 2:
+        raise UserError(f"{len(args.models)} models given, 2 are compared: `python scorecard.py A B`")
+    args.text = args.text and args.text.expanduser()
+    args.output = args.output and args.output.expanduser()
     if args.tokens < 1:
         raise UserError(f"--tokens {args.tokens} must be at least 1")
     if args.output and (args.output.exists() or not args.output.parent.is_dir()):
         raise UserError(f"--output {args.output} must be a new file in an existing folder; choose another name")
+    unwritable = write_problem(args.output.parent) if args.output else None
+    if unwritable:
+        raise UserError(f"--output {args.output}: {unwritable}; choose another folder")
     return args
 
 

@@ -9,13 +9,16 @@ run that was stopped. gpt2repro/recipe.py lists the recipe's fields, gpt2repro/r
 """
 
 import dataclasses
+import functools
 import logging
 import sys
+from collections.abc import Callable
 
 import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils import set_seed
+from huggingface_hub import ModelCard
 from transformers import PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
@@ -25,7 +28,7 @@ from gpt2repro.errors import refuse, report_write_errors, run_script
 from gpt2repro.evaluation.validation import validation_losses
 from gpt2repro.hub.model_card import model_card
 from gpt2repro.hub.upload import create_repository, upload
-from gpt2repro.models.folder import save_model_folder
+from gpt2repro.models.folder import rehearse_export, save_model_folder
 from gpt2repro.models.padding import without_padding
 from gpt2repro.models.unwrap import full_tensor, unwrapped
 from gpt2repro.processes import on_main
@@ -61,6 +64,7 @@ def main(argv: list[str]) -> None:
     stop_request = StopRequest(recipe.max_hours)
     check_hub_access(recipe)
     folder = begin_run(recipe, plan.data, accelerator)
+    on_main(lambda: rehearse_export(raw_model, plan.tokenizer, card_maker(plan, folder)))
 
     # Restore.
     telemetry = Telemetry(recipe, accelerator, raw_model)
@@ -71,7 +75,6 @@ def main(argv: list[str]) -> None:
     run.resume(checkpoints)
     evaluations.before_first_step(run, checkpoints)
     model.train()
-
     while not run.finished:
         micro_batches = batches.of_step(run.step)
         lr = set_lr(optimizers, lr_at(run.step, recipe))
@@ -93,6 +96,8 @@ def main(argv: list[str]) -> None:
 
     # End.
     checkpoints.close()
+    if run.stopping:
+        stop_request.ignore_signals()  # a launcher ends the other ranks when one has exited; rank 0 reports first
     run.take_best(checkpoints)
     trained = unwrapped(raw_model)  # all ranks gather a sharded model
     # Free DDP while all ranks are still alive: it destroys its process group holding the GIL, which gloo may wait for.
@@ -206,6 +211,11 @@ def print_losses(plan: Plan, accelerator: Accelerator) -> None:
 # ---- after the loop ----
 
 
+def card_maker(plan: Plan, folder: RunFolder) -> Callable[..., ModelCard]:
+    """`model_card` of this run's models; it is called before the first step too, to rehearse the export."""
+    return functools.partial(model_card, name=folder.name, repo_id=plan.recipe.hub_model_id, run=folder)
+
+
 def finish(plan: Plan, folder: RunFolder, model: PreTrainedModel, run: RunState) -> None:
     """Draw the loss curve, save the model folder, push it if asked to, and print the results and where they are.
 
@@ -222,7 +232,7 @@ def finish(plan: Plan, folder: RunFolder, model: PreTrainedModel, run: RunState)
     lines = {"unigram entropy": baseline, **recipe.reference_losses}
     plot_losses(rows, lines, folder.picture, title, exported=step if recipe.patience else None)
 
-    card = model_card(model, folder.name, recipe.hub_model_id, folder, step)
+    card = card_maker(plan, folder)(model, last_step=step)
     save_model_folder(folder.model, model, plan.tokenizer, card, folder.picture)
 
     at_step = f", at step {step:,}" if recipe.patience else ""

@@ -4,11 +4,13 @@ only, as every script starts here."""
 import argparse
 import contextlib
 import errno
+import json
 import os
 import re
 import sys
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import NoReturn
 
 
@@ -81,6 +83,7 @@ def run_script(main: Callable[[list[str]], None]) -> None:
         main(sys.argv[1:])
     except UserError as error:
         _close_progress_bars()
+        _tell_launcher(error)
         _print_error(error, rank=int(os.environ.get("RANK", "0")))
         sys.exit(2)
     except KeyboardInterrupt:
@@ -98,6 +101,20 @@ def _print_error(error: UserError, rank: int) -> None:
     suffix = "" if rank == 0 else f" (rank {rank})"
     for line in str(error).splitlines():
         print(f"error: {line}{suffix}", file=sys.stderr, flush=True)
+
+
+def _tell_launcher(error: UserError) -> None:
+    """Write the error where torchrun looks for the reason of a failure, and prints it at the end of its own report.
+
+    Source: torch/distributed/elastic/multiprocessing/errors/error_handler.py, ErrorHandler.record_exception.
+    """
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if path is None:
+        return
+    text = "\n".join(f"error: {line}" for line in str(error).splitlines())
+    report = {"message": {"message": text, "extraInfo": {"timestamp": str(int(time.time()))}}}
+    with contextlib.suppress(OSError):  # a report is not worth another error
+        Path(path).write_text(json.dumps(report))
 
 
 def _close_progress_bars() -> None:

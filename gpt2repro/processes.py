@@ -5,6 +5,7 @@ torch and accelerate are imported where they are used: the processes that prepar
 
 import os
 import platform
+import sys
 import threading
 from collections.abc import Callable
 from multiprocessing.process import BaseProcess
@@ -43,6 +44,25 @@ def on_main(function: Callable[[], Any]) -> Any:
     return result
 
 
+def note(text: str) -> None:
+    """Print a line for the user on stderr, once: on rank 0, whether or not the process group exists yet."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"note: {text}", file=sys.stderr, flush=True)
+
+
+def note_missing_processes() -> None:
+    """Say so if `accelerate launch --cpu --num_processes N` started one process instead of N.
+
+    Of N it then passes on only the address at which the processes would have met.
+    """
+    launched = "ACCELERATE_MIXED_PRECISION" in os.environ
+    if launched and "MASTER_PORT" in os.environ and "WORLD_SIZE" not in os.environ:
+        note(
+            "`accelerate launch` started one process: with --cpu it ignores --num_processes; for several, pass "
+            "--config_file accelerate_configs/multi_cpu.yaml --num_processes N instead of --cpu"
+        )
+
+
 def cpu_asked() -> bool:
     """Whether this run must stay on the CPU: `use_cpu: true` in the accelerate config, or every GPU hidden.
 
@@ -76,8 +96,8 @@ def missing_gpu() -> list[str]:
     if cpu_asked() or not wants_gpu or torch.accelerator.is_available():
         return []
     return [
-        "the launch command asks for a GPU, but torch finds none; use accelerate_configs/cpu.yaml or multi_cpu.yaml, "
-        "or install a torch build for this machine's GPU"
+        "the launch command asks for a GPU, but torch finds none; use accelerate_configs/cpu.yaml or multi_cpu.yaml "
+        "(with torchrun: set ACCELERATE_USE_CPU=true), or install a torch build for this machine's GPU"
     ]
 
 

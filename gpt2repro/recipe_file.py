@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import difflib
 import math
+import os
 import typing
 from collections.abc import Iterable
 from pathlib import Path
@@ -42,6 +43,7 @@ OTHER_NAMES = {  # what nanoGPT and transformers' Trainer call a field -> what i
     "model_name_or_path": "init_from",
     "early_stopping_patience": "patience",
 }
+PATH_FIELDS = ("output_dir", "data_dir", "init_from", "hellaswag_data")
 CLOSE = 0.75  # difflib's similarity from which a name is suggested
 
 
@@ -71,6 +73,7 @@ def parse_recipe(argv: list[str], default_config: Path, config_class: type) -> t
     if "data_dir" in flags:
         in_file.pop("data", None)  # the flag replaces the file's mixture
     fields, value_problems = convert_fields(in_file | flags, types)
+    expand_home(fields)
     if fields.get("data"):
         fields["data_dir"] = ""  # a mixture does not read it
     return Recipe(**fields), problems + value_problems
@@ -245,6 +248,15 @@ def convert_fields(values: dict, types: dict[str, Any]) -> tuple[dict[str, Any],
         else:
             fields[name] = converted
     return fields, problems
+
+
+def expand_home(fields: dict[str, Any]) -> None:
+    """Expand the `~` of paths, which no shell does in a recipe file or in --output_dir=~/runs."""
+    for name in PATH_FIELDS:
+        if fields.get(name):
+            fields[name] = os.path.expanduser(fields[name])
+    if fields.get("data"):
+        fields["data"] = {os.path.expanduser(directory): weight for directory, weight in fields["data"].items()}
 
 
 def convert(value: Any, hint: Any) -> Any:

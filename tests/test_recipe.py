@@ -163,6 +163,14 @@ def test_a_list_is_given_by_a_flag(tmp_path):
     assert parse(tmp_path, "", "--sample_prompts=-1")[0].sample_prompts == ["-1"]
 
 
+def test_home_is_expanded_in_every_path(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    recipe, problems = parse(tmp_path, "data_dir: ~/d\ninit_from: ~/m\nhellaswag_data: ~/h", "--output_dir=~/x")
+    paths = (recipe.data_dir, recipe.init_from, recipe.hellaswag_data, recipe.output_dir)
+    assert problems == [] and paths == ("/home/me/d", "/home/me/m", "/home/me/h", "/home/me/x")
+    assert parse(tmp_path, "", "--data", "~/a=1", "b~=2")[0].data == {"/home/me/a": 1.0, "b~": 2.0}
+
+
 def test_help_shows_choices_and_the_models_fields():
     text = " ".join(build_parser(GPT2ReproConfig).format_help().split())
     assert "--lr_schedule {cosine,linear,constant,wsd}" in text and "--compile [{true,false}]" in text

@@ -17,7 +17,7 @@ import yaml
 from safetensors.torch import load_file
 from support import PATIENCE, ROOT, measured
 from support import metric_rows as rows
-from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, LlamaConfig
+from transformers import AutoTokenizer, GenerationConfig, GPT2Config, GPT2LMHeadModel, LlamaConfig
 
 import train_accelerate
 from gpt2repro.data.batches import MicroBatches
@@ -302,9 +302,11 @@ def test_fine_tuning_that_only_harms_keeps_the_given_model(train, trained, tmp_p
 
 def test_a_run_is_repeated_from_its_record(train, trained, tmp_path):
     """The card names the corpus that was read, whatever the recipe was for."""
-    train(tmp_path / "again", "--config", trained[0] / "recipe.yaml")
+    train(tmp_path / "again", "--config", trained[0] / "recipe.yaml", "--corpus", "python-docs")
     for name, tensor in weights(trained[0]).items():
         assert torch.equal(tensor, weights(tmp_path / "again")[name])
+    assert yaml.safe_load((tmp_path / "again" / "recipe.yaml").read_text())["corpus"] == "files"
+    assert "python-docs" not in (tmp_path / "again" / "model" / "README.md").read_text()
 
 
 def test_an_error_stands_on_a_line_of_its_own(train, tmp_path):
@@ -338,6 +340,8 @@ def test_fine_tuning_starts_from_a_gpt2_whose_positions_it_crops(train, data_dir
     vocab_size = Manifest.read(data_dir).tokenizer.vocab_size
     gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=vocab_size, n_positions=48, n_layer=1, n_head=2, n_embd=32))
     gpt2.save_pretrained(tmp_path / "gpt2")
+    generation = {"num_beams": 3, "num_return_sequences": 2, "do_sample": False, "temperature": 0.7}
+    (tmp_path / "gpt2" / "generation_config.json").write_text(json.dumps(generation))
     recipe = yaml.safe_load(RECIPE) | {"init_from": str(tmp_path / "gpt2"), "max_steps": 2, "warmup_steps": 0}
     recipe |= {"learning_rate": 0.0, "min_learning_rate": 0.0, "model": {"resid_pdrop": 0.25}}
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
@@ -347,9 +351,13 @@ def test_fine_tuning_starts_from_a_gpt2_whose_positions_it_crops(train, data_dir
     assert torch.equal(tuned["transformer.h.0.mlp.c_fc.weight"], gpt2.transformer.h[0].mlp.c_fc.weight.T)
     config = json.loads((tmp_path / "tuned" / "model" / "config.json").read_text())
     assert (config["n_positions"], config["resid_pdrop"], config["attn_pdrop"]) == (32, 0.25, 0.0)
-    shutil.rmtree(tmp_path / "gpt2")  # a resumed run does not need init_from
+    exported = GenerationConfig.from_pretrained(tmp_path / "tuned" / "model")
+    assert (exported.num_beams, exported.num_return_sequences, exported.temperature) == (3, 2, 1.0)
+    shutil.rmtree(tmp_path / "gpt2")  # a run that goes on does not need its beginning
+    shutil.rmtree(tmp_path / "tuned" / "model")
     done = train(tmp_path / "tuned", "--config", tmp_path / "recipe.yaml")
     assert "resuming after step 2 of 2" in done.stdout
+    assert GenerationConfig.from_pretrained(tmp_path / "tuned" / "model") == exported
 
 
 def test_bf16_autocast_keeps_float32_weights(train, tmp_path):
@@ -670,9 +678,11 @@ def test_init_from_has_its_own_sizes_whatever_the_recipe_says(data_dir, recipe_f
         assert "n_layer=3, n_head=2, n_embd=16; the recipe's n_" in said or "n_layer=3, n_embd=16; the recipe's" in said
 
 
-def test_a_directory_that_cannot_be_written_is_refused_at_the_start(refused, tmp_path, monkeypatch):
+def test_a_directory_that_cannot_be_written_is_refused_at_the_start(refused, small_disk, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     assert f"{tmp_path / 'file'} is a file; choose another" in refused("--output_dir", tmp_path / "file" / "a" / "b")
+    disk = small_disk(2**20, flags=1)  # MS_RDONLY: not even root may write
+    assert f"{disk} is read-only; choose another --output_dir" in refused("--output_dir", disk / "runs" / "a")
     monkeypatch.setattr(preflight.os, "access", lambda path, mode: path != tmp_path)
     message = refused("--output_dir", tmp_path / "new" / "run")
     assert f"output_dir={tmp_path / 'new' / 'run'} cannot be written: {tmp_path} is read-only; choose" in message

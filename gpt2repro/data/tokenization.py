@@ -23,6 +23,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from gpt2repro.data.manifest import TokenizerRecord
 from gpt2repro.errors import UserError, first_line
+from gpt2repro.run_folder import RunFolder
 
 
 if TYPE_CHECKING:
@@ -30,6 +31,10 @@ if TYPE_CHECKING:
 
 END_OF_TEXT = "<|endoftext|>"
 ENCODER_SHA256 = "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783"  # tiktoken_ext/openai_public.py
+KEEP, AS_TEXT = "keep", "text"
+SPECIAL_TOKEN_CHOICES = (KEEP, AS_TEXT)
+CONTROL_ROLES = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json")
 EncodeBatch = Callable[[list[str]], list[Sequence[int] | np.ndarray]]
 
 
@@ -41,7 +46,7 @@ class Tokenizer:
     vocab_size: number of token ids, end-of-text included.
     eot_id: id of `<|endoftext|>`, which opens every document; None for characters, which have no such token.
     encode_batch: texts -> token ids of each, as a list or an array. Special tokens written out in a text are encoded as
-        ordinary text.
+        SpecialTokens says, with KEEP.
     fast: the transformers tokenizer that ships with the data and the model; it gives the same ids as encode_batch.
     """
 
@@ -57,6 +62,51 @@ class Tokenizer:
         return TokenizerRecord(self.name, self.vocab_size, self.eot_id, sha256(definition.encode()).hexdigest())
 
 
+@dataclass(frozen=True)
+class SpecialTokens:
+    """How special tokens that are written out in a document are encoded.
+
+    kept: each as its one id, as the saved tokenizer encodes it at inference: markers such as <|user|>.
+    as_text: as ordinary text. Always so `<|endoftext|>` and all others with a role (CONTROL_ROLES): a web page that
+        mentions one must not end a document.
+    """
+
+    kept: tuple[str, ...] = ()
+    as_text: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, definition: str, control: set[str], choice: str) -> SpecialTokens:
+        """Those of a tokenizer.
+
+        Args:
+            definition: the content of its tokenizer.json.
+            control: those with a role.
+            choice: for the others; one of SPECIAL_TOKEN_CHOICES.
+        """
+        added = json.loads(definition).get("added_tokens") or []
+        special = [token["content"] for token in added if token["special"]]
+        kept = [token for token in special if choice == KEEP and token not in control | {END_OF_TEXT}]
+        return cls(tuple(kept), tuple(token for token in special if token not in kept))
+
+    @classmethod
+    def read(cls, folder: Path, choice: str) -> SpecialTokens:
+        """Those of a tokenizer that prepare_data.py saved in a folder."""
+        config = json.loads((folder / "tokenizer_config.json").read_text())
+        values = [config.get(f"{role}_token") for role in CONTROL_ROLES]
+        control = {value["content"] if isinstance(value, dict) else value for value in values if value}
+        return cls.of((folder / "tokenizer.json").read_text(), control, choice)
+
+    def to_dict(self) -> dict[str, list[str]]:
+        """What the manifest records."""
+        return {KEEP: list(self.kept), AS_TEXT: list(self.as_text)}
+
+    def __str__(self) -> str:
+        kept, as_text = ", ".join(self.kept), ", ".join(self.as_text)
+        return (
+            f"special tokens written in a document: one id each for {kept}; ordinary text for {as_text or 'no others'}"
+        )
+
+
 def padded_vocab_size(vocab_size: int) -> int:
     """Rows of the embedding: vocab_size rounded up to a multiple of 64, whole tiles of the matrix units."""
     return math.ceil(vocab_size / 64) * 64
@@ -66,7 +116,8 @@ def build_tokenizer(name: str, texts: Iterable[str]) -> Tokenizer:
     """Build or load the tokenizer called `name`.
 
     Args:
-        name: `gpt2`, `char`, `bpe:N` with N token ids in total, or the folder or Hub id of a saved tokenizer.
+        name: `gpt2`, `char`, `bpe:N` with N token ids in total, or the folder or Hub id of a saved tokenizer; a run, a
+            prepared directory and a model folder hold one.
         texts: training texts of char and bpe; not read for the others.
     Raises:
         UserError: no such tokenizer, N too small, or the vocabulary is unavailable.
@@ -93,33 +144,71 @@ def expected_vocab_size(name: str) -> int:
     return _bpe_size(name) if name.startswith("bpe:") else build_tokenizer(name, ()).vocab_size
 
 
-def load_encoder(name: str, folder: Path) -> EncodeBatch:
-    """`Tokenizer.encode_batch` of a tokenizer that was built earlier and saved in `folder`."""
+def load_encoder(name: str, folder: Path, special_tokens: str = KEEP) -> EncodeBatch:
+    """`Tokenizer.encode_batch` of a tokenizer that was built earlier and saved in `folder`.
+
+    Args:
+        special_tokens: one of SPECIAL_TOKEN_CHOICES.
+    """
     if name == "gpt2":
         return _gpt2_encode_batch(gpt2_encoding())
-    return _fast_encode_batch(tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json")))
+    definition = (folder / "tokenizer.json").read_text()
+    return _fast_encode_batch(_backend(definition, SpecialTokens.read(folder, special_tokens).kept))
 
 
 def _saved_tokenizer(name: str) -> Tokenizer:
     from transformers import AutoTokenizer
 
+    folder = _tokenizer_folder(Path(name).expanduser())
+    if folder and _is_vocabulary_alone(folder):
+        return _from_fast(name, _from_vocabulary(name, folder))
     try:
-        return _from_fast(name, AutoTokenizer.from_pretrained(name))
+        return _from_fast(name, AutoTokenizer.from_pretrained(folder or name))
     except UserError:
         raise
     except Exception as error:  # transformers and tokenizers share no base class for unreadable files
         raise UserError(
             f"--tokenizer {name}: neither gpt2, char nor bpe:N, nor a folder or Hub id that holds a tokenizer "
-            f"({first_line(error)})"
+            f"({first_line(error)}); a run, a prepared directory or a model folder holds one"
         ) from error
+
+
+def _tokenizer_folder(folder: Path) -> Path | None:
+    """Where a run, a prepared directory or a model folder has its tokenizer; None if it has none."""
+    run = RunFolder(folder)
+    places = [folder, folder / "tokenizer", run.model]
+    if checkpoint := run.latest_checkpoint():
+        places.append(checkpoint)
+    return next((place for place in places if any((place / name).exists() for name in TOKENIZER_FILES)), None)
+
+
+def _is_vocabulary_alone(folder: Path) -> bool:
+    """Whether a folder holds GPT-2's two vocabulary files and nothing that says which tokenizer they are of."""
+    described = any((folder / name).exists() for name in ("tokenizer.json", "tokenizer_config.json", "config.json"))
+    return not described and (folder / "vocab.json").exists() and (folder / "merges.txt").exists()
+
+
+def _from_vocabulary(name: str, folder: Path) -> PreTrainedTokenizerFast:
+    """GPT-2's tokenizer with the vocabulary of vocab.json and merges.txt."""
+    try:
+        model = models.BPE.from_file(str(folder / "vocab.json"), str(folder / "merges.txt"))
+        vocab = json.loads((folder / "vocab.json").read_text())
+    except Exception as error:  # tokenizers raises Exception itself
+        raise UserError(
+            f"--tokenizer {name}: vocab.json or merges.txt cannot be read ({first_line(error)}); fix them, or choose "
+            "another tokenizer"
+        ) from error
+    return _byte_level(model, has_end_of_text=END_OF_TEXT in vocab)
 
 
 def _from_fast(name: str, fast: PreTrainedTokenizerBase) -> Tokenizer:
     if not fast.is_fast:
         raise UserError(f"--tokenizer {name}: a slow tokenizer; only tokenizers with a tokenizer.json are supported")
-    backend = tokenizers.Tokenizer.from_str(fast.backend_tokenizer.to_str())
+    definition = fast.backend_tokenizer.to_str()
+    control = {token for role in CONTROL_ROLES if (token := getattr(fast, f"{role}_token"))}
+    encode = _fast_encode_batch(_backend(definition, SpecialTokens.of(definition, control, KEEP).kept))
     vocab_size = max(fast.get_vocab().values()) + 1  # the ids may have gaps
-    return Tokenizer(name, vocab_size, fast.eos_token_id, _fast_encode_batch(backend), fast)
+    return Tokenizer(name, vocab_size, fast.eos_token_id, encode, fast)
 
 
 def _gpt2_encode_batch(encoding: tiktoken.Encoding) -> EncodeBatch:
@@ -135,6 +224,15 @@ def _gpt2_encode_batch(encoding: tiktoken.Encoding) -> EncodeBatch:
 @cache
 def _gpt2_backend() -> tokenizers.Tokenizer:
     return fast_from_tiktoken(gpt2_encoding()).backend_tokenizer
+
+
+def _backend(definition: str, kept: Sequence[str]) -> tokenizers.Tokenizer:
+    """The tokenizer of a tokenizer.json, in which the special tokens to keep are ordinary added tokens, which
+    `encode_special_tokens` leaves whole."""
+    content = json.loads(definition)
+    for token in content.get("added_tokens") or []:
+        token["special"] = token["special"] and token["content"] not in kept
+    return tokenizers.Tokenizer.from_str(json.dumps(content))
 
 
 def _fast_encode_batch(backend: tokenizers.Tokenizer) -> EncodeBatch:
@@ -243,11 +341,13 @@ def _pair_of(token: bytes, ranks: dict[bytes, int]) -> list[bytes]:
     return parts
 
 
-def _byte_level(model: models.BPE) -> PreTrainedTokenizerFast:
+def _byte_level(model: models.BPE, has_end_of_text: bool = True) -> PreTrainedTokenizerFast:
     """GPT-2's tokenizer around a BPE model: its pre-tokenization regex, bytes as printable characters."""
     backend = tokenizers.Tokenizer(model)
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     backend.decoder = decoders.ByteLevel()
+    if not has_end_of_text:
+        return _as_transformers(backend)
     backend.add_special_tokens([END_OF_TEXT])
     return _as_transformers(backend, eos_token=END_OF_TEXT, bos_token=END_OF_TEXT)
 

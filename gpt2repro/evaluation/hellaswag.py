@@ -21,7 +21,6 @@ import json
 import math
 import zlib
 from dataclasses import dataclass
-from pathlib import Path
 
 import datasets
 import torch
@@ -36,7 +35,6 @@ HUB_ID = "Rowan/hellaswag"
 OPENAI_GPT2 = {"hellaswag_acc": 0.2859, "hellaswag_acc_norm": 0.2955}  # 124M, full set; build-nanogpt hellaswag.py
 FULL_SET = 10_042  # items of the validation set
 ENDINGS = 4
-METRIC_FOLDER = Path(__file__).parent / "metrics" / "hellaswag"
 
 
 def load_items(data: str | None = None, limit: int | None = None, flag: str = "--data") -> list[dict]:
@@ -344,11 +342,13 @@ def indices_of_rank(encoded_items: list[EncodedItem], rank: int, world_size: int
 
 
 def compute_metric(records: list[dict]) -> dict:
-    """The metrics of `evaluate_hellaswag` from its records, computed by the `evaluate` metric in metrics/hellaswag."""
-    import evaluate  # takes a second to import, which most training runs need not spend
+    """The metrics of `evaluate_hellaswag` from its records, by the formula of the `evaluate` metric in
+    metrics/hellaswag. `evaluate` itself is left out: it needs a cache that it can write to, and in the middle of a run
+    it is too late to find out that there is none."""
+    # Importing it imports `evaluate`, which takes a second that most training runs need not spend.
+    from gpt2repro.evaluation.metrics.hellaswag.hellaswag import accuracies
 
-    metric = evaluate.load(str(METRIC_FOLDER), keep_in_memory=True)
-    result = metric.compute(
+    result = accuracies(
         summed_nll=[record["summed_nll"] for record in records],
         ending_tokens=[record["ending_tokens"] for record in records],
         references=[record["label"] for record in records],

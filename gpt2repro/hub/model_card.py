@@ -58,7 +58,8 @@ def model_card(
     metrics: dict[str, Any] = {}
     if run is not None:
         record = run.read_record()
-        metrics = _metrics_of_step(read_metrics(run.metrics), record, last_step)
+        if run.metrics.is_file():  # absent before the first step
+            metrics = _metrics_of_step(read_metrics(run.metrics), record, last_step)
     results = _results(metrics, record)
     license = license or record.get("license")
     metadata = _metadata(name, license, record, metrics, results)
@@ -238,7 +239,7 @@ def _public_settings(record: dict[str, Any]) -> dict[str, Any]:
     """The recipe without paths on the machine that ran it."""
     settings = {name: value for name, value in record.items() if name not in NOT_SHOWN}
     if "corpus" in settings:
-        settings["corpus"] = _public_name(settings["corpus"])
+        settings["corpus"] = _public_name(record["data"]["corpus"]["name"])  # the recipe may have named another one
     settings["init_from"] = _started_from(record)
     return settings
 

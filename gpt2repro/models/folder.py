@@ -3,32 +3,39 @@
 import contextlib
 import json
 import shutil
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 from filelock import FileLock
-from huggingface_hub import ModelCard
+from huggingface_hub import ModelCard, constants, get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
+from huggingface_hub.errors import HfHubHTTPError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
-    GenerationConfig,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     dynamic_module_utils,
 )
 
 from gpt2repro.data.tokenization import build_tokenizer
-from gpt2repro.errors import UserError
+from gpt2repro.errors import UserError, first_line
 from gpt2repro.files import new_folder
-from gpt2repro.models.errors import explained
-from gpt2repro.models.openai_weights import from_gpt2
-from gpt2repro.models.padding import without_padding
+from gpt2repro.models.errors import ACCESS_DENIED, LOG_IN, explained
+from gpt2repro.models.foreign_checkpoints import WRAPPERS, first_three
+from gpt2repro.models.generation_defaults import load_generation_defaults, our_generation_defaults
+from gpt2repro.models.openai_weights import MASK_BUFFERS, WEIGHT_FILES, from_gpt2
+from gpt2repro.models.padding import unpadded, without_padding
+from gpt2repro.processes import note
 from gpt2repro.run_folder import RunFolder
-from modeling_gpt2repro import register_auto_classes
+from modeling_gpt2repro import GPT2ReproForCausalLM, register_auto_classes
 
 
+ADAPTER_CONFIG = "adapter_config.json"  # PEFT's
+HUB_TIMEOUT = 10.0  # seconds
 # What transformers records about its own loading; nothing a reader of the folder needs.
 TOKENIZER_INTERNALS = ("backend", "is_local", "local_files_only")
 
@@ -37,21 +44,61 @@ def find_model(name: str) -> str:
     """Resolve what a user calls a model: a run (its model folder), a model folder, another trainer's file or a Hub id.
 
     Raises:
-        UserError: a folder without a model, or a path that does not exist.
+        UserError: a folder without a model, a LoRA adapter, a path that does not exist, or a Hub id that the Hub does
+            not have, or cannot be asked about.
     """
-    folder = Path(name)
-    for candidate in (RunFolder(folder).model, folder):
+    path = Path(name).expanduser()
+    for candidate in (RunFolder(path).model, path):
+        if (candidate / ADAPTER_CONFIG).is_file() and not _has_weights(candidate):
+            raise UserError(_merge_first(candidate))
         if (candidate / "config.json").is_file():
             return str(candidate)
-    if folder.is_file():
-        return name
-    if folder.exists():
-        newest = RunFolder(folder).latest_checkpoint()
+    if path.is_file():
+        lies_in_model_folder = path.name in WEIGHT_FILES and (path.parent / "config.json").is_file()
+        return str(path.parent if lies_in_model_folder else path)
+    if path.exists():
+        newest = RunFolder(path).latest_checkpoint()
         unfinished = f" (an unfinished run; its newest checkpoint is {newest})" if newest else ""
         raise UserError(f"{name} holds no model: neither config.json nor model/config.json exists{unfinished}")
-    if name.count("/") > 1 or name.startswith((".", "/")):
+    if name.count("/") > 1 or name.startswith((".", "/", "~")):
         raise UserError(f"{name} does not exist; give a model folder, a run folder or a Hub id")
+    _check_hub(name)
     return name
+
+
+def _check_hub(name: str) -> None:
+    """Ask the Hub once, without retries, for a model that is not in the cache; the libraries ask for each file."""
+    is_cached = isinstance(try_to_load_from_cache(name, "config.json"), str)
+    if is_cached or constants.HF_HUB_OFFLINE:
+        return
+    try:
+        get_hf_file_metadata(hf_hub_url(name, "config.json"), timeout=HUB_TIMEOUT)
+    except Exception as error:  # network, permission and name errors share no base class
+        remedy = "check the name and the network"
+        if isinstance(error, HfHubHTTPError) and error.response.status_code in ACCESS_DENIED:
+            remedy = LOG_IN
+        raise UserError(
+            f"{name} is no file or folder here, and no model of that name can be loaded from the Hub "
+            f"({first_line(error)}); {remedy}"
+        ) from error
+
+
+def _has_weights(folder: Path) -> bool:
+    return any((folder / name).is_file() for file in WEIGHT_FILES for name in (file, f"{file}.index.json"))
+
+
+def _merge_first(folder: Path) -> str:
+    """The message about a folder that holds an adapter instead of a model."""
+    base = json.loads((folder / ADAPTER_CONFIG).read_text()).get("base_model_name_or_path")
+    merge = (
+        "from transformers import AutoModelForCausalLM as M; from peft import PeftModel as P; "
+        f"m = M.from_pretrained('{base}', trust_remote_code=True); "
+        f"P.from_pretrained(m, '{folder}').merge_and_unload().save_pretrained('{folder}-merged')"
+    )
+    return (
+        f"{folder} is a LoRA adapter of {base} ({ADAPTER_CONFIG}), not a model; merge the two with "
+        f'`python -c "{merge}"` and copy the tokenizer there'
+    )
 
 
 def save_model_folder(
@@ -70,22 +117,45 @@ def save_model_folder(
         picture: the loss curve as PNG.
     """
     model = without_padding(model)
-    config = model.config
     if model.generation_config._from_model_config:  # nobody has chosen one
-        model.generation_config = GenerationConfig(
-            bos_token_id=config.bos_token_id, eos_token_id=config.eos_token_id, do_sample=True, top_k=50
-        )
-    tokenizer.model_max_length = config.n_positions
+        model.generation_config = our_generation_defaults(model.config)
     with new_folder(folder) as unfinished:
         model.save_pretrained(unfinished)
-        _save_tokenizer(unfinished, tokenizer)
+        _save_tokenizer(unfinished, tokenizer, model.config.n_positions)
         card.save(unfinished / "README.md")
         if picture:
             shutil.copy(picture, unfinished / "loss.png")
 
 
-def _save_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+def rehearse_export(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, make_card: Callable[[PreTrainedModel], ModelCard]
+) -> None:
+    """Do everything that `save_model_folder` does except writing weights, in a temporary folder, so that what cannot be
+    saved ends a run before its first step and not after its last.
+
+    Args:
+        model: only its configuration and generation defaults are read; it may be sharded.
+        make_card: the model card of the model that it is given, which has no weights.
+    Raises:
+        UserError: the export would fail.
+    """
+    with torch.device("meta"):
+        exported = GPT2ReproForCausalLM(unpadded(model.config))
+    exported.generation_config = model.generation_config
+    if model.generation_config._from_model_config:
+        exported.generation_config = our_generation_defaults(model.config)
+    problem = "the model folder could not be saved at the end of this run"
+    with tempfile.TemporaryDirectory() as scratch, explained(problem, "correct what it names and repeat the command"):
+        folder = Path(scratch)
+        exported.config.save_pretrained(folder)  # with the model's code
+        exported.generation_config.save_pretrained(folder)
+        _save_tokenizer(folder, tokenizer, exported.config.n_positions)
+        make_card(exported).save(folder / "README.md")
+
+
+def _save_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase, n_positions: int) -> None:
     """Save the tokenizer so that transformers 4 loads it as well."""
+    tokenizer.model_max_length = n_positions
     tokenizer.save_pretrained(folder)
     path = folder / "tokenizer_config.json"
     settings = json.loads(path.read_text())
@@ -117,6 +187,31 @@ def load_tokenizer(name: str | Path, trust_remote_code: bool = False) -> PreTrai
     return tokenizer
 
 
+def check_tokenizer(name: str, tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> None:
+    """Refuse a tokenizer with tokens for which the model has no row: its ids would end in an index error.
+
+    Raises:
+        UserError: it has.
+    """
+    text_config = config.get_text_config()
+    rows = getattr(text_config, "unpadded_vocab_size", None) or text_config.vocab_size
+    without_row = [token for token, id in tokenizer.get_vocab().items() if id >= rows]
+    if not without_row:
+        return
+    problem = f"{name}: the tokenizer has {len(tokenizer)} tokens, the model {rows}"
+    if not set(without_row) <= tokenizer.get_added_vocab().keys():
+        raise UserError(f"{problem}: it belongs to another model; give the one that the model was trained with")
+    resize = (
+        "from transformers import AutoModelForCausalLM as M; "
+        f"m = M.from_pretrained('{name}', trust_remote_code=True); "
+        f"m.resize_token_embeddings({len(tokenizer)}); m.save_pretrained('{name}')"
+    )
+    raise UserError(
+        f"{problem}: {', '.join(without_row[:3])} was added without a row; add it with "
+        f'`python -c "{resize}"`, or save the tokenizer without it'
+    )
+
+
 def open_model(
     name: str, dtype: str | torch.dtype = "auto", trust_remote_code: bool = False
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -126,7 +221,7 @@ def open_model(
         dtype: of the weights; "auto" keeps the dtype they were saved in.
         trust_remote_code: run the model code that comes with the weights if transformers does not know the model.
     Raises:
-        UserError: no such folder, no model in it, or not a causal language model with a tokenizer.
+        UserError: no such folder, no model in it, or not a causal language model with a tokenizer of its own.
     """
     register_auto_classes()
     path = find_model(name)
@@ -137,17 +232,23 @@ def open_model(
         _remote_code_lock() if trust_remote_code else contextlib.nullcontext(),
         explained(f"{name}: no model can be loaded from there", "give a folder of save_pretrained or a Hub id"),
     ):
-        AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
     tokenizer = load_tokenizer(path, trust_remote_code)  # before the weights, so that mistakes show early
+    check_tokenizer(path, tokenizer, config)
     with explained(f"{name}: not a causal language model with weights", "give one that AutoModelForCausalLM can load"):
         model, loading_info = AutoModelForCausalLM.from_pretrained(
             path,
             dtype=dtype,
+            generation_config=load_generation_defaults(path, config),
             trust_remote_code=trust_remote_code,
+            key_mapping={WRAPPERS: ""},
             output_loading_info=True,
             ignore_mismatched_sizes=True,
         )
     _refuse_random_weights(name, loading_info)
+    unused = sorted(key for key in loading_info["unexpected_keys"] if not key.endswith(MASK_BUFFERS))
+    if unused:
+        note(f"{name} also holds {first_three(unused)}, which the language model does not use")
     return model, tokenizer
 
 
@@ -156,22 +257,26 @@ def _refuse_random_weights(name: str, loading_info: dict) -> None:
     missing = sorted(loading_info["missing_keys"])
     misshapen = sorted(key for key, *_ in loading_info["mismatched_keys"])
     random = missing + misshapen
-    if not random:
-        return
-    shown = ", ".join(random[:3])
-    if len(random) > 3:
-        shown += ", ..."
-    raise UserError(
-        f"{name} lacks {len(random)} of the model's tensors, or has them in other shapes ({shown}); save it again"
-    )
+    if random:
+        raise UserError(
+            f"{name} lacks {len(random)} of the model's tensors, or has them in other shapes ({first_three(random)}); "
+            "save it again"
+        )
 
 
 @contextlib.contextmanager
 def _remote_code_lock() -> Iterator[None]:
     """One process at a time: transformers copies a model's code to where another process may be importing it."""
     folder = Path(dynamic_module_utils.HF_MODULES_CACHE)
-    folder.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder / ".lock"):
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder / ".lock").acquire()
+    except OSError as error:
+        raise UserError(
+            f"--trust_remote_code copies the model's code to {folder}, which cannot be written ({first_line(error)}); "
+            "set HF_MODULES_CACHE to a folder that can"
+        ) from error
+    with lock:
         yield
 
 

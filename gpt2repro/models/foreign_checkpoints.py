@@ -1,15 +1,16 @@
 """Checkpoint files of other GPT-2 trainers, read without executing anything in them.
 
     format         file             model under   sizes under             GELU
-    nanoGPT        ckpt.pt          "model"       "model_args", a dict    exact, see below
+    nanoGPT        ckpt.pt          "model"       "model_args", a dict    exact or tanh, see below
     build-nanogpt  log/model_*.pt   "model"       "config", a GPTConfig   tanh
     llm.c          model_*.bin      raw tensors   header of 256 int32     tanh
 
 Sources: karpathy/nanoGPT, train.py and model.py; karpathy/build-nanogpt, train_gpt2.py; karpathy/llm.c, write_model and
 write_tensors in train_gpt2.py, gpt2_write_to_checkpoint and fill_in_parameter_sizes in train_gpt2.cu.
 
-nanoGPT uses the exact GELU since pull request 274 (June 2023) and used the tanh approximation before; the file does not
-record which, so the exact one is assumed. nanoGPT treats a padding row of its vocabulary like any other token.
+nanoGPT uses the exact GELU since pull request 274 (June 2023) and used the tanh approximation before. Files from before
+its `bias` option (January 2023) lack that field, so they have biases and tanh; for the others, which do not record the
+GELU, the exact one is assumed. nanoGPT treats a padding row of its vocabulary like any other token.
 All three store projections as nn.Linear does, (out, in), and under our parameter names.
 """
 
@@ -26,9 +27,13 @@ from gpt2repro.errors import UserError
 
 
 SIZES = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd")  # GPTConfig's, in the order of llm.c's header
-NANOGPT_ARGS = (*SIZES, "bias", "dropout")
+NANOGPT_OPTIONS = ("bias", "dropout")  # its first releases lack bias
 GPT2_VOCAB = 50257  # the last token, 50256, is <|endoftext|>
 GPT2_VOCAB_PADDED = 50304  # nanoGPT's default and build-nanogpt's choice
+# What DistributedDataParallel, torch.compile, FSDP and activation checkpointing put before or into a parameter's name.
+WRAPPERS = r"(?<![^.])(?:(?:module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.)+"
+BASE_MODEL = ("wte.", "wpe.", "h.", "ln_f.")  # of GPT2Model, which is saved without the prefix `transformer.`
+LANGUAGE_MODEL = ("transformer.", "lm_head.")
 DROPOUTS = ("resid_pdrop", "embd_pdrop", "attn_pdrop")  # nanoGPT has one rate for all three
 
 ZIP_MAGIC = b"PK\x03\x04"  # torch.save since torch 1.6
@@ -49,9 +54,11 @@ class _GPTConfig:
     """Stands in for build-nanogpt's GPTConfig while unpickling; accepts any fields."""
 
 
-def read_checkpoint_file(path: str | Path) -> tuple[dict, dict[str, torch.Tensor]]:
+def read_checkpoint_file(path: str | Path, drop_heads: bool = False) -> tuple[dict, dict[str, torch.Tensor]]:
     """Read a checkpoint of nanoGPT, build-nanogpt or llm.c; the content tells which.
 
+    Args:
+        drop_heads: leave out tensors that are not part of a language model, e.g. a value head.
     Returns:
         The fields of GPT2ReproConfig that the file determines; and the tensors by our parameter names, in the file's
         dtype, memory-mapped (except for torch files from before 1.6), without lm_head.weight if it is tied.
@@ -70,15 +77,23 @@ def read_checkpoint_file(path: str | Path) -> tuple[dict, dict[str, torch.Tensor
         kind = LLM_C_OTHER_FILES[magic]
         raise UserError(f"{path} is from llm.c, but {kind}, not a model; give the model_*.bin of that run")
     if head.startswith(ZIP_MAGIC):
-        return _read_torch(path, mmap=True)
+        return _read_torch(path, mmap=True, drop_heads=drop_heads)
     if head.startswith(LEGACY_MAGIC):
-        return _read_torch(path, mmap=False)
+        return _read_torch(path, mmap=False, drop_heads=drop_heads)
+    if Path(path).suffix == ".safetensors":
+        raise UserError(f"{path} has weights only; put the model's config.json beside it and give the folder")
     raise UserError(
         f"{path} is not a checkpoint; give nanoGPT's ckpt.pt, build-nanogpt's model_*.pt or llm.c's model_*.bin"
     )
 
 
-# ---- shapes ----
+# ---- names and shapes ----
+
+
+def parameter_name(key: str) -> str:
+    """Our name of the parameter that a checkpoint calls `key`."""
+    name = re.sub(WRAPPERS, "", key)
+    return f"transformer.{name}" if name.startswith(BASE_MODEL) else name
 
 
 def expected_shapes(fields: dict) -> dict[str, tuple[int, ...]]:
@@ -98,10 +113,12 @@ def expected_shapes(fields: dict) -> dict[str, tuple[int, ...]]:
     return {name: shape for name, shape in shapes.items() if not name.endswith(".bias")}
 
 
-def check_tensors(fields: dict, shapes: dict[str, tuple[int, ...]], where: str) -> None:
+def check_tensors(fields: dict, shapes: dict[str, tuple[int, ...]], keys: dict[str, str], where: str) -> None:
     """Compare the shapes of a checkpoint's tensors with `expected_shapes(fields)`; lm_head.weight is optional.
 
     Args:
+        shapes: by our parameter names.
+        keys: what the checkpoint calls each of them, for the message.
         where: names the checkpoint in the message.
     Raises:
         UserError: tensors are missing, unknown or of another shape.
@@ -109,12 +126,16 @@ def check_tensors(fields: dict, shapes: dict[str, tuple[int, ...]], where: str) 
     expected = expected_shapes(fields)
     if "lm_head.weight" in shapes:
         expected["lm_head.weight"] = expected["transformer.wte.weight"]
-    problems = _name_problems(shapes, expected)
+    problems = _name_problems(shapes, expected, keys)
     for name, shape in expected.items():
         if name in shapes and tuple(shapes[name]) != shape:
-            problems.append(f"{name} has the shape {tuple(shapes[name])} instead of {shape}")
-    if problems:
-        raise UserError(f"{where}: {_first_three(problems)}; give the complete checkpoint of an unmodified GPT-2")
+            problems.append(f"{keys.get(name, name)} has the shape {tuple(shapes[name])} instead of {shape}")
+    if not problems:
+        return
+    remedy = "give the complete checkpoint of an unmodified GPT-2"
+    if any(not name.startswith(LANGUAGE_MODEL) for name in shapes):
+        remedy = f"`python publish.py {where} --drop_heads --to ./FOLDER` leaves out what is not a language model's"
+    raise UserError(f"{where}: {first_three(problems)}; {remedy}")
 
 
 def _block_shapes(fields: dict) -> dict[str, tuple[int, ...]]:
@@ -140,12 +161,16 @@ def _block_shapes(fields: dict) -> dict[str, tuple[int, ...]]:
 # ---- nanoGPT and build-nanogpt: torch.save ----
 
 
-def _read_torch(path: str | Path, mmap: bool) -> tuple[dict, dict[str, torch.Tensor]]:
+def _read_torch(path: str | Path, mmap: bool, drop_heads: bool) -> tuple[dict, dict[str, torch.Tensor]]:
     checkpoint = _load_pickle(path, mmap)
     fields = _torch_fields(path, checkpoint)
-    tensors = _state_dict(path, checkpoint["model"])
+    state = _state_dict(path, checkpoint["model"])
+    keys = {parameter_name(key): key for key in state}
+    if drop_heads:
+        keys = {name: key for name, key in keys.items() if name.startswith(LANGUAGE_MODEL)}
+    tensors = {name: state[key] for name, key in keys.items()}
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    check_tensors(fields, shapes, str(path))
+    check_tensors(fields, shapes, keys, str(path))
     head = tensors.get("lm_head.weight")
     if head is None:
         return fields, tensors
@@ -182,37 +207,32 @@ def _torch_fields(path: str | Path, checkpoint: dict) -> dict:
     """
     if "model" in checkpoint and isinstance(checkpoint.get("model_args"), dict):
         args = checkpoint["model_args"]
-        problems = _name_problems(args, NANOGPT_ARGS)
-        key, activation_function = "model_args", "gelu"
+        problems = _name_problems(args, SIZES, optional=NANOGPT_OPTIONS)
+        key, activation_function = "model_args", "gelu" if "bias" in args else "gelu_new"
     elif "model" in checkpoint and isinstance(checkpoint.get("config"), _GPTConfig):
         args = vars(checkpoint["config"])
         problems = _name_problems(args, SIZES)
         key, activation_function = "config", "gelu_new"
     else:
-        keys = _first_three([str(key) for key in checkpoint]) or "(none)"
+        keys = first_three([str(key) for key in checkpoint]) or "(none)"
         raise UserError(
             f"{path} has the keys {keys}; give a checkpoint with model and model_args (nanoGPT) or with model and "
-            "config, a GPTConfig (build-nanogpt)"
+            "config, a GPTConfig (build-nanogpt); weights alone need the model's config.json beside them, in a folder"
         )
     if problems:
-        raise UserError(f"{path}, {key}: {_first_three(problems)}; give a checkpoint of the unmodified trainer")
+        raise UserError(f"{path}, {key}: {first_three(problems)}; give a checkpoint of the unmodified trainer")
     return _fields(path, args, args["vocab_size"], activation_function)
 
 
 def _state_dict(path: str | Path, state: dict) -> dict[str, torch.Tensor]:
-    """The parameters without the prefixes of DistributedDataParallel and torch.compile and without mask buffers."""
+    """The parameters by the file's keys, without mask buffers."""
     is_state_dict = isinstance(state, dict) and all(
         isinstance(name, str) and isinstance(tensor, torch.Tensor) and tensor.is_floating_point()
         for name, tensor in state.items()
     )
     if not is_state_dict:
         raise UserError(f"{path}: model is not a state dict of floating-point tensors; give an unmodified checkpoint")
-    tensors = {}
-    for name, tensor in state.items():
-        if name.endswith(".attn.bias"):  # the causal mask
-            continue
-        tensors[re.sub(r"^(module\.|_orig_mod\.)+", "", name)] = tensor
-    return tensors
+    return {key: tensor for key, tensor in state.items() if not key.endswith(".attn.bias")}  # the causal mask
 
 
 # ---- llm.c ----
@@ -301,19 +321,27 @@ def _check_values(path: str | Path, args: dict, rows: int) -> None:
         raise UserError(f"{path} says {values}, which is not a valid GPT-2; give an undamaged checkpoint")
 
 
-def _name_problems(names: Iterable, expected: Iterable[str]) -> list[str]:
-    """Which of the `expected` names are missing, and which names are unknown."""
+def _name_problems(
+    names: Iterable, expected: Iterable[str], keys: dict[str, str] | None = None, optional: Iterable[str] = ()
+) -> list[str]:
+    """Which of the `expected` names are missing, and which names are unknown.
+
+    Args:
+        keys: what the checkpoint calls a name, if something else.
+        optional: names that may be missing.
+    """
     problems = []
     missing = [name for name in expected if name not in names]
     if missing:
-        problems.append(f"lacks {_first_three(missing)}")
-    unknown = [str(name) for name in names if name not in expected]
+        problems.append(f"lacks {first_three(missing)}")
+    keys = keys or {}
+    unknown = [keys.get(name, str(name)) for name in names if name not in expected and name not in optional]
     if unknown:
-        problems.append(f"holds unknown {_first_three(unknown)}")
+        problems.append(f"holds unknown {first_three(unknown)}")
     return problems
 
 
-def _first_three(items: list[str]) -> str:
+def first_three(items: list[str]) -> str:
     """The first three, and how many more there are."""
     shown = ", ".join(items[:3])
     return shown if len(items) <= 3 else f"{shown} and {len(items) - 3} more"

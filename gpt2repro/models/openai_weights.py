@@ -9,7 +9,6 @@ are transposed. Everything else is identical: a model that is opened has no padd
 Only who trains it asks for them, with `stored.build(padded(stored.config))`; they are zeros.
 """
 
-import contextlib
 import copy
 import functools
 import json
@@ -22,11 +21,12 @@ from pathlib import Path
 import torch
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
-from transformers import GenerationConfig, GPT2Config, GPT2LMHeadModel, PreTrainedConfig, PreTrainedModel
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedConfig, PreTrainedModel
 
 from gpt2repro.errors import UserError, first_line
 from gpt2repro.models.errors import explained
-from gpt2repro.models.foreign_checkpoints import check_tensors, read_checkpoint_file
+from gpt2repro.models.foreign_checkpoints import LANGUAGE_MODEL, check_tensors, parameter_name, read_checkpoint_file
+from gpt2repro.models.generation_defaults import load_generation_defaults
 from gpt2repro.models.padding import EMBEDDINGS, unpadded
 from gpt2repro.models.unwrap import unwrapped
 from modeling_gpt2repro import GPT2ReproConfig, GPT2ReproForCausalLM
@@ -34,6 +34,7 @@ from modeling_gpt2repro import GPT2ReproConfig, GPT2ReproForCausalLM
 
 PROJECTIONS = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 GELUS = ("gelu_new", "gelu_pytorch_tanh", "gelu")  # the first two are the same function; the third is nanoGPT's
+WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")  # the first that exists is read; or their shards
 MASK_BUFFERS = (".attn.bias", ".attn.masked_bias")  # causal masks that older releases of transformers saved
 
 # Fields that GPT2Config and GPT2ReproConfig share. The first group fixes the function that the weights compute.
@@ -100,8 +101,7 @@ class StoredGPT2:
         model.load_state_dict(weights, assign=True, strict=not config.tie_word_embeddings)
         model.tie_weights()
         if not Path(self.source).is_file():
-            with contextlib.suppress(OSError):  # generation_config.json is optional
-                model.generation_config = GenerationConfig.from_pretrained(self.source, revision=self.revision)
+            model.generation_config = load_generation_defaults(self.source, config, self.revision)
         return model.eval()
 
     def _check_architecture(self, config: GPT2ReproConfig) -> None:
@@ -120,7 +120,7 @@ class StoredGPT2:
         return functools.reduce(torch.promote_types, dtypes)
 
 
-def open_gpt2(source: str | Path, revision: str | None = None) -> StoredGPT2:
+def open_gpt2(source: str | Path, revision: str | None = None, drop_heads: bool = False) -> StoredGPT2:
     """Open a GPT-2 checkpoint: its configuration is read now, its weights when it is built.
 
     A checkpoint file is loaded once, memory-mapped where its format allows.
@@ -129,18 +129,19 @@ def open_gpt2(source: str | Path, revision: str | None = None) -> StoredGPT2:
         source: gpt2, gpt2-medium, gpt2-large, gpt2-xl or any other Hub id or folder of a GPT2LMHeadModel or of our
             model; or a file: nanoGPT's ckpt.pt, build-nanogpt's model_*.pt, llm.c's model_*.bin.
         revision: branch, tag or commit of a Hub id.
+        drop_heads: leave out tensors that are not part of a language model: value heads, classification heads.
     Raises:
         UserError: no such checkpoint, a damaged one, or not GPT-2's architecture.
     """
     with explained(f"{source}: its configuration is not valid", "correct it, or give another model"):
         if Path(source).is_file():
-            fields, tensors = read_checkpoint_file(source)
+            fields, tensors = read_checkpoint_file(source, drop_heads)
             stored_tensors = {name: StoredTensor.of(tensor) for name, tensor in tensors.items()}
             return StoredGPT2(source, revision, unpadded(GPT2ReproConfig(**fields)), lambda: stored_tensors)
         stored_fields = _read_config(source, revision)
         is_ours = stored_fields.get("model_type") == GPT2ReproConfig.model_type
         config = GPT2ReproConfig.from_dict(stored_fields) if is_ours else _converted_config(source, stored_fields)
-        open_tensors = functools.partial(_open_folder, source, revision, config, is_ours)
+        open_tensors = functools.partial(_open_folder, source, revision, config, is_ours, drop_heads)
         return StoredGPT2(source, revision, unpadded(config), open_tensors)
 
 
@@ -154,9 +155,10 @@ def from_gpt2(
     config: GPT2ReproConfig | None = None,
     dtype: torch.dtype | None = None,
     revision: str | None = None,
+    drop_heads: bool = False,
 ) -> GPT2ReproForCausalLM:
     """`open_gpt2(source)`, built: see there and `StoredGPT2.build` for arguments and errors."""
-    return open_gpt2(source, revision).build(config, dtype)
+    return open_gpt2(source, revision, drop_heads).build(config, dtype)
 
 
 @torch.no_grad()
@@ -248,33 +250,35 @@ def _read_weights(model: GPT2ReproForCausalLM, tensors: dict[str, StoredTensor])
 
 
 def _open_folder(
-    source: str | Path, revision: str | None, config: GPT2ReproConfig, is_ours: bool
+    source: str | Path, revision: str | None, config: GPT2ReproConfig, is_ours: bool, drop_heads: bool
 ) -> dict[str, StoredTensor]:
     """The tensors of a model folder or Hub repository by our parameter names; `config` as the folder has it.
 
     Any release of transformers may have saved a GPT2LMHeadModel: with or without the `transformer.` prefix, the mask
-    buffers and the head.
+    buffers and the head. Whoever trained it may have left the prefixes of torch.compile or DistributedDataParallel.
     """
-    tensors = {}
+    tensors, keys = {}, {}
     for file in _weight_files(source, revision):
         for key, tensor in _open_weight_file(file).items():
-            if key.endswith(MASK_BUFFERS):
+            name = parameter_name(key)
+            is_head = not name.startswith(LANGUAGE_MODEL)
+            if key.endswith(MASK_BUFFERS) or (is_head and drop_heads):
                 continue
-            name = key if key.startswith(("transformer.", "lm_head.")) else f"transformer.{key}"
             is_conv1d = not is_ours and name.endswith(PROJECTIONS)
             tensors[name] = tensor.transposed() if is_conv1d else tensor
+            keys[name] = key
     if not config.tie_word_embeddings and "lm_head.weight" not in tensors:
         raise UserError(
             f"{source} lacks lm_head.weight, but its config.json says tie_word_embeddings=false; correct one of them"
         )
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
-    check_tensors(config.to_dict(), shapes, str(source))
+    check_tensors(config.to_dict(), shapes, keys, str(source))
     return tensors
 
 
 def _weight_files(source: str | Path, revision: str | None) -> list[Path]:
     """The weight files, one or several shards, of a folder or Hub repository: safetensors, else torch's own format."""
-    for name in ("model.safetensors", "pytorch_model.bin"):
+    for name in WEIGHT_FILES:
         folder = _folder_with(name, source, revision)
         index = folder / f"{name}.index.json"
         if (folder / name).is_file():

@@ -1,7 +1,11 @@
 """Continuing a prompt with a model."""
 
+import contextlib
+from collections.abc import Iterator
+
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.generation.streamers import BaseStreamer
 
 from gpt2repro.errors import UserError
 
@@ -36,14 +40,17 @@ def generate(
     prompt: str,
     max_new_tokens: int,
     seed: int,
+    streamer: BaseStreamer | None = None,
     **options,
 ) -> str:
     """The prompt and its continuation, which ends at the model's last position at the latest.
 
-    The random state of training is left untouched.
+    Of the model's generation defaults only the end-of-text ids count: beams, several sequences or a minimum length in a
+    base model's generation_config.json change nothing here. The random state of training is left untouched.
 
     Args:
-        options: arguments of model.generate that override DEFAULTS.
+        streamer: gets the tokens as they are generated.
+        options: fields of GenerationConfig that override DEFAULTS.
     Raises:
         UserError: see `encode_prompt`.
     """
@@ -52,14 +59,27 @@ def generate(
     ids = encode_prompt(prompt, model, tokenizer)
     positions = getattr(model.config, "max_position_embeddings", None) or ids.shape[1] + max_new_tokens
     cuda_devices = [model.device] if model.device.type == "cuda" else []
-    with torch.random.fork_rng(cuda_devices):
+    settings = DEFAULTS | options
+    generation_config = GenerationConfig(
+        max_new_tokens=min(max_new_tokens, positions - ids.shape[1]),
+        eos_token_id=model.generation_config.eos_token_id,
+        pad_token_id=tokenizer.eos_token_id,
+        **settings,
+    )
+    with torch.random.fork_rng(cuda_devices), _generation_defaults(model, generation_config):
         torch.manual_seed(seed)
         output = model.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=min(max_new_tokens, positions - ids.shape[1]),
-            pad_token_id=tokenizer.eos_token_id,
-            **{**DEFAULTS, **options},
+            ids, generation_config=generation_config, attention_mask=torch.ones_like(ids), streamer=streamer
         )
     model.train(was_training)
     return tokenizer.decode(output[0], skip_special_tokens=True)
+
+
+@contextlib.contextmanager
+def _generation_defaults(model: PreTrainedModel, defaults: GenerationConfig) -> Iterator[None]:
+    """Replace the model's own: generate() fills every field that its generation_config leaves unset from there."""
+    own, model.generation_config = model.generation_config, defaults
+    try:
+        yield
+    finally:
+        model.generation_config = own

@@ -23,6 +23,7 @@ def unwrapped(model: torch.nn.Module) -> PreTrainedModel:
     plain_class = next(c for c in type(model).__mro__ if not issubclass(c, FSDPModule))
     with torch.device("meta"):
         plain = plain_class(model.config)
+    plain.generation_config = model.generation_config
     if state:  # empty on every rank but 0
         plain.load_state_dict(state, assign=True)
         plain.tie_weights()

@@ -11,11 +11,25 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from gpt2repro.errors import UserError
 from gpt2repro.prepare import built_in, readers
+from gpt2repro.prepare.boundaries import WIKITEXT_TITLE, Boundary
+from gpt2repro.prepare.local_files import Listing, describe_left_out, list_files
 from gpt2repro.prepare.readers import Piece
 from gpt2repro.prepare.retries import HUB_REMEDY, reading, with_retries
+from gpt2repro.prepare.validation import DEFAULT_SPLIT, SMALL_CORPUS_SPLIT, ValidationSplit
+
+
+if TYPE_CHECKING:
+    from datasets import DatasetBuilder
+
+READABLE = ".txt, .jsonl, .json or .parquet (or .md, .ndjson, .csv, .tsv, .arrow)"
+LINES_HINT = (
+    "note: each line of its text files is a document, as `datasets` reads them; for one document per file use "
+    "`files --source {name}`, for several lines per document --document_separator"
+)
 
 
 @dataclass(frozen=True)
@@ -26,6 +40,7 @@ class CorpusQuery:
     source: for `files`, a file or folder; for shakespeare, a local copy of the text.
     text_column: the column of documents in tables.
     hub_config, split, revision: select the data of a Hub dataset.
+    document_separator: what separates the documents of a text file, or of rows that are lines; see boundaries.py.
     """
 
     name: str
@@ -34,29 +49,11 @@ class CorpusQuery:
     hub_config: str | None = None
     split: str = "train"
     revision: str | None = None
+    document_separator: str | None = None
 
-
-@dataclass(frozen=True)
-class ValidationSplit:
-    """How validation is split off: by one of the two numbers, the other is 0.
-
-    tokens: the first documents, until they have this many tokens.
-    fraction: this fraction of the documents, chosen by hash; of a single text, its end.
-    """
-
-    tokens: int = 0
-    fraction: float = 0.0
-
-    def to_dict(self) -> dict[str, int | float]:
-        """What the manifest records."""
-        return {"val_tokens": self.tokens} if self.tokens else {"val_fraction": self.fraction}
-
-    def __str__(self) -> str:
-        return f"--val_tokens {self.tokens}" if self.tokens else f"--val_fraction {self.fraction}"
-
-
-DEFAULT_SPLIT = ValidationSplit(fraction=0.005)
-SMALL_CORPUS_SPLIT = ValidationSplit(fraction=0.1)  # as nanoGPT's data/shakespeare*/prepare.py
+    @property
+    def boundary(self) -> Boundary | None:
+        return None if self.document_separator is None else Boundary(separator=self.document_separator)
 
 
 @dataclass(frozen=True)
@@ -70,6 +67,8 @@ class Corpus:
     default_tokenizer: a name that build_tokenizer understands.
     modified: modification times of its local files, in nanoseconds since 1970. A preparation resumes only with the same
         ones; they are not part of the facts, because a copy of the data has others.
+    left_out: reason -> names of the files in its folder that are not read.
+    hint: a line to print if its rows may not be what the user takes for documents.
     """
 
     pieces: list[Piece]
@@ -78,6 +77,8 @@ class Corpus:
     default_split: ValidationSplit = DEFAULT_SPLIT
     default_tokenizer: str = "gpt2"
     modified: list[int] = field(default_factory=list)
+    left_out: dict[str, list[str]] = field(default_factory=dict)
+    hint: str = ""
 
     def texts(self) -> Iterator[str]:
         """All texts, in order; every call starts a fresh pass."""
@@ -104,13 +105,16 @@ def open_corpus(query: CorpusQuery) -> Corpus:
         UserError: unknown name, missing source, unreadable or unreachable data.
     """
     if query.name in LOCAL_CORPORA:
+        if query.document_separator and query.name != "files":
+            raise UserError(f"--document_separator: {query.name} knows its documents; leave it out")
         return LOCAL_CORPORA[query.name](query)
     if query.name in HUB_CORPORA:
         known = HUB_CORPORA[query.name]
         hub_query = replace(query, name=known.hub_id, hub_config=query.hub_config or known.config)
-        return _open_hub(hub_query, known.default_split)
+        return _open_hub(hub_query, known.default_split, query.boundary or known.boundary)
     if "/" in query.name or Path(query.name).is_dir():
-        return _open_hub(query, DEFAULT_SPLIT)
+        same = [known.boundary for known in HUB_CORPORA.values() if known.hub_id == query.name]
+        return _open_hub(query, DEFAULT_SPLIT, query.boundary or next(iter(same), None))
     raise UserError(f"unknown corpus {query.name!r}; {_suggestion(query.name)}")
 
 
@@ -151,25 +155,33 @@ def _open_shakespeare_char(query: CorpusQuery) -> Corpus:
 def _open_files(query: CorpusQuery) -> Corpus:
     if query.source is None:
         raise UserError("the corpus `files` needs --source FILE_OR_FOLDER")
-    root = Path(query.source)
+    root = Path(query.source).expanduser()
     if not root.exists():
         raise UserError(f"--source {query.source} does not exist")
-    candidates = sorted(path for path in root.rglob("*") if path.is_file()) if root.is_dir() else [root]
-    files = [path for path in candidates if readers.file_suffix(path) in readers.SUFFIXES]
+    listing = list_files(root) if root.is_dir() else Listing(root.parent, [root])
+    listing.keep(filter(readers.is_readable, listing.files), "of other formats")
+    if root.is_dir():
+        listing.keep([path for path in listing.files if path != listing.readme], "README")
+    suffixes = {path: readers.file_suffix(path) for path in listing.files}
+    if not set(suffixes.values()) <= set(readers.TEXT_SUFFIXES):  # then Markdown is about the data, not data
+        listing.keep([path for path in listing.files if suffixes[path] != ".md"], "Markdown beside tables")
+    files = listing.files
     if not files:
+        also = f" ({describe_left_out(listing.left_out)})" if root.is_dir() and listing.left_out else ""
         raise UserError(
-            f"--source {query.source} holds no file that ends in .txt, .jsonl, .json or .parquet (or the first three "
-            "+ .gz)"
+            f"--source {query.source} holds no file that ends in {READABLE}, compressed or not{also}; choose another "
+            "--source"
         )
 
-    pieces = list(chain.from_iterable(readers.cut_file(path, query.text_column) for path in files))
+    pieces = list(chain.from_iterable(readers.cut_file(path, query.text_column, query.boundary) for path in files))
     single_text = len(files) == 1 and bool(pieces) and pieces[0].reader == "text"
     return Corpus(
         pieces=pieces,
-        facts=_file_facts(files, root if root.is_dir() else root.parent),
+        facts=_file_facts(files, listing.root),
         single_text=single_text,
         default_split=SMALL_CORPUS_SPLIT if single_text else DEFAULT_SPLIT,
         modified=_modification_times(files),
+        left_out=listing.left_out,
     )
 
 
@@ -185,7 +197,7 @@ def _modification_times(files: list[Path]) -> list[int]:
 # ---- the Hub ----
 
 
-def _open_hub(query: CorpusQuery, default_split: ValidationSplit) -> Corpus:
+def _open_hub(query: CorpusQuery, default_split: ValidationSplit, boundary: Boundary | None = None) -> Corpus:
     """A dataset of the Hub, pinned to a commit, or a local folder in the Hub's format."""
     import datasets
     from huggingface_hub import HfApi
@@ -209,21 +221,46 @@ def _open_hub(query: CorpusQuery, default_split: ValidationSplit) -> Corpus:
         "revision": revision,
         "text_column": query.text_column,
     }
-    kind = type(builder).__module__.split(".")[-1]  # of datasets.packaged_modules
-    pieces = _cut_hub_files(files[query.split], kind, query.text_column)
+    pieces = _cut_hub_files(builder, query.split, query.text_column)
+    pieces = [replace(piece, boundary=boundary) for piece in pieces]
+    corpus = Corpus(pieces, facts, default_split=default_split)
+    if boundary is None and _is_read_line_by_line(builder):
+        corpus = replace(corpus, hint=LINES_HINT.format(name=query.name))
     if not local:
-        return Corpus(pieces, facts, default_split=default_split)
+        return corpus
     paths = [Path(path) for path in files[query.split]]
-    facts |= _file_facts(paths, Path(hub_id))
-    return Corpus(pieces, facts, default_split=default_split, modified=_modification_times(paths))
+    listing = list_files(Path(hub_id))
+    data_files = {Path(path).resolve() for split in files for path in files[split]}
+    known = [path for path in listing.files if path.resolve() in data_files or path == listing.readme]
+    listing.keep(known, "that are not data files of the dataset")
+    return replace(
+        corpus,
+        facts=facts | _file_facts(paths, Path(hub_id)),
+        modified=_modification_times(paths),
+        left_out=listing.left_out,
+    )
 
 
-def _cut_hub_files(paths: list[str], kind: str, column: str) -> list[Piece]:
-    if kind != "parquet":
-        return [Piece("table", path, readers.PART_BYTES, column=column, builder=kind) for path in paths]
+def _cut_hub_files(builder: "DatasetBuilder", split: str, column: str) -> list[Piece]:
+    if not _is_plain_parquet(builder):
+        return readers.cut_tables(builder, split, column)
+    paths = builder.config.data_files[split]
     with ThreadPoolExecutor(16) as pool:  # the footer of each file says where it can be cut
         cut = pool.map(lambda path: with_retries(readers.cut_parquet, path, column), paths)
         return list(chain.from_iterable(cut))
+
+
+def _is_plain_parquet(builder: "DatasetBuilder") -> bool:
+    """Whether the files are Parquet and all their rows belong to the dataset."""
+    return _kind(builder) == "parquet" and not builder.config.filters
+
+
+def _is_read_line_by_line(builder: "DatasetBuilder") -> bool:
+    return _kind(builder) == "text" and builder.config.sample_by == "line"
+
+
+def _kind(builder: "DatasetBuilder") -> str:
+    return type(builder).__module__.split(".")[-1]  # of datasets.packaged_modules
 
 
 # ---- the registries ----
@@ -236,6 +273,7 @@ class HubCorpus:
     hub_id: str
     config: str | None = None
     default_split: ValidationSplit = DEFAULT_SPLIT
+    boundary: Boundary | None = None  # None: a row is a document
 
 
 LOCAL_CORPORA: dict[str, Callable[[CorpusQuery], Corpus]] = {
@@ -250,6 +288,6 @@ HUB_CORPORA = {
     "fineweb": HubCorpus("HuggingFaceFW/fineweb", "sample-10BT", ValidationSplit(tokens=100_000_000)),
     "openwebtext": HubCorpus("Skylion007/openwebtext", default_split=ValidationSplit(fraction=0.0005)),
     # These have validation sets of their own on the Hub.
-    "wikitext-103": HubCorpus("Salesforce/wikitext", "wikitext-103-raw-v1"),
+    "wikitext-103": HubCorpus("Salesforce/wikitext", "wikitext-103-raw-v1", boundary=Boundary(title=WIKITEXT_TITLE)),
     "tinystories": HubCorpus("roneneldan/TinyStories"),
 }

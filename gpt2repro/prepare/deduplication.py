@@ -32,7 +32,7 @@ from gpt2repro.errors import UserError
 from gpt2repro.files import holds_only, write_json
 from gpt2repro.prepare.deduplication_report import report, statistics
 from gpt2repro.prepare.executors import Stage, run_stages
-from gpt2repro.prepare.readers import DOCUMENT_NOTES, Piece
+from gpt2repro.prepare.readers import DOCUMENT_NOTES, URL_FLAG, Piece
 from gpt2repro.prepare.request import Execution, refuse_other_settings
 from gpt2repro.prepare.urls import url_key
 from gpt2repro.processes import end_with_parent
@@ -101,7 +101,7 @@ def deduplicate(pieces: list[Piece], output_dir: Path, options: DedupOptions, ex
     finished = open_or_create(output_dir, settings)
     if finished is not None:
         return finished
-    check_columns(files[0].pieces[0])
+    check_columns([piece for file in files for piece in file.pieces])
     write_json(output_dir / SETTINGS, settings)
 
     if not run_stages(build_stages(files, output_dir, options.methods), output_dir, execution):
@@ -178,14 +178,19 @@ def remove_work(output_dir: Path) -> None:
     (output_dir / SETTINGS).unlink(missing_ok=True)
 
 
-def check_columns(piece: Piece) -> None:
-    """Raise UserError if the first row of the first file lacks a column; later rows may lack the URL."""
+def check_columns(pieces: list[Piece]) -> None:
+    """Raise UserError if the first row of the first table lacks a column; later rows may lack the URL."""
+    piece = next((piece for piece in pieces if piece.has_columns), pieces[0])
     next(piece.documents(), None)
+    if not piece.url_column:
+        return
+    if not piece.has_columns:
+        print("note: text files have no URLs, so all their documents pass --dedup url", flush=True)
+        return
     row = next(piece.rows(), None)
-    if isinstance(row, dict) and piece.url_column and piece.url_column not in row:
-        raise UserError(
-            f"{piece.path} has no column {piece.url_column!r} but {', '.join(sorted(row))}; choose with --url_column"
-        )
+    if isinstance(row, dict) and piece.url_column not in row:
+        names = ", ".join(sorted(row))
+        raise UserError(f"{piece.path} has no column {piece.url_column!r} but {names}; choose with {URL_FLAG}")
 
 
 # ---- pipeline steps that datatrove has no block for ----

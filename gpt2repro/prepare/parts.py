@@ -8,7 +8,6 @@ import contextlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from hashlib import blake2b
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
@@ -17,12 +16,13 @@ import numpy as np
 
 from gpt2repro.data.shards import SPLITS, Shard, ShardWriter, Split, has_tokens, token_dtype
 from gpt2repro.data.token_stream import TokenStream
-from gpt2repro.data.tokenization import load_encoder
+from gpt2repro.data.tokenization import KEEP, load_encoder
 from gpt2repro.errors import UserError
 from gpt2repro.files import flush, write_json
 from gpt2repro.prepare.plan import PartRecord, Quota
 from gpt2repro.prepare.prepared import OutputDirectory, explain_disk_errors
 from gpt2repro.prepare.readers import DOCUMENT_NOTES, Piece
+from gpt2repro.prepare.validation import takes_document
 
 
 BATCH_DOCUMENTS = 64  # tokenized at a time
@@ -37,6 +37,7 @@ class Job:
     shard_tokens: tokens in a shard, at most.
     val_fraction: share of the documents that go to validation, chosen by hash; 0: none.
     single_text: the only document is cut by position instead.
+    special_tokens: one of tokenization.SPECIAL_TOKEN_CHOICES.
     """
 
     directory: OutputDirectory
@@ -46,6 +47,7 @@ class Job:
     shard_tokens: int
     val_fraction: float = 0.0
     single_text: bool = False
+    special_tokens: str = KEEP
 
     @property
     def dtype(self) -> np.dtype:
@@ -91,7 +93,7 @@ def prepare_part(
     """
     record_path = job.directory.parts / f"part_{number:05d}.json"
     record_path.unlink(missing_ok=True)
-    encode = load_encoder(job.tokenizer, job.directory.tokenizer)
+    encode = load_encoder(job.tokenizer, job.directory.tokenizer, job.special_tokens)
     with explain_disk_errors(job.directory.path), PartWriter(number, job, quota) as writer:
         for batch in _batches(split_documents(pieces, job, writer.notes)):
             writer.add(batch, encode([document.text for document in batch]))
@@ -111,9 +113,7 @@ def _batches(documents: Iterator[SplitDocument]) -> Iterator[list[SplitDocument]
 def split_documents(pieces: tuple[Piece, ...], job: Job, notes: dict[str, int]) -> Iterator[SplitDocument]:
     """The documents of a part; skipped rows are counted in `notes`.
 
-    A single text is cut by position, as nanoGPT's data/shakespeare*/prepare.py does. Of many documents those go to
-    validation whose hash falls below the fraction, so that a document keeps its split when the corpus grows, and exact
-    copies go where it goes.
+    A single text is cut by position, as nanoGPT's data/shakespeare*/prepare.py does; many documents are split by hash.
     """
     for document in (document for piece in pieces for document in piece.documents()):
         if document.text is None:
@@ -125,8 +125,7 @@ def split_documents(pieces: tuple[Piece, ...], job: Job, notes: dict[str, int]) 
             yield SplitDocument("train", document.text[:cut], document.note)
             yield SplitDocument("val", document.text[cut:], "")
         else:
-            digest = blake2b(document.text.encode(), digest_size=8).digest()
-            split = "val" if int.from_bytes(digest) < job.val_fraction * 2**64 else "train"
+            split = "val" if takes_document(job.val_fraction, document.text) else "train"
             yield SplitDocument(split, document.text, document.note)
 
 

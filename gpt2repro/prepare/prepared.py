@@ -18,17 +18,20 @@ import math
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 from gpt2repro.data.manifest import MANIFEST, Manifest, TokenizerRecord, remedy
 from gpt2repro.data.shards import SPLITS, token_dtype
 from gpt2repro.errors import UserError, first_line, os_error_number, refuse
 from gpt2repro.files import acquire_lock, file_problem, holds_only, write_json
-from gpt2repro.prepare.corpora import Corpus, ValidationSplit, open_corpus
+from gpt2repro.prepare.corpora import Corpus, open_corpus
 from gpt2repro.prepare.plan import PartRecord
 from gpt2repro.prepare.request import Request, refuse_other_settings
+from gpt2repro.prepare.validation import ValidationSplit, fitting_fraction, fitting_tokens
 
 
+LOOKED_AT = 100_000  # documents, to find a fraction that suits them
 FACT_NAMES = {"files": "list of files", "modified": "modification times"}  # other facts are named like their flags
 
 
@@ -279,16 +282,28 @@ def refuse_empty_splits(
     for name in SPLITS:
         if not any(record.splits[name].tokens for record in records):
             directory.discard_parts()
-            raise UserError(f"the {name} split got no document with {val_split}; {_more_documents(corpus, request)}")
+            remedy = _fitting_remedy(records, val_split, corpus, request)
+            raise UserError(f"the {name} split got no document with {val_split}; {remedy}")
 
 
-def _more_documents(corpus: Corpus, request: Request) -> str:
-    other_split = "choose another --val_tokens or --val_fraction"
+def _fitting_remedy(records: list[PartRecord], val_split: ValidationSplit, corpus: Corpus, request: Request) -> str:
+    """Flags with which no split is empty."""
     limits = {"max_tokens": request.max_tokens, "max_documents": request.max_documents}
     given = " and ".join(f"--{name} {limit}" for name, limit in limits.items() if limit)
-    if not given:
-        return other_split
-    return f"allow more than {given}" if corpus.single_text else f"allow more than {given}, or {other_split}"
+    if corpus.single_text:
+        return f"allow more than {given}" if given else "choose another --val_fraction, or a longer text"
+    value: float | None
+    if val_split.tokens:
+        value = fitting_tokens([length for record in records for length in record.val_lengths])
+        flag = f"--val_tokens {value}"
+    else:
+        documents = sum(record.total("documents") for record in records)
+        value = fitting_fraction(islice(corpus.texts(), min(documents, LOOKED_AT)))
+        flag = f"--val_fraction {value}"
+    if value is not None:
+        return f"use {flag}"
+    more = f"allow more than {given}" if given else "add some, or split texts with --document_separator"
+    return f"two different documents are needed: {more}"
 
 
 def summary(directory: str | Path, manifest: Manifest) -> str:

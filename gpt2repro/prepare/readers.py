@@ -4,25 +4,42 @@ A file is cut into pieces, between row groups of Parquet or anywhere in a .jsonl
 file; READERS turns each piece into rows, and Piece.documents turns rows into documents.
 """
 
+import bz2
+import copy
+import glob
 import gzip
+import importlib.util
+import io
 import json
+import lzma
+import math
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from gpt2repro.errors import UserError, first_line
 from gpt2repro.prepare import built_in
-from gpt2repro.prepare.retries import reading
+from gpt2repro.prepare.boundaries import Boundary
+from gpt2repro.prepare.retries import reading, with_retries
+
+
+if TYPE_CHECKING:
+    from datasets import DatasetBuilder
 
 
 PART_BYTES = 400_000_000  # of text in a part: about 90 million tokens, two minutes of work that a failure may cost
-SUFFIXES = {".txt", ".txt.gz", ".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet"}
-GZIP_RATIO = 4  # estimated bytes of text for each byte of a compressed file
+TEXT_SUFFIXES = (".txt", ".md")  # a file is a document
+JSON_SUFFIXES = (".jsonl", ".ndjson", ".json")
+TABLE_SUFFIXES = {".csv": "csv", ".tsv": "csv", ".arrow": "arrow"}  # -> the builder of `datasets` that reads them
+COMPRESSED_SUFFIXES = (".gz", ".bz2", ".xz", ".zst")  # after one of the others
+COMPRESSION_RATIO = 4  # estimated bytes of text for each byte of a compressed file
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 SKIP_REASONS = ("no text", "no JSON")  # of rows that are skipped and counted: the text is null, the line is not JSON
 DOCUMENT_NOTES = ("repaired", *SKIP_REASONS)  # what is counted
+URL_FLAG = "--url_column, or leave url out of --dedup"
 NOT_JSON = object()  # a row that could not be parsed; None is the row `null`
 
 
@@ -48,8 +65,9 @@ class Piece:
     bytes: of its text, possibly estimated.
     start, stop: row groups of a Parquet file, or bytes of a .jsonl file; None: the whole file.
     column: of the texts, in tables.
-    builder: of `datasets`, for the formats that it reads.
+    builder: of `datasets`, for the formats that it reads: of this file alone, with all options of its dataset.
     url_column: of the documents' URLs, if they are wanted.
+    boundary: what separates documents, if rows are not documents but lines of them.
     """
 
     reader: str
@@ -58,8 +76,14 @@ class Piece:
     start: int | None = None
     stop: int | None = None
     column: str = "text"
-    builder: str = ""
+    builder: "DatasetBuilder | None" = None
     url_column: str | None = None
+    boundary: Boundary | None = None
+
+    @property
+    def has_columns(self) -> bool:
+        """Whether its rows have columns, and each is a document: text files and joined lines have no URLs."""
+        return self.reader not in ("text", "lines") and self.boundary is None
 
     def rows(self) -> Iterator[object]:
         """The rows as they are in the file, of Parquet only the columns needed; NOT_JSON for a line that is not JSON.
@@ -67,38 +91,62 @@ class Piece:
         return READERS[self.reader](self)
 
     def documents(self) -> Iterator[Document]:
-        """One document for each row.
+        """One document for each row, or for the rows between two boundaries; one without text for each skipped row.
 
         Raises:
             UserError: a row is not an object or lacks the column, the column is not text, or most lines are not JSON.
         """
-        return (self._document(row) for row in self.rows())
+        rows = (self._document(number, row) for number, row in enumerate(self.rows(), start=1))
+        return rows if self.boundary is None else self._joined(rows, self.boundary)
 
     def texts(self) -> Iterator[str]:
         return (document.text for document in self.documents() if document.text is not None)
 
-    def _document(self, row: object) -> Document:
+    def _joined(self, rows: Iterator[Document], boundary: Boundary) -> Iterator[Document]:
+        """The documents between boundaries, then the skipped rows."""
+        skipped: list[Document] = []
+
+        def lines() -> Iterator[Document]:
+            for row in rows:
+                if row.text is None:
+                    skipped.append(row)
+                else:
+                    yield row
+
+        for text, sources in boundary.documents(lines(), lambda row: row.text or ""):
+            repaired = any(row.note for row in sources)
+            yield Document(text, note="repaired" if repaired else "")
+        yield from skipped
+
+    def _document(self, number: int, row: object) -> Document:
         if row is NOT_JSON:
             return Document(None, note="no JSON")
         if not isinstance(row, dict):
             raise UserError(
-                f"{self.path}: the row {json.dumps(row):.40} is not an object with a column {self.column!r}; fix the "
-                "file, or leave it out"
+                f"{self._place(number)}: {json.dumps(row):.40} is not an object with a column {self.column!r}; fix the "
+                "row, or leave the file out"
             )
+        first = number == 1 and not self.start  # then it is the flag that is wrong, not the row
+        remedy = "choose with --text_column" if first else "fix the row, or leave the file out"
+        place = self.path if first else self._place(number)
         if self.column not in row:
-            names = ", ".join(row)
-            raise UserError(f"{self.path} has no column {self.column!r} but {names}; choose with --text_column")
+            raise UserError(f"{place} has no column {self.column!r} but {', '.join(row)}; {remedy}")
         text = row[self.column]
-        if text is None:
+        if text is None or (isinstance(text, float) and math.isnan(text)):
             return Document(None, note="no text")
         if not isinstance(text, str):
-            raise UserError(
-                f"{self.path}: column {self.column!r} holds {type(text).__name__}, not text; choose with --text_column"
-            )
+            raise UserError(f"{place}: column {self.column!r} holds {type(text).__name__}, not text; {remedy}")
         url = row.get(self.url_column)
         has_url = isinstance(url, str) and url.strip()
         repaired = encodable(text)
         return Document(repaired, url if has_url else None, "" if repaired is text else "repaired")
+
+    def _place(self, number: int) -> str:
+        """Where a row is, for messages."""
+        if not self.start:
+            return f"{self.path}, row {number:,}"
+        unit = "row group" if self.reader == "parquet" else "byte"
+        return f"{self.path}, row {number:,} from {unit} {self.start:,} on"
 
 
 def encodable(text: str) -> str:
@@ -113,28 +161,95 @@ def encodable(text: str) -> str:
 # ---- cutting files into pieces ----
 
 
-def file_suffix(path: Path) -> str:
-    """The suffix that names the format, e.g. `.json.gz`."""
-    count = 2 if path.suffix.lower() == ".gz" else 1
-    return "".join(path.suffixes[-count:]).lower()
+def file_suffix(path: str | Path) -> str:
+    """The suffix that names the format, in lower case and without that of a compression."""
+    path = Path(path)
+    return Path(path.stem if is_compressed(path) else path).suffix.lower()
 
 
-def cut_file(path: Path, column: str) -> list[Piece]:
-    """A local file as pieces of at most PART_BYTES, if its format can be cut; [] for a Parquet file without rows."""
+def is_compressed(path: str | Path) -> bool:
+    return Path(path).suffix.lower() in COMPRESSED_SUFFIXES
+
+
+def is_readable(path: Path) -> bool:
+    """Whether the name of a file says that cut_file can read it."""
+    suffix = file_suffix(path)
+    if suffix == ".parquet" or suffix == ".arrow":
+        return not is_compressed(path)
+    return suffix in (*TEXT_SUFFIXES, *JSON_SUFFIXES, *TABLE_SUFFIXES)
+
+
+def cut_file(path: Path, column: str, boundary: Boundary | None = None) -> list[Piece]:
+    """A local file as pieces of at most PART_BYTES, if its format can be cut; [] for a Parquet file without rows.
+
+    Args:
+        boundary: what separates the documents of a text file; None: it is one document.
+    """
     suffix = file_suffix(path)
     size = path.stat().st_size
-    compressed = suffix.endswith(".gz")
-    text_bytes = size * GZIP_RATIO if compressed else size
+    text_bytes = size * COMPRESSION_RATIO if is_compressed(path) else size
     if suffix == ".parquet":
         return cut_parquet(str(path), column) if size else []
-    if suffix.startswith(".txt"):
-        return [Piece("text", str(path), text_bytes)]
-    if suffix in (".json", ".json.gz") and _is_json_list(path):
-        return [Piece("json list", str(path), text_bytes, column=column)]
-    if compressed:
+    if suffix in TABLE_SUFFIXES:
+        return cut_tables(open_tables(path), "train", column) if size else []
+    if suffix in TEXT_SUFFIXES:
+        reader = "text" if boundary is None else "lines"
+        return [Piece(reader, str(path), text_bytes, boundary=boundary)]
+    if suffix == ".json" and not _has_json_lines(path):
+        return [Piece("json", str(path), text_bytes, column=column)]
+    if is_compressed(path):
         return [Piece("json lines", str(path), text_bytes, column=column)]
     cuts = [*range(0, max(size, 1), PART_BYTES), size]
     return [Piece("json lines", str(path), stop - start, start, stop, column) for start, stop in pairwise(cuts)]
+
+
+def open_tables(path: Path) -> "DatasetBuilder":
+    """The builder of `datasets` for a table of TABLE_SUFFIXES, with its defaults."""
+    import datasets
+
+    suffix = file_suffix(path)
+    options = {"sep": "\t"} if suffix == ".tsv" else {}
+    escaped = glob.escape(str(path))  # `datasets` takes brackets in a name for a pattern
+    with reading(str(path)):
+        return datasets.load_dataset_builder(TABLE_SUFFIXES[suffix], data_files={"train": [escaped]}, **options)
+
+
+def cut_tables(builder: "DatasetBuilder", split: str, column: str) -> list[Piece]:
+    """The files of a dataset, each read by a builder of its own that has all options of `builder`: those of the README
+    (sep, field, header, names, sample_by ...) and those that `datasets` derives from a suffix."""
+    paths = builder.config.data_files[split]
+    _check_zstandard(paths)
+    with ThreadPoolExecutor(16) as pool:
+        sizes = pool.map(lambda path: with_retries(_text_bytes, path), paths)
+    return [
+        Piece("table", path, size, column=column, builder=_for_one_file(builder, path))
+        for path, size in zip(paths, sizes)
+    ]
+
+
+def _for_one_file(builder: "DatasetBuilder", path: str) -> "DatasetBuilder":
+    alone = copy.copy(builder)
+    alone.config = copy.copy(builder.config)
+    alone.config.data_files = {"train": [path]}  # names, not patterns
+    return alone
+
+
+def _text_bytes(path: str) -> int:
+    """The size of a file, local or remote; PART_BYTES if its server does not say."""
+    import fsspec
+
+    with reading(path):
+        filesystem, name = fsspec.url_to_fs(path)
+        size = filesystem.size(name)
+    if size is None:
+        return PART_BYTES
+    return size * COMPRESSION_RATIO if is_compressed(path) or path.endswith(".zip") else size
+
+
+def _check_zstandard(paths: list[str]) -> None:
+    compressed = [path for path in paths if path.endswith((".zst", ".zstd"))]
+    if compressed and importlib.util.find_spec("zstandard") is None:
+        raise UserError(f'{compressed[0]}: `datasets` needs zstandard to read it; pip install "gpt2repro[zstd]"')
 
 
 def cut_parquet(path: str, column: str) -> list[Piece]:
@@ -162,16 +277,44 @@ def _row_group_sizes(path: str, column: str) -> list[int]:
         return [group.column(index).total_uncompressed_size for group in groups]
 
 
-def _is_json_list(path: Path) -> bool:
+def _has_json_lines(path: Path) -> bool:
+    """Whether a .json file has a value on each line, rather than one list or object that fills it."""
     with reading(str(path)), _open_bytes(path) as file:
-        return file.read(4096).removeprefix(BYTE_ORDER_MARK).lstrip().startswith(b"[")
+        lines = (line.strip() for line in _without_byte_order_mark(file))
+        first = next(filter(None, lines), b"")
+    if not first or first.startswith(b"["):
+        return not first
+    try:
+        json.loads(first)
+    except json.JSONDecodeError as error:
+        return error.pos < len(first.decode(errors="replace"))  # broken within the line, rather than continued below
+    except (ValueError, RecursionError):
+        pass
+    return True
 
 
 # ---- opening files ----
 
 
-def _open_bytes(path: Path) -> BinaryIO | gzip.GzipFile:
-    return gzip.open(path) if path.suffix.lower() == ".gz" else path.open("rb")
+def _open_bytes(path: Path) -> io.BufferedIOBase:
+    suffix = path.suffix.lower()
+    if suffix == ".zst":
+        import pyarrow
+
+        # Reads all frames, and raises if the last is cut; zstandard's reader ends silently after the first.
+        return io.BufferedReader(pyarrow.input_stream(str(path), compression="zstd"))
+    openers: dict[str, Callable[[Path], io.BufferedIOBase]] = {
+        ".gz": gzip.GzipFile,
+        ".bz2": bz2.BZ2File,
+        ".xz": lzma.LZMAFile,
+    }
+    return openers[suffix](path) if suffix in openers else path.open("rb")
+
+
+def _without_byte_order_mark(file: io.BufferedIOBase) -> Iterator[bytes]:
+    """The lines of a file, without the mark at its start."""
+    yield file.readline().removeprefix(BYTE_ORDER_MARK)
+    yield from file
 
 
 def _open_parquet(path: str):
@@ -194,7 +337,12 @@ def _check_column(path: str, column: str, schema, flag: str = "--text_column") -
         raise UserError(f"{path} has {number} {column!r} but {', '.join(schema.names)}; choose with {flag}")
     kind = schema.field(column).type
     values = kind.value_type if types.is_dictionary(kind) else kind
-    if not (types.is_string(values) or types.is_large_string(values) or types.is_string_view(values)):
+    if not (
+        types.is_null(values)
+        or types.is_string(values)
+        or types.is_large_string(values)
+        or types.is_string_view(values)
+    ):
         raise UserError(f"{path}: column {column!r} holds {kind}, not text; choose with {flag}")
 
 
@@ -211,14 +359,24 @@ def _read_shakespeare(piece: Piece) -> Iterator[dict]:
 
 def _read_text(piece: Piece) -> Iterator[dict]:
     with reading(piece.path), _open_bytes(Path(piece.path)) as file:
-        text = file.read().decode()
+        text = file.read().removeprefix(BYTE_ORDER_MARK).decode()
     yield {piece.column: text}
 
 
-def _read_json_list(piece: Piece) -> Iterator[object]:
+def _read_lines(piece: Piece) -> Iterator[dict]:
+    with reading(piece.path):
+        file = _open_bytes(Path(piece.path))
+    with file:
+        for line in _each(piece.path, _without_byte_order_mark(file)):
+            with reading(piece.path):
+                text = line.decode()
+            yield {piece.column: text}
+
+
+def _read_json(piece: Piece) -> Iterator[object]:
     with reading(piece.path), _open_bytes(Path(piece.path)) as file:
-        rows = json.loads(file.read().removeprefix(BYTE_ORDER_MARK))
-    yield from rows
+        content = json.loads(file.read().removeprefix(BYTE_ORDER_MARK))
+    yield from content if isinstance(content, list) else [content]
 
 
 def _read_json_lines(piece: Piece) -> Iterator[object]:
@@ -248,22 +406,22 @@ def _lines(piece: Piece) -> Iterator[tuple[int, bytes]]:
         if piece.start:
             file.seek(piece.start - 1)
             file.readline()  # the rest of a line that began before the piece
-        position = file.tell()
+        position = file.tell() if piece.start else 0
         while piece.stop is None or position < piece.stop:
             with reading(f"{piece.path}, the line at byte {position:,}"):
                 line = file.readline()
             if not line:
                 return
-            line = line.removeprefix(BYTE_ORDER_MARK)
-            if line.strip():
-                yield position, line
-            position = file.tell()
+            text = line.removeprefix(BYTE_ORDER_MARK)
+            if text.strip():
+                yield position, text
+            position += len(line)  # not file.tell(), which a compressed file may lack
 
 
 def _read_parquet(piece: Piece) -> Iterator[dict]:
     columns = {piece.column: "--text_column"}
     if piece.url_column:
-        columns[piece.url_column] = "--url_column"
+        columns[piece.url_column] = URL_FLAG
     with _open_parquet(piece.path) as file:
         for column, flag in columns.items():
             _check_column(piece.path, column, file.schema_arrow, flag)
@@ -274,11 +432,14 @@ def _read_parquet(piece: Piece) -> Iterator[dict]:
 
 
 def _read_table(piece: Piece) -> Iterator[dict]:
-    import datasets
-
+    assert piece.builder is not None, "a table is read by a builder"
     with reading(piece.path):
-        rows = datasets.load_dataset(piece.builder, data_files=piece.path, split="train", streaming=True)
-    yield from _each(piece.path, iter(rows))
+        rows = iter(piece.builder.as_streaming_dataset("train"))
+    for number, row in enumerate(_each(piece.path, rows)):
+        text = row.get(piece.column)
+        if number == 0 and isinstance(text, str):
+            row[piece.column] = text.removeprefix("\ufeff")  # the byte order mark, which its builder of text keeps
+        yield row
 
 
 def _each(origin: str, items: Iterator) -> Iterator:
@@ -295,8 +456,9 @@ READERS: dict[str, Callable[[Piece], Iterator[object]]] = {
     "python-docs": _read_python_docs,
     "shakespeare": _read_shakespeare,
     "text": _read_text,
+    "lines": _read_lines,
+    "json": _read_json,
     "json lines": _read_json_lines,
-    "json list": _read_json_list,
     "parquet": _read_parquet,
     "table": _read_table,
 }

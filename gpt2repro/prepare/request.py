@@ -2,10 +2,12 @@
 
 import dataclasses
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 from gpt2repro.errors import UserError
-from gpt2repro.prepare.corpora import Corpus, CorpusQuery, ValidationSplit
+from gpt2repro.prepare.corpora import Corpus, CorpusQuery
+from gpt2repro.prepare.validation import ValidationSplit, fitting_fraction, takes_document
 
 
 EXECUTORS = ("local", "slurm", "ray")
@@ -30,6 +32,8 @@ class Request:
     tokenizer_documents: int
     dedup: str | None
     url_column: str
+    document_separator: str | None
+    special_tokens: str
 
     def settings(self) -> dict:
         """The manifest's record of the request, under "settings"."""
@@ -38,7 +42,7 @@ class Request:
     def deduplication_settings(self) -> dict:
         """The part of it that the deduplication depends on."""
         names = ("corpus", "source", "text_column", "hub_config", "split", "revision", "dedup", "url_column")
-        return {name: getattr(self, name) for name in names}
+        return {name: getattr(self, name) for name in (*names, "document_separator")}
 
     @property
     def dedup_methods(self) -> tuple[str, ...]:
@@ -61,6 +65,7 @@ class Request:
             hub_config=self.hub_config,
             split=self.split,
             revision=self.revision or recorded_revision,
+            document_separator=self.document_separator,
         )
 
     def validation_split(self, corpus: Corpus) -> ValidationSplit:
@@ -77,12 +82,24 @@ class Request:
             raise UserError(f"--val_tokens {self.val_tokens}: one long text is split by position; use --val_fraction F")
         return ValidationSplit(tokens=self.val_tokens)
 
+    def fitted_split(self, corpus: Corpus, split: ValidationSplit) -> ValidationSplit:
+        """The split, unless it is a default fraction that takes no document of a small corpus: then one that does."""
+        by_default = self.val_fraction is None and self.val_tokens is None
+        if not by_default or corpus.single_text or not split.fraction:
+            return split
+        if any(takes_document(split.fraction, text) for text in islice(corpus.texts(), self.max_documents)):
+            return split
+        fraction = fitting_fraction(islice(corpus.texts(), self.max_documents))
+        return split if fraction is None else ValidationSplit(fraction=fraction)
+
 
 def refuse_other_settings(directory: Path, recorded: dict, asked: dict) -> None:
     """Raise UserError if work in a directory was recorded with other settings than those that are asked for.
 
-    A setting that is not recorded did not exist yet, and is not compared.
+    A setting that is not recorded did not exist yet, and is not compared; but without a recorded separator, none was
+    used.
     """
+    recorded = {"document_separator": None} | recorded
     differences = [key for key in asked if key in recorded and recorded[key] != asked[key]]
     if differences:
         raise UserError(

@@ -26,9 +26,11 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
+from transformers import GenerationConfig
 
 from gpt2repro.errors import FREE_SPACE, UserError, first_line
 from gpt2repro.files import delete, delete_folder, delete_unfinished, file_problem, file_sha256, new_folder
+from gpt2repro.models.generation_defaults import load_generation_defaults
 from gpt2repro.processes import on_main
 from gpt2repro.recipe import Recipe
 from gpt2repro.run_folder import RunFolder, checkpoint_step
@@ -190,6 +192,7 @@ class Checkpoints:
         """Write everything but the tensors; last, the hashes of all files."""
         (folder / STATE).write_text(json.dumps(state) + "\n")
         self.model.config.save_pretrained(folder)
+        self.model.generation_config.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
         files = [path for path in folder.rglob("*") if path.is_file()]
         hashes = {path.relative_to(folder).as_posix(): file_sha256(path) for path in files}
@@ -226,7 +229,7 @@ class Checkpoints:
         weights: Tensors = {}  # filled on the main process, which broadcasts them
         moments: dict[str, Tensors] = {}
 
-        def read() -> tuple[Path, dict[str, Any], bool] | None:
+        def read() -> tuple[Path, dict[str, Any], bool, GenerationConfig] | None:
             candidates = self._best_first() if best else self.folder.complete_checkpoints()[::-1]
             checkpoint = self._first_intact(candidates)
             if checkpoint is None:
@@ -235,12 +238,13 @@ class Checkpoints:
                 read_weights, read_moments = self._read(checkpoint)
                 weights.update(read_weights)
                 moments.update(read_moments)
-            return checkpoint, read_state(checkpoint), bool(moments)
+            generation_config = load_generation_defaults(checkpoint, self.model.config)
+            return checkpoint, read_state(checkpoint), bool(moments), generation_config
 
         found = on_main(read)
         if found is None:
             return None
-        checkpoint, state, has_moments = found
+        checkpoint, state, has_moments, self.model.generation_config = found
         if self.uses_deepspeed:
             self.accelerator.load_state(str(checkpoint))
             self.accelerator.step = 0  # accelerate counts micro-batches; no checkpoint lies inside a step

@@ -13,7 +13,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from gpt2repro.data.mixture import RunData
 from gpt2repro.errors import UserError, report_write_errors
-from gpt2repro.processes import cpu_asked, device_name, on_main, use_all_cores, world_size
+from gpt2repro.processes import cpu_asked, device_name, note_missing_processes, on_main, use_all_cores, world_size
 from gpt2repro.recipe import Recipe
 from gpt2repro.run_folder import RunFolder
 from gpt2repro.train.recipe_change import RecipeChange
@@ -27,6 +27,7 @@ def build_accelerator(recipe: Recipe) -> Accelerator:
     Raises:
         UserError: this launch cannot run the recipe.
     """
+    note_missing_processes()
     accumulation = recipe.accumulation(world_size(), batch=0)
     accelerator = Accelerator(
         cpu=cpu_asked(),

@@ -82,9 +82,9 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 def exported_step(rows: list[dict[str, Any]], record: dict[str, Any]) -> int:
     """The step whose weights a run exports: the last, or with `patience` the one with the best validation loss."""
-    if not record.get("patience"):
-        return rows[-1]["step"]
     val_losses = {row["step"]: row["val_loss"] for row in rows if "val_loss" in row}
+    if not record.get("patience") or not val_losses:
+        return rows[-1]["step"]
     return best_first(val_losses)[0]
 
 

@@ -16,6 +16,7 @@ from gpt2repro.run_folder import RunFolder
 
 
 FEW_ROWS = 20  # below this, each row of the training loss is marked: a single one has no line
+LEAST_RANGE = 1.0  # nats that the loss axis spans at least
 LINE_COLORS = ("gray", "tab:green", "tab:red", "tab:purple", "tab:brown")
 
 
@@ -67,6 +68,10 @@ def plot_losses(
         axes.axhline(loss, linestyle="--", color=color, linewidth=1, label=f"{name}, {loss:.4f}")
     axes.set(xlabel="step", ylabel="loss, nats per token", title=title)
     axes.set_xlim(left=0)
+    low, high = axes.get_ylim()
+    if high - low < LEAST_RANGE:  # hardly any rows yet: their noise must not fill the picture
+        middle = (low + high) / 2
+        axes.set_ylim(middle - LEAST_RANGE / 2, middle + LEAST_RANGE / 2)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.3)
     axes.legend()

@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.util
 import json
+import shutil
 from hashlib import sha256
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import tiktoken.registry
 from transformers import AutoTokenizer
 
 from gpt2repro.data import tokenization
-from gpt2repro.data.tokenization import END_OF_TEXT, build_tokenizer, gpt2_encoding
+from gpt2repro.data.tokenization import END_OF_TEXT, SpecialTokens, build_tokenizer, gpt2_encoding, load_encoder
 from gpt2repro.errors import UserError
 
 
@@ -326,6 +327,60 @@ def test_a_damaged_configuration_of_a_tokenizer(tmp_path):
     build_tokenizer("char", ["ab"]).fast.save_pretrained(tmp_path)
     (tmp_path / "tokenizer_config.json").write_text("[]")
     with pytest.raises(UserError, match="neither gpt2, char nor bpe:N"):
+        build_tokenizer(str(tmp_path), [])
+
+
+@pytest.fixture
+def chat(tmp_path):
+    """A tokenizer with markers, in a folder."""
+    tokenizer = build_tokenizer("bpe:266", ["hello world"])
+    tokenizer.fast.add_special_tokens({"additional_special_tokens": ["<|user|>", "<|bot|>"], "pad_token": "<|pad|>"})
+    tokenizer.fast.save_pretrained(tmp_path / "chat")
+    return tmp_path / "chat"
+
+
+def test_markers_are_encoded_as_at_inference(chat):
+    fast = AutoTokenizer.from_pretrained(chat)
+    text = "<|user|>hello<|bot|> world"
+    for encode in (build_tokenizer(str(chat), []).encode_batch, load_encoder(str(chat), chat)):
+        assert encode([text]) == [fast(text)["input_ids"]]
+        for control in (END_OF_TEXT, "<|pad|>"):
+            assert encode([control]) == [fast(control, split_special_tokens=True)["input_ids"]]
+            assert len(encode([control])[0]) > 1
+    as_text = load_encoder(str(chat), chat, "text")
+    assert as_text([text]) == [fast(text, split_special_tokens=True)["input_ids"]]
+
+
+def test_what_becomes_of_special_tokens_is_said(chat):
+    kept = SpecialTokens.read(chat, "keep")
+    assert kept.to_dict() == {"keep": ["<|user|>", "<|bot|>"], "text": [END_OF_TEXT, "<|pad|>"]}
+    assert str(kept).endswith(": one id each for <|user|>, <|bot|>; ordinary text for <|endoftext|>, <|pad|>")
+    assert SpecialTokens.read(chat, "text").kept == ()
+
+
+@pytest.mark.parametrize("place", ["", "tokenizer", "model", "checkpoints/step_00000010"])
+def test_a_run_a_prepared_directory_and_a_model_name_their_tokenizer(chat, place):
+    run = chat.parent / "runs" / "demo"
+    shutil.copytree(chat, run / place)
+    named = build_tokenizer(str(run), [])
+    assert named.name == str(run)
+    assert named.encode_batch(["hello <|user|>"]) == build_tokenizer(str(chat), []).encode_batch(["hello <|user|>"])
+
+
+@pytest.mark.parametrize("end_of_text", [True, False])
+def test_a_folder_of_vocab_json_and_merges_txt(tmp_path, end_of_text):
+    tokenizer = build_tokenizer("bpe:266", ["hello world"])
+    model = json.loads(tokenizer.fast.backend_tokenizer.to_str())["model"]
+    if not end_of_text:
+        del model["vocab"][END_OF_TEXT]
+    (tmp_path / "vocab.json").write_text(json.dumps(model["vocab"]))
+    merges = [" ".join(pair) for pair in model["merges"]]
+    (tmp_path / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]))
+    rebuilt = build_tokenizer(str(tmp_path), [])
+    assert rebuilt.encode_batch(["hello world <|endoftext|>"]) == tokenizer.encode_batch(["hello world <|endoftext|>"])
+    assert (rebuilt.vocab_size, rebuilt.eot_id) == ((266, 265) if end_of_text else (265, None))
+    (tmp_path / "merges.txt").write_text("x y z")
+    with pytest.raises(UserError, match="vocab.json or merges.txt cannot be read"):
         build_tokenizer(str(tmp_path), [])
 
 

@@ -6,6 +6,7 @@ import os
 import socket
 import subprocess
 import sys
+from types import MappingProxyType
 
 import datasets
 import evaluate
@@ -460,9 +461,10 @@ def folder(tmp_path_factory, ours, tokenizer):
     return folder
 
 
-def run_script(folder, *flags, launcher=()):
+def run_script(folder, *flags, launcher=(), environment=MappingProxyType({})):
     script = [sys.executable, *launcher, str(ROOT / "eval_hellaswag.py"), "model", "--data", "items.jsonl", *flags]
-    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    settings = {"ACCELERATE_USE_CPU": "true", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    environment = os.environ | settings | environment
     return subprocess.run(script, cwd=folder, env=environment, capture_output=True, text=True, timeout=PATIENCE)
 
 
@@ -505,6 +507,15 @@ def test_the_script_alone_and_on_two_processes(folder, ours, encoded):
     assert json.loads((folder / "one.json").read_text()) == one
 
 
+@pytest.mark.slow
+def test_neither_a_writable_home_nor_a_cache_is_needed(folder):
+    nowhere = "/dev/null/nowhere"  # not even root can write there
+    caches = dict.fromkeys(("HOME", "HF_HOME", "HF_MODULES_CACHE", "HF_DATASETS_CACHE", "XDG_CACHE_HOME"), nowhere)
+    done = run_script(folder, "--limit", "2", environment=caches)
+    assert done.returncode == 0, done.stderr
+    assert "acc_norm" in done.stdout and "Traceback" not in done.stderr
+
+
 @pytest.fixture
 def run_main(folder, monkeypatch):
     """`main` in this process, on the CPU, in the model's parent folder."""
@@ -522,6 +533,8 @@ def run_main(folder, monkeypatch):
         (["model", "--limit", "-1"], "--limit -1: must be 1 or more"),
         (["model", "--batch_size", "0"], "--batch_size 0: must be 1 or more"),
         (["model", "--output", "nowhere/out.json"], "no folder nowhere"),
+        (["model", "--output", "/proc/out.json"], "/proc cannot be written"),
+        (["~/no_such_model"], "~/no_such_model does not exist"),
     ],
 )
 def test_mistakes_in_the_flags(run_main, flags, complaint):
@@ -556,7 +569,7 @@ def test_folders_without_a_causal_language_model(run_main, ours, theirs, tokeniz
     small = GPT2LMHeadModel(GPT2Config(vocab_size=100, n_embd=32, n_layer=1, n_head=2, bos_token_id=0, eos_token_id=0))
     small.save_pretrained(tmp_path / "small")
     tokenizer.save_pretrained(tmp_path / "small")
-    assert "the model knows only 100" in complaint_about("small")
+    assert "the model 100: it belongs to another model" in complaint_about("small")
 
 
 def test_truncated_items_are_reported(run_main, tokenizer, tmp_path, capsys):

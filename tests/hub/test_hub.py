@@ -18,6 +18,7 @@ from gpt2repro.models.folder import save_model_folder
 from modeling_gpt2repro import GPT2ReproForCausalLM
 
 
+pytestmark = pytest.mark.slow  # its clients are processes
 ADA, BOB = "token_of_ada", "token_of_bob"
 TEXT = "A cat sat on a mat and had a nap. " * 300
 RECIPE = """

@@ -297,6 +297,7 @@ def test_a_compiled_model_is_unwrapped_and_stays_compiled(tokenizer):
         (["run", "--to", "out"], "a folder starts with ./"),
         (["run", "--to", "a/b/c"], "is not owner/name"),
         (["run", "--to", "./run"], "exists already"),
+        (["run", "--to", "/proc/out"], "/proc cannot be written"),
         (["run", "--to", "./out", "--private"], "are for the Hub"),
         (["run", "--to", "./out", "--tokenizer", "./gpt2_folder"], "no tokenizer can be loaded"),
     ],
@@ -315,6 +316,20 @@ def test_a_tokenizer_of_another_size_is_refused(run_dir, tmp_path, python_docs):
     build_tokenizer("bpe:310", python_docs[:20]).fast.save_pretrained(tmp_path / "tokenizer")
     with pytest.raises(UserError, match="has 310 tokens, the model 300"):
         publish.main([str(run_dir), "--to", str(tmp_path / "out"), "--tokenizer", str(tmp_path / "tokenizer")])
+
+
+def test_the_picture_is_the_runs_and_of_a_checkpoint_one_with_its_reference_losses(run_dir, tmp_path, monkeypatch):
+    (run_dir / "loss.png").write_bytes(b"as the run drew it")
+    publish.main([str(run_dir), "--to", str(tmp_path / "out")])
+    assert (tmp_path / "out" / "loss.png").read_bytes() == b"as the run drew it"
+
+    (run_dir / "recipe.yaml").write_text(yaml.safe_dump(RECIPE | {"reference_losses": {"OpenAI": 3.29}}))
+    drawn = []
+    monkeypatch.setattr(publish, "plot_losses", lambda *args: (drawn.append(args), args[2].write_bytes(b"drawn")))
+    publish.main([str(run_dir / "checkpoints" / "step_00000010"), "--to", str(tmp_path / "early")])
+    ((rows, lines, _, title),) = drawn
+    assert {row["step"] for row in rows} == {10} and lines == {"OpenAI": 3.29}
+    assert title == "early: GPT-2, 36.1K parameters, fineweb-edu"
 
 
 @pytest.mark.parametrize("damage", ["missing key", "truncated"])

@@ -1,14 +1,19 @@
-"""Opening what users have: runs, checkpoints, damaged folders."""
+"""Opening what users have: runs, checkpoints, damaged folders, adapters, typing errors."""
+
+import re
+import shlex
+import time
 
 import pytest
 import torch
+from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 
 from gpt2repro.data.tokenization import build_tokenizer
 from gpt2repro.errors import UserError
 from gpt2repro.hub.model_card import model_card
-from gpt2repro.models.folder import find_model, load_tokenizer, open_model, save_model_folder
-from gpt2repro.models.openai_weights import to_gpt2
+from gpt2repro.models.folder import check_tokenizer, find_model, load_tokenizer, open_model, save_model_folder
+from gpt2repro.models.openai_weights import from_gpt2, to_gpt2
 from modeling_gpt2repro import GPT2ReproConfig, GPT2ReproForCausalLM
 
 
@@ -61,3 +66,60 @@ def test_damaged_weights_are_refused_and_never_initialized_at_random(folder, dam
     with pytest.raises(UserError, match="not a causal language model" if damage == "truncated" else TENSOR) as caught:
         open_model(str(folder))
     assert len(str(caught.value).splitlines()) == 1
+
+
+def test_a_tokenizer_with_a_token_that_has_no_row_is_refused_until_the_advice_is_followed(folder):
+    tokenizer = load_tokenizer(folder)
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    tokenizer.save_pretrained(folder)
+    rule = r"the tokenizer has 5 tokens, the model 4: \[PAD\] was added without a row"
+    with pytest.raises(UserError, match=rule) as caught:
+        open_model(str(folder))
+    with pytest.raises(UserError, match=rule):
+        check_tokenizer(str(folder), tokenizer, from_gpt2(folder).config)  # what publish.py does
+
+    follow_advice(caught.value)
+    model, tokenizer = open_model(str(folder))
+    assert model(torch.tensor([[tokenizer.pad_token_id]])).logits.shape[-1] == 5
+
+
+def follow_advice(error):
+    command = re.search("`(.+?)`", str(error))[1]
+    interpreter, *arguments = shlex.split(command)
+    assert interpreter == "python"
+    exec(arguments[1], {})  # python -c
+
+
+def test_a_lora_adapter_is_refused_by_name_until_the_advice_is_followed(folder, tmp_path):
+    peft = pytest.importorskip("peft")
+    model, tokenizer = open_model(str(folder))
+    adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=["c_attn"], init_lora_weights=False))
+    adapted.save_pretrained(tmp_path / "adapter")
+    tokenizer.save_pretrained(tmp_path / "adapter")
+    with pytest.raises(UserError, match="is a LoRA adapter of .*model") as caught:
+        find_model(str(tmp_path / "adapter"))
+    assert len(str(caught.value).splitlines()) == 1
+
+    follow_advice(caught.value)
+    tokenizer.save_pretrained(tmp_path / "adapter-merged")
+    merged, _ = open_model(str(tmp_path / "adapter-merged"))
+    ids = torch.tensor([[0, 1, 2, 3]])
+    torch.testing.assert_close(merged(ids).logits, adapted.eval()(ids).logits)
+
+
+def test_a_path_may_start_with_the_home_directory(folder, monkeypatch):
+    monkeypatch.setenv("HOME", str(folder.parent.parent))
+    assert find_model("~/run") == str(folder)
+    with pytest.raises(UserError, match="~/nothing does not exist"):
+        find_model("~/nothing")
+
+
+def test_without_a_network_an_unknown_name_is_one_line_within_seconds(monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # nothing listens there
+    started = time.monotonic()
+    with pytest.raises(
+        UserError, match="runs/typo is no file or folder here.*check the name and the network"
+    ) as caught:
+        find_model("runs/typo")
+    assert time.monotonic() - started < 5 and len(str(caught.value).splitlines()) == 1

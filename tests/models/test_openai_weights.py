@@ -10,7 +10,9 @@ from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig
 
+from gpt2repro.data.tokenization import build_tokenizer
 from gpt2repro.errors import UserError
+from gpt2repro.models.folder import find_model, open_model
 from gpt2repro.models.openai_weights import from_gpt2, gpt2_config, to_gpt2
 from gpt2repro.models.padding import without_padding
 from modeling_gpt2repro import GPT2ReproConfig, GPT2ReproForCausalLM
@@ -146,6 +148,11 @@ FORMS = {
         | {f"transformer.h.{i}.attn.bias": torch.ones(1, 1, 32, 32).tril() for i in range(3)}
         | {f"transformer.h.{i}.attn.masked_bias": torch.tensor(-1e4) for i in range(3)}
     ),
+    "compiled": lambda tensors: {f"_orig_mod.{name}": tensor for name, tensor in tensors.items()},
+    "compiled and wrapped": lambda tensors: {f"module._orig_mod.{name}": tensor for name, tensor in tensors.items()},
+    "compiled block by block": lambda tensors: {
+        name.replace("h.1.", "h.1._orig_mod."): tensor for name, tensor in tensors.items()
+    },
     "with a copy of the head": lambda tensors: tensors | {"lm_head.weight": tensors["transformer.wte.weight"].clone()},
 }
 
@@ -156,6 +163,43 @@ def test_every_form_of_the_keys_loads(gpt2, folder, form):
     ours = from_gpt2(folder)
     assert ours.lm_head.weight is ours.transformer.wte.weight
     same_tensors(to_gpt2(ours), gpt2)
+    build_tokenizer("char", ["".join(map(chr, range(40, 40 + V)))]).fast.save_pretrained(folder)
+    opened, _ = open_model(str(folder))
+    same_tensors(opened, gpt2)
+
+
+HEADS = {
+    "a value head": {"v_head.summary.weight": torch.zeros(1, 32), "v_head.summary.bias": torch.zeros(1)},
+    "double heads": {"multiple_choice_head.summary.weight": torch.zeros(1, 32)},
+    "a classifier": {"score.weight": torch.zeros(2, 32)},
+}
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_heads_of_other_trainers_are_named_as_in_the_file_and_dropped_when_asked(gpt2, folder, head):
+    rewrite(folder, lambda tensors: tensors | HEADS[head])
+    names = ", ".join(sorted(HEADS[head]))
+    with pytest.raises(UserError, match=f"holds unknown {names}; .*--drop_heads"):
+        from_gpt2(folder)
+    same_tensors(to_gpt2(from_gpt2(folder, drop_heads=True)), gpt2)
+
+
+def test_messages_name_the_keys_of_the_file(folder):
+    rewrite(folder, lambda tensors: {name.removeprefix("transformer."): t for name, t in tensors.items()})
+    rewrite(folder, lambda tensors: tensors | {"wpe.weight": torch.zeros(3, 32), "h.7.ln_1.weight": torch.zeros(32)})
+    with pytest.raises(UserError, match="holds unknown h.7.ln_1.weight, wpe.weight has the shape"):
+        from_gpt2(folder)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
+def test_the_weights_file_of_a_folder_means_the_folder(gpt2, folder, name):
+    if name.endswith(".bin"):
+        torch.save(gpt2.state_dict(), folder / name)
+        (folder / "model.safetensors").unlink()
+    assert find_model(str(folder / name)) == str(folder)
+    (folder / "config.json").unlink()
+    with pytest.raises(UserError, match="config.json beside"):
+        from_gpt2(find_model(str(folder / name)))
 
 
 @pytest.mark.parametrize("config_says_tied", [True, False])

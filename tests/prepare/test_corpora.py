@@ -1,9 +1,11 @@
 """Corpora: their documents, in order, and the error messages for unreadable ones."""
 
+import bz2
 import gzip
 import hashlib
 import inspect
 import json
+import lzma
 import os
 import subprocess
 import sys
@@ -28,6 +30,12 @@ LINES = "".join(json.dumps(row) + "\n" for row in ROWS).encode()
 
 def open_corpus(*args, **kwargs):
     return corpora.open_corpus(CorpusQuery(*args, **kwargs))
+
+
+def compressed(data, suffix):
+    pack = {"gz": gzip.compress, "bz2": bz2.compress, "xz": lzma.compress}
+    pack["zst"] = lambda data: pyarrow.Codec("zstd").compress(data, asbytes=True)
+    return pack[suffix](data)
 
 
 def parquet(rows):
@@ -209,12 +217,12 @@ UNREADABLE = {
         parquet([{"content": "x", "id": 1}]),
         ["a.parquet", "content, id", "--text_column"],
     ),
-    "null": ("a.jsonl", b'{"text": "x"}\nnull\n', ["a.jsonl: the row null is not an object with a column 'text'"]),
-    "null in a list": ("a.json", b'[{"text": "x"}, null]', ["a.json: the row null is not an object"]),
+    "null": ("a.jsonl", b'{"text": "x"}\nnull\n', ["a.jsonl, row 2: null is not an object with a column 'text'"]),
+    "null in a list": ("a.json", b'[{"text": "x"}, null]', ["a.json, row 2: null is not an object"]),
     "lists": (
         "a.jsonl",
         b'["x"]\n',
-        ['a.jsonl: the row ["x"] is not an object', "fix the file"],
+        ['a.jsonl, row 1: ["x"] is not an object', "fix the row, or leave the file out"],
     ),
     "numbers": ("a.jsonl", b'{"text": 3}\n', ["a.jsonl", "'text' holds int, not text"]),
     "mostly broken lines": (
@@ -232,8 +240,20 @@ UNREADABLE = {
     "no UTF-8 text": ("a.txt", b"abc\xff", ["a.txt", "'utf-8' codec can't decode byte 0xff in position 3"]),
     "no gzip": ("a.txt.gz", b"abc", ["a.txt.gz", "Not a gzipped file"]),
     "no parquet": ("a.parquet", b"abc", ["a.parquet", "Parquet"]),
-    "csv": ("a.csv", b"text\nx\n", ["a.csv", ".txt, .jsonl, .json or .parquet"]),
-    "no text file": ("nothing/here.md", b"", ["nothing", ".txt, .jsonl, .json or .parquet"]),
+    "pdf": ("a.pdf", b"%PDF", ["a.pdf", ".txt, .jsonl, .json or .parquet"]),
+    "no text file": ("nothing/here.pdf", b"", ["nothing", ".txt, .jsonl, .json or .parquet", "1 of other formats"]),
+    "a later number": (
+        "a.jsonl",
+        b'{"text": "x"}\n{"text": 3}\n',
+        ["a.jsonl, row 2: column 'text' holds int, not text; fix the row, or leave the file out"],
+    ),
+    "a later row of other columns": (
+        "a.jsonl",
+        b'{"text": "x"}\n{"content": "y"}\n',
+        ["a.jsonl, row 2 has no column 'text' but content; fix the row, or leave the file out"],
+    ),
+    "zstd cut short": ("a.txt.zst", compressed(b"x" * 10**5, "zst")[:-4], ["a.txt.zst", "Truncated"]),
+    "xz cut short": ("a.txt.xz", compressed(b"x" * 10**5, "xz")[:-4], ["a.txt.xz", "ended before"]),
 }
 
 
@@ -305,7 +325,7 @@ def test_hub_corpora_of_the_recipes(monkeypatch):
     """Ids, configurations and splits are those of build-nanogpt's fineweb.py and nanoGPT's data/openwebtext."""
     seen = {}
 
-    def record(query, split):
+    def record(query, split, boundary):
         seen[query.name] = (query.hub_config, query.split, query.revision, query.text_column, split.to_dict())
 
     monkeypatch.setattr(corpora, "_open_hub", record)

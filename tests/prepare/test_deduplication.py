@@ -437,8 +437,9 @@ def test_unusable_sources(source, tmp_path):
         deduplicate(tmp_path, tmp_path / "out")
     with pytest.raises(UserError, match="no document to deduplicate"):
         deduplicate([], tmp_path / "out")
-    with pytest.raises(UserError, match="notes.md holds no file that ends in"):
-        deduplicate([source / "a.jsonl.gz", source / "notes.md"], tmp_path / "out")
+    (tmp_path / "notes.pdf").write_text("no corpus")
+    with pytest.raises(UserError, match="notes.pdf holds no file that ends in"):
+        deduplicate([source / "a.jsonl.gz", tmp_path / "notes.pdf"], tmp_path / "out")
     pyarrow.parquet.write_table(pyarrow.table({"text": pyarrow.array([], "string")}), tmp_path / "empty.parquet")
     with pytest.raises(UserError, match="no document to deduplicate"):
         deduplicate([tmp_path / "empty.parquet"], tmp_path / "out")

@@ -30,6 +30,7 @@ configs:
 ---
 """
 IMPATIENT = partial(faults.impatient_hub_client, part_bytes=1500)
+OPENED = {"ada/tables": 1, "ada/lines": 0}  # requests for a file before a part begins: for a table's footer
 CLIENT_TRIES = 6  # after which http_backoff of huggingface_hub gives up
 
 
@@ -192,7 +193,7 @@ def test_a_preparation_resumes_on_the_commit_that_it_began_with(hub, prepare, tm
 
 def test_worker_processes_read_the_hub(hub, prepare, undisturbed, dataset, tmp_path):
     """Worker processes recover from a dropped connection, too."""
-    hub.fail("GET /datasets/.*train-(00001|1)", "cut", after=3)
+    hub.fail("GET /datasets/.*train-(00001|1)", "cut", after=3 * OPENED[dataset])
     command = prepare(dataset, "--output_dir", tmp_path, "--num_workers", 2)
     assert command.status == 0, command.lines
     assert contents(tmp_path) == undisturbed[0]
@@ -239,7 +240,7 @@ def test_a_temporary_fault(hub, prepare, dataset, undisturbed, tmp_path, status,
     """The client retries a few failures by itself; more of them cost one part, not the run."""
     expected, counts = undisturbed
     hub.requests.clear()
-    hub.fail("GET /datasets/.*/train-(00001|1)", status, times, after=1)
+    hub.fail("GET /datasets/.*/train-(00001|1)", status, times, after=OPENED[dataset])
     command = prepare(dataset, "--output_dir", tmp_path)
     assert command.status == 0, command.lines
     assert contents(tmp_path) == expected
@@ -252,7 +253,7 @@ def test_a_temporary_fault(hub, prepare, dataset, undisturbed, tmp_path, status,
 def test_a_permanent_fault(hub, prepare, dataset, undisturbed, tmp_path, status):
     """One line after the last attempt; finished parts stay, and the same command resumes when the server is back."""
     expected, counts = undisturbed
-    hub.fail("GET /datasets/.*/train-(00001|1)", status, 10**6, after=1)
+    hub.fail("GET /datasets/.*/train-(00001|1)", status, 10**6, after=OPENED[dataset])
     line = error_of(prepare(dataset, "--output_dir", tmp_path))
     assert "cannot read hf://datasets/ada/" in line
     assert line.endswith("tried 3 times. Finished parts are kept: repeat the command")
@@ -265,7 +266,9 @@ def test_a_permanent_fault(hub, prepare, dataset, undisturbed, tmp_path, status)
     assert command.status == 0, command.lines
     assert contents(tmp_path) == expected
     first, second = sorted(counts)
-    assert downloads(hub).get(first, 0) < counts[first] and downloads(hub)[second] == counts[second]
+    again = downloads(hub)
+    assert again.get(first, 0) < counts[first]
+    assert counts[second] <= again[second] <= counts[first]  # the first table of a process may take one more
 
 
 def test_a_hub_that_is_gone_when_the_command_is_repeated(hub, prepare, tmp_path):

@@ -15,6 +15,7 @@ import pytest
 from support import ROOT, prepare, refusal, write_jsonl
 
 import prepare_data
+from gpt2repro.data.tokenization import build_tokenizer
 from gpt2repro.errors import UserError
 from gpt2repro.prepare import built_in, corpora, parts, readers, retries, workers
 from gpt2repro.prepare.prepared import OutputDirectory, check_space
@@ -288,11 +289,77 @@ def test_one_text_has_no_first_documents(tmp_path):
 @pytest.mark.parametrize("split, option", [("train", ["--val_tokens", 10**9]), ("val", ["--val_fraction", 1e-9])])
 def test_a_split_without_documents(source, tmp_path, split, option):
     line = refusal("files", "--source", source, "--output_dir", tmp_path / "out", "--tokenizer", "char", *option)
-    assert f"the {split} split got no document" in line
+    assert f"the {split} split got no document with {option[0]} {option[1]}; use --val_" in line
     assert not (tmp_path / "out" / "manifest.json").exists()
+    remedy = line.split("; use ")[1].split()
+    prepare("files", "--source", source, "--output_dir", tmp_path / "out", "--tokenizer", "char", *remedy)
+
+
+@pytest.mark.parametrize("documents", [2, 3, 20])
+def test_the_default_fraction_suits_a_small_folder(tmp_path, capsys, documents):
+    for number in range(documents):
+        (tmp_path / f"{number:03}.txt").write_text(f"the text number {number}")
+    prepare("files", "--source", tmp_path, "--output_dir", tmp_path.parent / f"out{documents}")
+    manifest = json.loads((tmp_path.parent / f"out{documents}" / "manifest.json").read_text())
+    assert manifest["splits"]["val"]["documents"] == max(1, documents // 10)
+    fraction = manifest["split"]["val_fraction"]
+    assert f"validation: --val_fraction {fraction}, as the default 0.005 takes no" in capsys.readouterr().out
+    again = tmp_path.parent / f"again{documents}"
+    prepare("files", "--source", tmp_path, "--output_dir", again, "--val_fraction", fraction)
+    assert json.loads((again / "manifest.json").read_text())["splits"] == manifest["splits"]
+
+
+@pytest.mark.parametrize("limit", [["--max_documents", 8], ["--max_tokens", 50]])
+def test_limits_of_a_small_folder(tmp_path, limit):
+    for number in range(30):
+        (tmp_path / f"{number:03}.txt").write_text(f"the text number {number}")
+    command = ["files", "--source", tmp_path, "--output_dir", tmp_path.parent / f"{limit[0]}", *limit]
+    with contextlib.suppress(UserError):
+        prepare(*command)
+        return
+    prepare(*command, *refusal(*command).split("; use ")[1].split())
+
+
+def test_special_tokens_are_recorded_and_said(tmp_path, capsys):
+    tokenizer = build_tokenizer("bpe:266", ["hello world"]).fast
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|user|>"]})
+    tokenizer.save_pretrained(tmp_path / "chat")
+    rows = [{"text": f"<|user|>hello {number} <|endoftext|>"} for number in range(9)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    command = ["files", "--source", tmp_path / "a.jsonl", "--tokenizer", tmp_path / "chat", "--val_fraction", 0.3]
+    for choice, per_document in (("keep", 1), ("text", 0)):
+        prepare(*command, "--output_dir", tmp_path / choice, "--special_tokens", choice)
+        said = "special tokens written in a document: one id each for <|user|>; ordinary text for <|endoftext|>"
+        assert (said in capsys.readouterr().out) == (choice == "keep")
+        manifest, tokens = load(tmp_path / choice, "train")
+        documents = manifest["splits"]["train"]["documents"]
+        marker, end_of_text = tokenizer.convert_tokens_to_ids(["<|user|>", "<|endoftext|>"])
+        assert (tokens == marker).sum() == documents * per_document and (tokens == end_of_text).sum() == documents
+        assert ("<|user|>" in manifest["special_tokens"][choice]) and manifest["settings"]["special_tokens"] == choice
+    line = refusal(*command, "--output_dir", tmp_path / "keep", "--special_tokens", "text")
+    assert "other settings (special_tokens)" in line
+
+
+def test_a_tokenizer_without_end_of_text_is_said(tmp_path, capsys):
+    (tmp_path / "a.jsonl").write_text("".join(f'{{"text": "hello {number}"}}\n' for number in range(9)))
+    command = ["files", "--source", tmp_path / "a.jsonl", "--val_fraction", 0.3]
+    prepare(*command, "--tokenizer", "char", "--output_dir", tmp_path / "char")
+    assert "no end-of-text token, so nothing separates documents" in capsys.readouterr().out
+    prepare(*command, "--tokenizer", tmp_path / "char", "--output_dir", tmp_path / "again")
+    prepare(*command, "--tokenizer", "gpt2", "--output_dir", tmp_path / "gpt2")
+    assert capsys.readouterr().out.count("end-of-text") == 1
+
+
+def test_one_document_cannot_be_split(tmp_path):
+    for name in "ab":
+        (tmp_path / f"{name}.txt").write_text("the same")
+    line = refusal("files", "--source", tmp_path, "--output_dir", tmp_path.parent / "out")
+    assert line.endswith("two different documents are needed: add some, or split texts with --document_separator")
 
 
 def test_verify_needs_a_prepared_directory(tmp_path):
+    assert "is empty; fill it with `python prepare_data.py CORPUS" in refusal("--verify", tmp_path)
+    (tmp_path / "train_00000.npy").write_bytes(b"")
     assert "unfinished" in refusal("--verify", tmp_path)
     assert "does not exist" in refusal("--verify", tmp_path / "missing")
 

@@ -74,3 +74,27 @@ def test_one_text_has_no_duplicates(tmp_path):
     for corpus in (["files", "--source", tmp_path / "a.txt"], ["python-docs"]):
         with pytest.raises(UserError, match="is not many documents in files"):
             prepare(*corpus, "--output_dir", tmp_path / "out", "--dedup", "minhash")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not DATATROVE, reason="datatrove is not installed: pip install gpt2repro[dedup]")
+def test_text_files_without_urls(tmp_path, topics, capsys):
+    """The README's command on a folder of text: the URLs that text cannot have remove nothing, which is said."""
+    folder = tmp_path / "source"
+    folder.mkdir()
+    for number, text in enumerate([*topics[:8], topics[3], topics[5]]):
+        (folder / f"{number}.txt").write_text(text)
+    prepare("files", "--source", folder, "--dedup", "url,minhash", "--output_dir", tmp_path / "out")
+    assert "note: text files have no URLs" in capsys.readouterr().out
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    assert manifest["deduplication"]["documents"] == {"in": 10, "removed_url": 0, "removed_minhash": 2, "out": 8}
+
+
+@pytest.mark.skipif(not DATATROVE, reason="datatrove is not installed: pip install gpt2repro[dedup]")
+def test_tables_without_urls(tmp_path):
+    (tmp_path / "a.txt").write_text("one")
+    (tmp_path / "b.jsonl").write_text('{"text": "two"}\n')
+    with pytest.raises(
+        UserError, match="b.jsonl has no column 'url' but text; choose with --url_column, or leave url out"
+    ):
+        prepare("files", "--source", tmp_path, "--output_dir", tmp_path.parent / "out", "--dedup", "url,minhash")

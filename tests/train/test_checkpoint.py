@@ -11,6 +11,7 @@ from accelerate import PartialState
 from accelerate.utils import DistributedType
 from support import PATIENCE
 from tiny_models import tiny_model
+from transformers import GenerationConfig
 
 from gpt2repro.errors import UserError
 from gpt2repro.recipe import Recipe
@@ -119,3 +120,11 @@ def test_damage_can_be_checked_for_one_file(checkpoints):
     hashes = json.loads((saved / "hashes.json").read_text())
     (saved / "hashes.json").write_text(json.dumps({name: sha for name, sha in hashes.items() if name != "config.json"}))
     assert find_damage(saved, "config.json")
+
+
+def test_the_generation_defaults_of_a_base_model_are_restored(checkpoints):
+    checkpoints.model.generation_config = GenerationConfig(num_beams=4, do_sample=False)
+    save(checkpoints, 1)
+    checkpoints.model.generation_config = GenerationConfig()
+    checkpoints.restore()
+    assert checkpoints.model.generation_config.num_beams == 4

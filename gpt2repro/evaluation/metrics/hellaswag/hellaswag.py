@@ -54,20 +54,26 @@ class Hellaswag(evaluate.Metric):
         )
 
     def _compute(self, summed_nll, ending_tokens, references):
-        summed_nll = np.asarray(summed_nll)  # (n, endings)
-        ending_tokens = np.asarray(ending_tokens)
-        if not np.isfinite(summed_nll).all() or not (ending_tokens > 0).all():
-            raise ValueError("every ending needs a finite summed_nll and at least one token")  # argmin would pick a NaN
-        mean_nll = summed_nll / ending_tokens
-        acc, acc_stderr = mean_and_stderr(summed_nll.argmin(axis=1) == references)
-        acc_norm, acc_norm_stderr = mean_and_stderr(mean_nll.argmin(axis=1) == references)
-        return {
-            "acc": acc,
-            "acc_norm": acc_norm,
-            "acc_stderr": acc_stderr,
-            "acc_norm_stderr": acc_norm_stderr,
-            "n": len(references),
-        }
+        return accuracies(summed_nll, ending_tokens, references)
+
+
+def accuracies(summed_nll, ending_tokens, references):
+    """What INPUTS says, without `evaluate`, whose metrics write files to a cache."""
+    summed_nll = np.asarray(summed_nll)  # (n, endings)
+    ending_tokens = np.asarray(ending_tokens)
+    references = np.asarray(references)
+    if not np.isfinite(summed_nll).all() or not (ending_tokens > 0).all():
+        raise ValueError("every ending needs a finite summed_nll and at least one token")  # argmin would pick a NaN
+    mean_nll = summed_nll / ending_tokens
+    acc, acc_stderr = mean_and_stderr(summed_nll.argmin(axis=1) == references)
+    acc_norm, acc_norm_stderr = mean_and_stderr(mean_nll.argmin(axis=1) == references)
+    return {
+        "acc": acc,
+        "acc_norm": acc_norm,
+        "acc_stderr": acc_stderr,
+        "acc_norm_stderr": acc_norm_stderr,
+        "n": len(references),
+    }
 
 
 def mean_and_stderr(correct):

@@ -1,0 +1,61 @@
+"""How a user's mistake ends: which processes print it, and with which remedy."""
+
+import errno
+import io
+
+import pytest
+from tqdm import tqdm
+
+from gpt2repro import errors
+from gpt2repro.errors import SharedError, UserError, report_write_errors, run_script
+
+
+@pytest.fixture
+def printed(monkeypatch, capsys):
+    """What a script prints that fails with this error on this rank, before there is a process group."""
+
+    def run(error, rank):
+        slept = []
+        monkeypatch.setenv("RANK", str(rank))
+        monkeypatch.setattr(errors.time, "sleep", slept.append)
+
+        def main(argv):
+            raise error
+
+        with pytest.raises(SystemExit) as exit:
+            run_script(main)
+        assert exit.value.code == 2
+        assert slept == (
+            [errors.GRACE_SECONDS] if rank else []
+        )  # the launcher kills it meanwhile if rank 0 failed, too
+        return capsys.readouterr().err
+
+    return run
+
+
+def test_an_error_of_one_rank_alone_is_printed_after_rank_0_could_speak(printed):
+    assert printed(UserError("one\ntwo"), rank=0) == "error: one\nerror: two\n"
+    assert printed(UserError("one"), rank=1) == "error: one (rank 1)\n"
+    assert printed(SharedError("one"), rank=0) == "error: one\n"
+    assert printed(SharedError("one"), rank=1) == ""
+
+
+def test_an_error_begins_on_a_line_of_its_own(printed):
+    stderr = io.StringIO()
+    with tqdm(total=9, file=stderr):
+        assert printed(UserError("one"), rank=0) == "error: one\n"
+        assert stderr.getvalue().endswith("\n")
+
+
+@pytest.mark.parametrize(
+    ("number", "remedy"),
+    [
+        (errno.EACCES, "make it writable, or choose another directory"),
+        (errno.EROFS, "make it writable, or choose another directory"),
+        (errno.ENOSPC, "free some space"),
+    ],
+)
+def test_the_remedy_fits_the_reason(number, remedy):
+    with pytest.raises(UserError, match=remedy) as error, report_write_errors("runs/x"):
+        raise OSError(number, "no")
+    assert str(error.value).startswith("cannot write runs/x ([Errno ")
