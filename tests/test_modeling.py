@@ -792,6 +792,7 @@ def test_the_number_of_rows_is_enough_for_a_configuration(rows, real):
     assert GPT2ReproConfig(vocab_size=rows).unpadded_vocab_size == real
 
 
+@pytest.mark.slow
 def test_an_older_transformers_is_told_in_one_line(tmp_path):
     """As 4.57 does, which lacks half of what the file imports."""
     (tmp_path / "transformers").mkdir()
