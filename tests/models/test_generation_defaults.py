@@ -47,7 +47,7 @@ def base(tmp_path, tokenizer):
 
 def sample(model, tokenizer):
     streamer = TextStreamer(tokenizer)
-    return generate(model, tokenizer, "hel", 8, seed=0, top_k=2, temperature=0.8, streamer=streamer)
+    return generate(model, tokenizer, "he", 8, seed=0, top_k=2, temperature=0.8, streamer=streamer)
 
 
 @pytest.mark.parametrize("written, exported", CASES.values(), ids=CASES)
