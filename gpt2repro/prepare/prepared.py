@@ -176,7 +176,21 @@ class OutputDirectory:
                 f"the corpus is not the one that {self.path} was started with: its {names} changed; "
                 "choose another --output_dir, or delete it"
             )
+        self._refuse_other_parts(corpus)
         return corpus
+
+    def _refuse_other_parts(self, corpus: Corpus) -> None:
+        """Version 0.1.0 counted every table as a whole part, so its parts must not be mixed with today's. It recorded
+        no special_tokens."""
+        unfinished = Unfinished.read(self.unfinished)
+        has_tables = any(piece.reader == "table" for piece in corpus.pieces)
+        if unfinished is None or not has_tables or not self.part_records():
+            return
+        if "special_tokens" not in unfinished.settings:
+            raise UserError(
+                f"{self.path} was started by an older version, which divided tables into other parts; delete it and "
+                "repeat the command"
+            )
 
     def _recorded_corpus(self) -> dict:
         """The facts of the corpus that work in this directory came from; {} if there is none yet."""

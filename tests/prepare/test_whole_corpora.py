@@ -8,12 +8,14 @@ import shutil
 import datasets
 import pyarrow
 import pytest
+from support import refusal
 from test_corpora import compressed, mistake, open_corpus, parquet, parquet_of, read, write_files
 
 import prepare_data
 from gpt2repro.prepare import readers
 from gpt2repro.prepare.corpora import HUB_CORPORA
 from gpt2repro.prepare.local_files import describe_left_out
+from gpt2repro.prepare.prepared import Unfinished
 
 
 TEXTS = [f'document {number}; it\'s "quoted", with\ttabs | pipes' for number in range(12)]
@@ -295,3 +297,26 @@ def test_a_column_of_nulls_is_empty(tmp_path):
 def test_a_file_of_one_object(tmp_path, indent):
     files = {f"{number:02}.json": json.dumps(row, indent=indent).encode() for number, row in enumerate(ROWS)}
     assert read("files", str(write_files(tmp_path, files))) == TEXTS
+
+
+def test_parts_of_tables_from_an_older_version_are_not_continued(tmp_path):
+    """It made each table a part; today small ones share one."""
+    (tmp_path / "ds").mkdir()
+    for name in ("a", "b"):
+        (tmp_path / "ds" / f"{name}.csv").write_text("text\n" + "".join(f"row {name} {i}\n" for i in range(40)))
+    command = [tmp_path / "ds", tmp_path / "out", "--tokenizer", "bpe:300", "--val_fraction", 0.2]
+    prepare(*command)
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    (tmp_path / "out" / "manifest.json").unlink()
+    settings = {key: value for key, value in manifest["settings"].items() if key != "special_tokens"}
+    facts = {key: value for key, value in manifest["corpus"].items() if key != "name"}
+    modified = [path.stat().st_mtime_ns for path in sorted((tmp_path / "ds").iterdir())]
+    Unfinished(settings, facts, modified).write(tmp_path / "out" / "preparing.json")
+    prepare(*command)  # no part was finished
+    (tmp_path / "out" / "manifest.json").unlink()
+    Unfinished(settings, facts, modified).write(tmp_path / "out" / "preparing.json")
+    (tmp_path / "out" / "parts").mkdir()
+    (tmp_path / "out" / "parts" / "part_00000.json").write_text("{}")
+    assert "was started by an older version, which divided tables into other parts" in refusal(
+        command[0], "--output_dir", *command[1:]
+    )
