@@ -13,6 +13,7 @@ import functools
 import logging
 import sys
 from collections.abc import Callable
+from typing import NoReturn
 
 import torch
 from accelerate import Accelerator
@@ -59,8 +60,7 @@ def main(argv: list[str]) -> None:
     hellaswag = load_hellaswag(plan)
     raw_model = build_model(plan)
     raw_optimizers = build_optimizers(raw_model, recipe)
-    refuse(launch_problems(recipe, accelerator, len(raw_optimizers)))
-    model, *optimizers = accelerator.prepare(raw_model, *raw_optimizers)
+    model, optimizers = wrap(raw_model, raw_optimizers, recipe, accelerator)
     stop_request = StopRequest(recipe.max_hours)
     check_hub_access(recipe)
     folder = begin_run(recipe, plan.data, accelerator)
@@ -104,8 +104,7 @@ def main(argv: list[str]) -> None:
     model, *optimizers = accelerator.free_memory(model, *optimizers)
     telemetry.close()
     if run.stopping:
-        accelerator.print(f"{run.stopping}: stopped and saved after step {run.step:,}; the same command resumes")
-        sys.exit(EXIT_CODE)
+        exit_resumable(run, accelerator)
     if accelerator.is_main_process:
         with report_write_errors(recipe.output_dir):
             finish(plan, folder, without_padding(trained), run)
@@ -196,13 +195,26 @@ def check_hub_access(recipe: Recipe) -> None:
         on_main(lambda: create_repository(recipe.hub_model_id))
 
 
+def wrap(
+    raw_model: PreTrainedModel, raw_optimizers: list[torch.optim.Optimizer], recipe: Recipe, accelerator: Accelerator
+) -> tuple[torch.nn.Module, list[AcceleratedOptimizer]]:
+    """What accelerate makes of model and optimizers: distributed, compiled, in mixed precision.
+
+    Raises:
+        UserError: the launch cannot run this recipe.
+    """
+    refuse(launch_problems(recipe, accelerator, len(raw_optimizers)))
+    model, *optimizers = accelerator.prepare(raw_model, *raw_optimizers)
+    return model, optimizers
+
+
 def print_losses(plan: Plan, accelerator: Accelerator) -> None:
     """--eval_only: print the losses of init_from on equally many tokens of the training and validation splits."""
     data = plan.data
     tokens = plan.recipe.validation_tokens or max(len(stream) for stream in data.val.streams)
     recipe = dataclasses.replace(plan.recipe, validation_tokens=tokens)
     raw_model = build_model(plan)
-    model, *_ = accelerator.prepare(raw_model, *build_optimizers(raw_model, recipe))  # FSDP2 requires both
+    model, _ = wrap(raw_model, build_optimizers(raw_model, recipe), recipe, accelerator)  # FSDP2 requires both
     for split, mixture in (("train", data.train), ("val", data.val)):
         for name, loss in validation_losses(model, mixture, recipe, accelerator).items():
             accelerator.print(f"{split + name.removeprefix('val')} {loss:.4f}")
@@ -214,6 +226,12 @@ def print_losses(plan: Plan, accelerator: Accelerator) -> None:
 def card_maker(plan: Plan, folder: RunFolder) -> Callable[..., ModelCard]:
     """`model_card` of this run's models; it is called before the first step too, to rehearse the export."""
     return functools.partial(model_card, name=folder.name, repo_id=plan.recipe.hub_model_id, run=folder)
+
+
+def exit_resumable(run: RunState, accelerator: Accelerator) -> NoReturn:
+    """Say why the run has stopped before its end, and exit with the code that asks for the same command."""
+    accelerator.print(f"{run.stopping}: stopped and saved after step {run.step:,}; the same command resumes")
+    sys.exit(EXIT_CODE)
 
 
 def finish(plan: Plan, folder: RunFolder, model: PreTrainedModel, run: RunState) -> None:
