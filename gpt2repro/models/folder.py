@@ -60,10 +60,15 @@ def find_model(name: str) -> str:
         newest = RunFolder(path).latest_checkpoint()
         unfinished = f" (an unfinished run; its newest checkpoint is {newest})" if newest else ""
         raise UserError(f"{name} holds no model: neither config.json nor model/config.json exists{unfinished}")
-    if name.count("/") > 1 or name.startswith((".", "/", "~")):
+    if _is_path(name):
         raise UserError(f"{name} does not exist; give a model folder, a run folder or a Hub id")
     _check_hub(name)
     return name
+
+
+def _is_path(name: str) -> bool:
+    """Whether a name can only be a path, not a Hub id."""
+    return name.count("/") > 1 or name.startswith((".", "/", "~"))
 
 
 def _check_hub(name: str) -> None:
@@ -180,6 +185,8 @@ def load_tokenizer(name: str | Path, trust_remote_code: bool = False) -> PreTrai
     """
     register_auto_classes()
     with explained(f"{name}: no tokenizer can be loaded from there", "save one there with tokenizer.save_pretrained"):
+        if _is_path(str(name)) and not Path(name).exists():  # transformers would look for it on the Hub
+            raise FileNotFoundError("it does not exist")
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
         # transformers makes a tokenizer with special tokens only for a folder without tokenizer files.
         words = tokenizer.get_vocab().keys() - set(tokenizer.all_special_tokens)

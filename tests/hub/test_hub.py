@@ -222,9 +222,9 @@ def opened(models, attempt):
 @pytest.mark.parametrize("case", REFUSED_MODELS)
 def test_a_model_that_cannot_be_opened_is_one_line_with_a_remedy(opened, case):
     _, name, expected = REFUSED_MODELS[case]
-    beginning = f"{name}: " if case == "no weights" else f"{name} is no file or folder here, and no model of that name"
+    nowhere = "" if case == "no weights" else "no such file or folder, and no model can be loaded from the Hub"
     line = error_line(*opened[case])
-    assert line.startswith(f"error: {beginning}") and expected in line
+    assert line.startswith(f"error: {name}: {nowhere}") and expected in line
 
 
 @pytest.mark.parametrize("case", ["owner", "granted"])
