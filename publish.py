@@ -10,6 +10,7 @@ the run measured. An upload is one commit.
 """
 
 import argparse
+import os
 import shutil
 import tempfile
 from pathlib import Path
@@ -47,7 +48,7 @@ def main(argv: list[str]) -> None:
         remedy = "choose another --to" if is_folder else "run the command in a folder that can be written"
         raise UserError(f"--to {args.to}: {unwritable}; {remedy}")
     model = from_gpt2(source, drop_heads=args.drop_heads)
-    tokenizer = load_tokenizer(Path(args.tokenizer).expanduser()) if args.tokenizer else tokenizer_for(source, model)
+    tokenizer = load_tokenizer(os.path.expanduser(args.tokenizer)) if args.tokenizer else tokenizer_for(source, model)
     check_tokenizer(source, tokenizer, model.config)
     if not is_folder:
         create_repository(args.to, private=args.private or None, revision=args.revision)

@@ -187,7 +187,9 @@ def load_tokenizer(name: str | Path, trust_remote_code: bool = False) -> PreTrai
     with explained(f"{name}: no tokenizer can be loaded from there", "save one there with tokenizer.save_pretrained"):
         if _is_path(str(name)) and not Path(name).exists():  # transformers would look for it on the Hub
             raise FileNotFoundError("it does not exist")
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+        # Of a folder without a tokenizer transformers would ask the Hub.
+        local = Path(name).is_dir()
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code, local_files_only=local)
         # transformers makes a tokenizer with special tokens only for a folder without tokenizer files.
         words = tokenizer.get_vocab().keys() - set(tokenizer.all_special_tokens)
         if not words:

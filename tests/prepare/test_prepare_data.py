@@ -106,6 +106,7 @@ def test_one_text_is_split_by_position(topics, encoding, tmp_path, fraction):
     assert len(val) == pytest.approx(fraction * len(text), abs=1)
 
 
+@pytest.mark.slow
 def test_a_document_keeps_its_split_when_the_corpus_grows(texts, encoding, tmp_path):
     """Exact copies stay together, too."""
     splits = []
@@ -295,6 +296,7 @@ def test_a_split_without_documents(source, tmp_path, split, option):
     prepare("files", "--source", source, "--output_dir", tmp_path / "out", "--tokenizer", "char", *remedy)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("documents", [2, 3, 20])
 def test_the_default_fraction_suits_a_small_folder(tmp_path, capsys, documents):
     for number in range(documents):
@@ -309,6 +311,7 @@ def test_the_default_fraction_suits_a_small_folder(tmp_path, capsys, documents):
     assert json.loads((again / "manifest.json").read_text())["splits"] == manifest["splits"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("limit", [["--max_documents", 8], ["--max_tokens", 50]])
 def test_limits_of_a_small_folder(tmp_path, limit):
     for number in range(30):
