@@ -18,6 +18,8 @@ from gpt2repro.prepare.local_files import describe_left_out
 from gpt2repro.prepare.prepared import Unfinished
 
 
+pytestmark = pytest.mark.slow  # every case is prepared whole, beside load_dataset
+
 TEXTS = [f'document {number}; it\'s "quoted", with\ttabs | pipes' for number in range(12)]
 ROWS = [{"id": number, "text": text} for number, text in enumerate(TEXTS)]
 
