@@ -145,11 +145,6 @@ def open_gpt2(source: str | Path, revision: str | None = None, drop_heads: bool 
         return StoredGPT2(source, revision, unpadded(config), open_tensors)
 
 
-def gpt2_config(source: str | Path, revision: str | None = None) -> GPT2ReproConfig:
-    """The configuration of `open_gpt2(source)`."""
-    return open_gpt2(source, revision).config
-
-
 def from_gpt2(
     source: str | Path,
     config: GPT2ReproConfig | None = None,

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, Llam
 from gpt2repro.data.tokenization import build_tokenizer
 from gpt2repro.errors import UserError
 from gpt2repro.models.folder import find_model, open_model
-from gpt2repro.models.openai_weights import from_gpt2, gpt2_config, to_gpt2
+from gpt2repro.models.openai_weights import from_gpt2, open_gpt2, to_gpt2
 from gpt2repro.models.padding import without_padding
 from modeling_gpt2repro import GPT2ReproConfig, GPT2ReproForCausalLM
 
@@ -236,12 +236,12 @@ def test_the_generation_config_is_kept(gpt2, folder):
 def test_our_own_model_folder_loads_too(tmp_path):
     ours = GPT2ReproForCausalLM(GPT2ReproConfig(**TINY | {"vocab_size": 192, "unpadded_vocab_size": V, "bias": False}))
     ours.save_pretrained(tmp_path)
-    assert gpt2_config(tmp_path).bias is False
+    assert open_gpt2(tmp_path).config.bias is False
     same_tensors(from_gpt2(tmp_path), without_padding(ours))
 
 
 def test_fewer_positions_change_nothing_for_short_sequences(gpt2, folder, ids):
-    config = gpt2_config(folder)
+    config = open_gpt2(folder).config
     config.n_positions = 16
     ours = from_gpt2(folder, config)
     assert ours.transformer.wpe.weight.shape == (16, 32)
@@ -296,7 +296,7 @@ def test_another_architecture_is_refused_with_its_reason(folder, fields, reason)
 def test_another_model_type_is_refused(tmp_path):
     LlamaConfig().save_pretrained(tmp_path)
     with pytest.raises(UserError, match="is a llama model"):
-        gpt2_config(tmp_path)
+        open_gpt2(tmp_path)
 
 
 def test_missing_unknown_and_misshapen_tensors_are_named(folder):
@@ -323,7 +323,7 @@ def test_a_head_that_contradicts_the_configuration_is_refused(folder):
 
 def test_a_configuration_of_another_model_is_refused(folder):
     for name, value in {"n_layer": 2, "bias": False, "n_positions": 64}.items():
-        config = gpt2_config(folder)
+        config = open_gpt2(folder).config
         setattr(config, name, value)
         with pytest.raises(ValueError, match="the configuration does not match"):
             from_gpt2(folder, config)
@@ -342,7 +342,7 @@ def test_integer_weights_are_refused_and_mixed_precision_keeps_the_widest_dtype(
 def test_an_invalid_configuration_is_one_line(folder, fields):
     rewrite_config(folder, **fields)
     with pytest.raises(UserError) as caught:
-        gpt2_config(folder)
+        open_gpt2(folder)
     assert next(iter(fields)) in str(caught.value) and len(str(caught.value).splitlines()) == 1
 
 

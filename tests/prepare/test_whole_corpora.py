@@ -8,6 +8,7 @@ import shutil
 import datasets
 import pyarrow
 import pytest
+from preparer import manifest_of
 from support import refusal
 from test_corpora import compressed, mistake, open_corpus, parquet, parquet_of, read, write_files
 
@@ -83,7 +84,7 @@ def test_many_small_tables_are_one_part(tmp_path, capsys):
     assert len(corpus.parts()) == 1 and sum(piece.bytes for piece in corpus.pieces) == 60 * len(table(","))
     prepare(folder, tmp_path / "out", "--val_fraction", 0.2)
     assert "needs about 0.0 GB" in capsys.readouterr().out
-    assert manifest(tmp_path / "out")["splits"]["train"]["shards"][1:] == []
+    assert manifest_of(tmp_path / "out")["splits"]["train"]["shards"][1:] == []
 
 
 def test_the_size_of_a_compressed_table_is_estimated(tmp_path):
@@ -112,10 +113,6 @@ def test_a_missing_zstandard_is_named(tmp_path, monkeypatch):
 
 def prepare(corpus, output_dir, *args):
     prepare_data.main([str(arg) for arg in (corpus, "--output_dir", output_dir, *args)])
-
-
-def manifest(directory):
-    return json.loads((directory / "manifest.json").read_text())
 
 
 # ---- documents of several lines ----
@@ -222,7 +219,7 @@ def test_what_is_left_out_is_said_and_counted(tmp_path, capsys):
         "left out 6 files: 3 hidden (.cache/huggingface/old.jsonl, .ipynb_checkpoints/a.txt, a/.DS_Store); "
         "2 of other formats (a.pdf, b.zip); 1 README (README.md)"
     )
-    recorded = manifest(tmp_path / "out")
+    recorded = manifest_of(tmp_path / "out")
     assert recorded["left_out_files"] == {"hidden": 3, "of other formats": 2, "README": 1}
     assert sum(split["documents"] for split in recorded["splits"].values()) == 10
 
