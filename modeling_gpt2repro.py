@@ -54,7 +54,10 @@ from transformers.utils.output_capturing import capture_outputs
 
 
 IGNORE_INDEX = -100  # label of positions without loss, the convention of torch and transformers
-LOGITS_PER_CHUNK = 2**27  # logits that the loss materializes at once: 0.5 GiB in float32
+# The loss materializes this many logits at once, 0.5 GiB in float32, or as many as it takes for MAX_CHUNKS chunks:
+# torch.compile unrolls them, and compiling many takes minutes.
+LOGITS_PER_CHUNK = 2**27
+MAX_CHUNKS = 8
 
 # transformers 5.24 renamed past_key_values to cache. The models here accept both names from callers; this is the name
 # that the installed release uses in its outputs and its mask functions.
@@ -156,7 +159,7 @@ class _ChunkedLinearCrossEntropy(torch.autograd.Function):
     def forward(ctx, hidden, weight, labels, unpadded_vocab_size, dtype, with_gradients):
         ctx.hidden_dtype, ctx.weight_dtype = hidden.dtype, weight.dtype
         x, w = hidden.to(dtype), weight.to(dtype)
-        chunk_rows = max(1, LOGITS_PER_CHUNK // len(w))
+        chunk_rows = max(1, LOGITS_PER_CHUNK // len(w), -(-len(x) // MAX_CHUNKS))
         loss = torch.zeros((), dtype=torch.float32, device=x.device)
         grad_x = torch.empty_like(x) if with_gradients else None
         with_weight = with_gradients and ctx.needs_input_grad[1]  # False when only adapters are trained
@@ -170,7 +173,9 @@ class _ChunkedLinearCrossEntropy(torch.autograd.Function):
             counted = (labels[rows] != IGNORE_INDEX)[:, None]
             target = labels[rows][:, None].where(counted, 0)
             # gather gets the real tokens only, so a label out of range raises an error instead of training silently
-            loss -= (log_probs[:, :unpadded_vocab_size].gather(1, target) * counted).sum()
+            target_log_probs = log_probs[:, :unpadded_vocab_size].gather(1, target)
+            # Not in place: torch 2.11 compiles that into gradients of zero.
+            loss = loss - (target_log_probs * counted).sum()
             if with_gradients:  # d loss / d logits = softmax - one_hot(target)
                 grad_logits = log_probs.exp_().scatter_add_(1, target, -torch.ones_like(target, dtype=torch.float32))
                 grad_logits = grad_logits.mul_(counted).to(dtype)

@@ -264,4 +264,4 @@ def finish(plan: Plan, folder: RunFolder, model: PreTrainedModel, run: RunState)
 
 if __name__ == "__main__":
     silence_libraries()
-    run_script(main)
+    run_script(main, save_memory="lower --micro_batch_size, or pass --gradient_checkpointing true")

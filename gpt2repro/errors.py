@@ -15,6 +15,7 @@ from typing import NoReturn
 
 
 FREE_SPACE = "free some space and repeat the command: it resumes from the newest checkpoint"
+SAVE_MEMORY = "use a smaller batch, or hide the GPU with CUDA_VISIBLE_DEVICES=-1"
 MAKE_WRITABLE = "make it writable, or choose another directory, and repeat the command"
 NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS)
 GRACE_SECONDS = 10.0  # for which another rank lets rank 0 speak first; ranks start seconds apart on a busy machine
@@ -42,6 +43,12 @@ def first_line(error: Exception) -> str:
     lines = (str(error).strip() or type(error).__name__).splitlines()
     shown = lines[:2] if lines[0].endswith(":") else lines[:1]
     return " ".join(line.strip() for line in shown)
+
+
+def first_sentences(error: Exception, count: int) -> str:
+    """The first sentences of an exception's message, without the last one's full stop."""
+    sentences = re.split(r"\.\s+", first_line(error))
+    return ". ".join(sentences[:count]).removesuffix(".")
 
 
 def os_error_number(error: Exception) -> int | None:
@@ -77,17 +84,30 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message}; `python {self.prog} --help` lists the flags")
 
 
-def run_script(main: Callable[[list[str]], None]) -> None:
-    """Run `main(argv)` as a script. A UserError is printed, by one process if all have it, and exits with code 2."""
+def run_script(main: Callable[[list[str]], None], save_memory: str = SAVE_MEMORY) -> None:
+    """Run `main(argv)` as a script. A UserError is printed, by one process if all have it, and exits with code 2; so is
+    a GPU that is too small.
+
+    Args:
+        save_memory: the remedy when the GPU's memory is used up.
+    """
     try:
         main(sys.argv[1:])
     except UserError as error:
-        _close_progress_bars()
-        _tell_launcher(error)
-        _print_error(error, rank=int(os.environ.get("RANK", "0")))
-        sys.exit(2)
+        _exit_with(error)
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # torch's; this module does not import torch
+            raise
+        _exit_with(UserError(f"{first_sentences(error, 3)}; {save_memory}"))
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def _exit_with(error: UserError) -> NoReturn:
+    _close_progress_bars()
+    _tell_launcher(error)
+    _print_error(error, rank=int(os.environ.get("RANK", "0")))
+    sys.exit(2)
 
 
 def _print_error(error: UserError, rank: int) -> None:

@@ -85,15 +85,25 @@ def device_name(device: "torch.device") -> str:
 
 
 def missing_gpu() -> list[str]:
-    """One line if the launch command asks for a GPU and torch finds none; accelerate would fall back to the CPU
-    silently."""
+    """One line if the launch command asks for a GPU and torch finds none, when accelerate would fall back to the CPU
+    silently; or if it starts more processes than this machine has GPUs."""
     import torch
+
+    if cpu_asked():
+        return []
+    local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    gpus = torch.accelerator.device_count()
+    if 0 < gpus < local_processes:
+        return [
+            f"the launch command starts {local_processes} processes on this machine, but it has {gpus} GPU(s); pass "
+            f"--num_processes {gpus}"
+        ]
 
     # A config for GPUs is recognised by its 16-bit precision, or by several processes.
     from_config = "ACCELERATE_USE_CPU" in os.environ
     half_precision = from_config and os.environ.get("ACCELERATE_MIXED_PRECISION") in ("bf16", "fp16", "fp8")
     wants_gpu = half_precision or world_size() > 1
-    if cpu_asked() or not wants_gpu or torch.accelerator.is_available():
+    if not wants_gpu or gpus:
         return []
     return [
         "the launch command asks for a GPU, but torch finds none; use accelerate_configs/cpu.yaml or multi_cpu.yaml "

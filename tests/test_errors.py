@@ -4,6 +4,7 @@ import errno
 import io
 
 import pytest
+import torch
 from tqdm import tqdm
 
 from gpt2repro import errors
@@ -38,6 +39,17 @@ def test_an_error_of_one_rank_alone_is_printed_after_rank_0_could_speak(printed)
     assert printed(UserError("one"), rank=1) == "error: one (rank 1)\n"
     assert printed(SharedError("one"), rank=0) == "error: one\n"
     assert printed(SharedError("one"), rank=1) == ""
+
+
+def test_a_full_gpu_is_one_line(printed):
+    error = torch.OutOfMemoryError(
+        "CUDA out of memory. Tried to allocate 512.00 MiB. GPU 0 has a total capacity of 23.65 GiB of which 211.62 MiB "
+        "is free. Process 1 has 20.00 GiB memory in use. See documentation for Memory Management"
+    )
+    assert printed(error, rank=0) == (
+        "error: CUDA out of memory. Tried to allocate 512.00 MiB. GPU 0 has a total capacity of 23.65 GiB of which "
+        "211.62 MiB is free; use a smaller batch, or hide the GPU with CUDA_VISIBLE_DEVICES=-1\n"
+    )
 
 
 def test_an_error_begins_on_a_line_of_its_own(printed):

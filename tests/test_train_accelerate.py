@@ -600,10 +600,20 @@ def test_a_run_is_not_overwritten_without_resume(refused, trained):
 
 
 def test_a_config_for_gpus_is_refused_without_one(refused, monkeypatch):
-    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 0)
     monkeypatch.setenv("ACCELERATE_USE_CPU", "False")  # what the launcher makes of single_gpu.yaml
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
     assert "asks for a GPU, but torch finds none" in refused()
+
+
+def test_more_processes_than_gpus_are_refused(refused, monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 4)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    message = "starts 8 processes on this machine, but it has 4 GPU(s); pass --num_processes 4"
+    assert message in refused()
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    assert message not in refused("--no_such_flag", 1)
 
 
 @pytest.mark.skipif(torch.accelerator.is_available(), reason="shows what happens without a GPU")

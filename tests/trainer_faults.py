@@ -229,6 +229,18 @@ def nan_losses() -> None:
     train_accelerate.agree = agree_on_nan
 
 
+def loss_scale(scale: float) -> None:
+    """fp16 begins with this loss scale; a large one overflows."""
+    build_accelerator = train_accelerate.build_accelerator
+
+    def build_and_scale(recipe):
+        accelerator = build_accelerator(recipe)
+        accelerator.scaler.load_state_dict(accelerator.scaler.state_dict() | {"scale": scale})
+        return accelerator
+
+    train_accelerate.build_accelerator = build_and_scale
+
+
 def print_order_of_a_step() -> None:
     """No fault: print <lr> when the learning rate is set, <backward> when a backward pass begins."""
     set_lr, backward = train_accelerate.set_lr, Accelerator.backward
