@@ -167,18 +167,11 @@ class _ChunkedLinearCrossEntropy(torch.autograd.Function):
         # torch.compile specializes on the number of chunks, not on len(x).
         for chunk in range(-(-len(x) // chunk_rows)):
             rows = slice(chunk * chunk_rows, (chunk + 1) * chunk_rows)
-            logits = x[rows] @ w.T
-            logits[:, unpadded_vocab_size:] = -torch.inf
-            log_probs = F.log_softmax(logits, dim=-1, dtype=torch.float32)
-            counted = (labels[rows] != IGNORE_INDEX)[:, None]
-            target = labels[rows][:, None].where(counted, 0)
-            # gather gets the real tokens only, so a label out of range raises an error instead of training silently
-            target_log_probs = log_probs[:, :unpadded_vocab_size].gather(1, target)
-            # Not in place: torch 2.11 compiles that into gradients of zero.
-            loss = loss - (target_log_probs * counted).sum()
-            if with_gradients:  # d loss / d logits = softmax - one_hot(target)
-                grad_logits = log_probs.exp_().scatter_add_(1, target, -torch.ones_like(target, dtype=torch.float32))
-                grad_logits = grad_logits.mul_(counted).to(dtype)
+            chunk_loss, grad_logits = _chunk_loss_and_gradient(
+                x[rows], w, labels[rows], unpadded_vocab_size, with_gradients
+            )
+            loss = loss + chunk_loss  # not in place, which torch 2.11 compiles into gradients of zero
+            if with_gradients:
                 grad_x[rows] = grad_logits @ w
                 if with_weight:
                     grad_w += grad_logits.T @ x[rows]
@@ -193,6 +186,23 @@ class _ChunkedLinearCrossEntropy(torch.autograd.Function):
         grad_hidden = (grad_x * grad_loss).to(ctx.hidden_dtype)
         grad_weight = None if grad_w is None else (grad_w * grad_loss).to(ctx.weight_dtype)
         return grad_hidden, grad_weight, None, None, None, None
+
+
+def _chunk_loss_and_gradient(x, w, labels, unpadded_vocab_size, with_gradient):
+    """The summed loss of some rows, () float32; and its gradient with respect to their logits, (rows, V) in x's dtype,
+    or None. A function of its own, so that its temporaries are freed before the next chunk."""
+    logits = x @ w.T
+    logits[:, unpadded_vocab_size:] = -torch.inf
+    log_probs = F.log_softmax(logits, dim=-1, dtype=torch.float32)
+    counted = (labels != IGNORE_INDEX)[:, None]
+    target = labels[:, None].where(counted, 0)
+    # gather gets the real tokens only, so a label out of range raises an error instead of training silently
+    loss = -(log_probs[:, :unpadded_vocab_size].gather(1, target) * counted).sum()
+    if not with_gradient:
+        return loss, None
+    # d loss / d logits = softmax - one_hot(target)
+    grad_logits = log_probs.exp_().scatter_add_(1, target, -torch.ones_like(target, dtype=torch.float32))
+    return loss, grad_logits.mul_(counted).to(x.dtype)
 
 
 def linear_cross_entropy(hidden, weight, labels, unpadded_vocab_size, num_items_in_batch=None):

@@ -182,6 +182,7 @@ def test_fp8_converts_all_block_matrices_except_the_first():
     model = tiny_model(n_embd=16)
     linears = {name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
     names, total = list(model.state_dict()), model.num_parameters()
+    trained_by_the_optimizer = {id(parameter) for parameter in model.parameters()}  # it is built before
     path = next(path for path in CONFIGS if path.stem == "single_gpu_fp8")
     with patch_environment(**launch_environment(path)):
         assert os.environ["ACCELERATE_FP8_BACKEND"] == "AO"
@@ -192,3 +193,4 @@ def test_fp8_converts_all_block_matrices_except_the_first():
     assert linears - converted == {"transformer.h.0.attn.c_attn", "lm_head"}
     assert list(model.state_dict()) == names and model.num_parameters() == total  # checkpoints load without torchao
     assert model.lm_head.weight is model.transformer.wte.weight
+    assert {id(parameter) for parameter in model.parameters()} == trained_by_the_optimizer

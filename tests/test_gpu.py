@@ -120,8 +120,8 @@ def new_run(data_dir, tmp_path):
 
 @pytest.fixture(scope="session")
 def on_cpu(data_dir, tmp_path_factory) -> Run:
-    """The reference: float32 on the CPU."""
-    return Run(tmp_path_factory.mktemp("cpu") / "run", data_dir).train("cpu")
+    """The reference: float32 on the CPU. Each process of pytest makes its own, so it must not take all cores."""
+    return Run(tmp_path_factory.mktemp("cpu") / "run", data_dir).train("cpu", OMP_NUM_THREADS="2")
 
 
 # ---- every way to launch ----
@@ -238,21 +238,21 @@ def ids():
 def test_logits_and_gradients_equal_transformers(pair, ids, attention):
     ours, theirs = pair
     ours.set_attn_implementation(attention)
-    torch.testing.assert_close(ours(ids).logits, theirs(ids).logits, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(ours(ids).logits[..., :60], theirs(ids).logits, atol=1e-4, rtol=1e-4)
     loss, expected = ours(ids, labels=ids).loss, theirs(ids, labels=ids).loss
-    torch.testing.assert_close(loss, expected, atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(loss, expected, atol=1e-5, rtol=1e-5)
     loss.backward()
     expected.backward()
     ours_grad = as_gpt2_tensors({name: p.grad for name, p in ours.named_parameters()}, 60)
     for name, parameter in theirs.named_parameters():
-        torch.testing.assert_close(ours_grad[name], parameter.grad, atol=1e-6, rtol=1e-4)
+        torch.testing.assert_close(ours_grad[name], parameter.grad, atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_weights_are_as_close_to_float32_as_transformers(pair, ids, dtype):
     ours, theirs = pair
-    exact = ours(ids).logits
-    error = (ours.to(dtype)(ids).logits.float() - exact).abs().max()
+    exact = theirs(ids).logits
+    error = (ours.to(dtype)(ids).logits[..., :60].float() - exact).abs().max()
     expected_error = (theirs.to(dtype)(ids).logits.float() - exact).abs().max()
     assert error < 2 * expected_error
 

@@ -297,6 +297,13 @@ def test_a_chunk_holds_at_least_one_row(chunks, monkeypatch):
     assert chunks[5:] == [1] * 32
 
 
+def test_many_rows_do_not_make_many_chunks(chunks, monkeypatch):
+    """torch.compile unrolls them."""
+    monkeypatch.setattr(modeling_gpt2repro, "MAX_CHUNKS", 8)
+    loss_and_gradients(*loss_inputs(rows=4096))
+    assert chunks == [512] * 8
+
+
 def test_chunked_loss_under_bf16_autocast_stays_near_float32(chunks):
     inputs = loss_inputs(rows=256)
     expected = loss_and_gradients(*inputs)

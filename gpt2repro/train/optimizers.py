@@ -115,6 +115,13 @@ def launch_problems(recipe: Recipe, accelerator: Accelerator, n_optimizers: int)
             f"optimizer={recipe.optimizer} is {n_optimizers} optimizers, which accelerate scales wrongly in fp16; use "
             "bf16 or adamw"
         )
+    fp8 = accelerator.ao_recipe_handler
+    if fp8 is not None and fp8.config.enable_fsdp_float8_all_gather:
+        # torchao then replaces the matrices by new parameters, but the optimizer would update the old ones.
+        problems.append(
+            "mixed_precision=fp8 with enable_fsdp_float8_all_gather, accelerate's default, trains no matrix; use "
+            "accelerate_configs/single_gpu_fp8.yaml, which turns it off"
+        )
     if n_optimizers > 1 and uses_deepspeed:
         problems.append(
             f"optimizer={recipe.optimizer} is {n_optimizers} optimizers, but DeepSpeed takes only one; use FSDP2 or "

@@ -164,6 +164,17 @@ def test_a_resumed_run_matches_an_uninterrupted_one(model, distributed):
         assert torch.equal(value, parameters(other)[name]), name
 
 
+def launch_of(precision, device, distribution, fp8=None):
+    """What launch_problems looks at of an Accelerator."""
+    return SimpleNamespace(
+        mixed_precision=precision,
+        device=torch.device(device),
+        distributed_type=distribution,
+        ao_recipe_handler=fp8
+        and SimpleNamespace(config=SimpleNamespace(enable_fsdp_float8_all_gather=fp8 == "gather")),
+    )
+
+
 @pytest.mark.parametrize(
     ("recipe", "precision", "device", "distribution", "problems"),
     [
@@ -178,9 +189,17 @@ def test_a_resumed_run_matches_an_uninterrupted_one(model, distributed):
     ],
 )
 def test_incompatible_launches_are_refused(recipe, precision, device, distribution, problems):
-    launch = SimpleNamespace(mixed_precision=precision, device=torch.device(device), distributed_type=distribution)
+    launch = launch_of(precision, device, distribution)
     n_optimizers = {"adamw": 1, "muon": 2}[recipe.optimizer]
     assert len(launch_problems(recipe, launch, n_optimizers)) == problems
+
+
+@pytest.mark.parametrize("distribution", [DistributedType.NO, DistributedType.MULTI_GPU])
+def test_fp8_that_replaces_the_parameters_is_refused(distribution):
+    """tests/test_accelerate_configs.py shows that the config which the message names keeps them."""
+    assert launch_problems(Recipe(), launch_of("fp8", "cuda", distribution, fp8="plain"), 1) == []
+    (problem,) = launch_problems(Recipe(), launch_of("fp8", "cuda", distribution, fp8="gather"), 1)
+    assert "trains no matrix; use accelerate_configs/single_gpu_fp8.yaml" in problem
 
 
 def test_one_gradient_scaler_cannot_serve_two_optimizers():
