@@ -1,4 +1,5 @@
-"""Bad steps, whose update is skipped: a non-finite loss or gradient or, with skip_spikes, a loss spike."""
+"""Bad steps, whose update is skipped: a non-finite loss or gradient, a gradient of zero or, with skip_spikes, a loss
+spike."""
 
 import math
 import statistics
@@ -53,9 +54,10 @@ class Guard:
                 bad step only if the scale is already below 1.
         """
         is_finite = math.isfinite(loss) and math.isfinite(grad_norm)
+        is_lost = grad_norm == 0.0  # by a fault of torch.compile, say: the run would go on and learn nothing
         self._measure(loss)
         is_skipped_spike = self.spiked and self.recipe.skip_spikes
-        if is_finite and not is_skipped_spike:
+        if is_finite and not is_lost and not is_skipped_spike:
             self.bad_batches = []
             return True
         if scaler is not None:

@@ -103,7 +103,7 @@ class RunState:
             SharedError: there is no checkpoint, or the run has used up its max_rollbacks.
         """
         seen = f"{self.recipe.max_bad_steps} bad steps in a row, at batches {self.guard.bad_batches}"
-        remedy = "start another run with a lower learning_rate or max_grad_norm, or in float32"
+        remedy = "start another run with a lower learning_rate or max_grad_norm, in float32, or without compile"
         if self.guard.rollbacks >= self.recipe.max_rollbacks:
             raise SharedError(f"{seen}, after {self.guard.rollbacks} rollbacks; {remedy}")
         state = checkpoints.restore()

@@ -25,6 +25,14 @@ def test_a_rollback_into_a_streak_of_bad_steps_skips_no_good_batch():
     assert [guard.batch(step) for step in range(6, 9)] == [7, 8, 9]
 
 
+def test_a_gradient_of_zero_is_a_bad_step():
+    """torch 2.11 compiled the loss into one; the run went on for thousands of steps and learned nothing."""
+    guard = Guard(Recipe(max_bad_steps=2))
+    assert guard.accepts(0, 3.0, 1e-30)
+    assert not guard.accepts(1, 3.0, 0.0) and not guard.accepts(2, 3.0, 0.0)
+    assert guard.gives_up and guard.bad_steps == 2
+
+
 def test_a_run_with_too_many_rollbacks_ends_even_if_the_limit_was_lowered_later():
     run = RunState(Recipe(max_rollbacks=1), telemetry=None)
     run.guard.rollbacks = 2
