@@ -23,6 +23,7 @@ from gpt2repro.evaluation.hellaswag import (
     FULL_SET,
     HUB_ID,
     OPENAI_GPT2,
+    download_problems,
     encode_item,
     evaluate_hellaswag,
     load_items,
@@ -114,6 +115,8 @@ def check_arguments(args: argparse.Namespace) -> None:
     elif args.output:
         unwritable = write_problem(Path(args.output).parent)
         problems += [f"--output {args.output}: {unwritable}; choose another folder"] if unwritable else []
+    if args.data is None:
+        problems += download_problems("--data")
     try:
         find_model(args.model)
     except UserError as error:

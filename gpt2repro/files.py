@@ -49,6 +49,8 @@ def write_json(path: Path, content: object) -> None:
 def write_problem(folder: Path) -> str | None:
     """Why nothing can be written to a folder, which may not exist yet; None if it can. Creates nothing."""
     existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+    if not existing.is_dir():
+        return f"{existing} is a file"
     try:
         with tempfile.TemporaryFile(dir=existing):
             return None

@@ -55,8 +55,9 @@ class RunFolder:
         return self.path.name
 
     def is_untouched(self) -> bool:
-        """Whether the directory is absent, or holds only what an interrupted start left behind."""
-        return holds_only(self.path, {self.lock_file.name, f"{self.recipe.name}.tmp"})
+        """Whether the directory is absent, or holds only what a start leaves behind that ends before its first step."""
+        records = (self.recipe.name, self.verified.name)
+        return holds_only(self.path, {self.lock_file.name, *records, *(f"{name}.tmp" for name in records)})
 
     # ---- checkpoints ----
 

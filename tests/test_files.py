@@ -137,4 +137,7 @@ def test_an_interrupted_start_leaves_the_directory_untouched(tmp_path):
     assert run.is_untouched()
     run.unlock()
     run.write_record({"seed": 1})
-    assert not run.is_untouched() and run.read_record() == {"seed": 1}
+    run.write_verified({})
+    assert run.is_untouched() and run.read_record() == {"seed": 1}
+    run.metrics.write_text("")
+    assert not run.is_untouched()

@@ -17,7 +17,7 @@ import yaml
 from safetensors.torch import load_file
 from support import PATIENCE, ROOT, measured
 from support import metric_rows as rows
-from transformers import AutoTokenizer, GenerationConfig, GPT2Config, GPT2LMHeadModel, LlamaConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GPT2Config, GPT2LMHeadModel, LlamaConfig
 
 import train_accelerate
 from gpt2repro.data.batches import MicroBatches
@@ -25,6 +25,7 @@ from gpt2repro.data.manifest import Manifest
 from gpt2repro.data.token_stream import TokenStream, unigram_entropy
 from gpt2repro.data.tokenization import padded_vocab_size
 from gpt2repro.errors import UserError
+from gpt2repro.evaluation import hellaswag
 from gpt2repro.files import file_sha256
 from gpt2repro.recipe import Recipe
 from gpt2repro.run_folder import RunFolder
@@ -336,6 +337,28 @@ def test_fine_tuning_starts_from_the_weights_of_a_run(train, trained, tmp_path):
         assert torch.equal(tensor, weights(tmp_path / "tuned")[name])
 
 
+def test_fine_tuning_keeps_the_tokens_that_only_the_model_has(train, trained, data_dir, tmp_path):
+    """Chat markers, for example; in a resumed run too, and when the model it began with is gone."""
+    base = tmp_path / "base"
+    model = AutoModelForCausalLM.from_pretrained(trained[0] / "model", trust_remote_code=True)
+    tokenizer = AutoTokenizer.from_pretrained(trained[0] / "model")
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|user|>"]})
+    marker = tokenizer.convert_tokens_to_ids("<|user|>")
+    assert marker == Manifest.read(data_dir).tokenizer.vocab_size
+    model.resize_token_embeddings(len(tokenizer))
+    model.save_pretrained(base)
+    tokenizer.save_pretrained(base)
+    flags = ("--init_from", base, "--max_steps", 4, "--checkpoint_every", 2, "--validate_every", 4)
+    train(tmp_path / "tuned", *flags)
+    exported = tmp_path / "tuned" / "model"
+    assert AutoTokenizer.from_pretrained(exported)("<|user|>").input_ids == [marker]
+    assert len(weights(tmp_path / "tuned")["transformer.wte.weight"]) == marker + 1
+    shutil.rmtree(base)
+    shutil.rmtree(exported)
+    train(tmp_path / "tuned", *flags)
+    assert AutoTokenizer.from_pretrained(exported)("<|user|>").input_ids == [marker]
+
+
 def test_fine_tuning_starts_from_a_gpt2_whose_positions_it_crops(train, data_dir, tmp_path):
     vocab_size = Manifest.read(data_dir).tokenizer.vocab_size
     gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=vocab_size, n_positions=48, n_layer=1, n_head=2, n_embd=32))
@@ -476,6 +499,14 @@ def test_all_mistakes_come_at_once_and_end_in_exit_code_2(train, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_missing_data_model_and_network_are_said_together(refused, tmp_path, monkeypatch):
+    monkeypatch.setattr(hellaswag, "_ask_hub_once", lambda: (_ for _ in ()).throw(ConnectionError("no DNS")))
+    flags = ("--data_dir", tmp_path / "none", "--init_from", "./no_model", "--hellaswag_every", 3)
+    about_data, about_model, about_hellaswag = refused(*flags).splitlines()
+    assert "none does not exist" in about_data and "./no_model does not exist" in about_model
+    assert "--hellaswag_data FILE" in about_hellaswag
+
+
 def test_missing_data_names_the_command_that_prepares_it(refused, tmp_path):
     message = refused("--data_dir", tmp_path / "none", "--corpus", "fineweb-edu")
     assert (
@@ -594,6 +625,14 @@ def test_a_directory_that_holds_something_else_is_not_touched(refused, tmp_path)
     assert "is not a run" in refused()
 
 
+def test_a_start_that_ended_before_its_first_step_takes_another_recipe(refused, trained, tmp_path):
+    (tmp_path / "run").mkdir()
+    shutil.copy(trained[0] / "recipe.yaml", tmp_path / "run")
+    assert "another recipe" not in refused("--seed", 5, "--hellaswag_data", "nowhere")
+    (tmp_path / "run" / "metrics.jsonl").write_text("")
+    assert "another recipe" in refused("--seed", 5, "--hellaswag_data", "nowhere")
+
+
 def test_a_run_is_not_overwritten_without_resume(refused, trained):
     flags = ("--max_steps", 60, "--checkpoint_every", 20, "--resume", "false")
     assert "resume is off" in refused("--output_dir", trained[0], *flags)
@@ -688,11 +727,10 @@ def test_init_from_has_its_own_sizes_whatever_the_recipe_says(data_dir, recipe_f
         assert "n_layer=3, n_head=2, n_embd=16; the recipe's n_" in said or "n_layer=3, n_embd=16; the recipe's" in said
 
 
-def test_a_directory_that_cannot_be_written_is_refused_at_the_start(refused, small_disk, tmp_path, monkeypatch):
-    (tmp_path / "file").write_text("")
-    assert f"{tmp_path / 'file'} is a file; choose another" in refused("--output_dir", tmp_path / "file" / "a" / "b")
+def test_a_directory_that_cannot_be_written_is_refused_at_the_start(refused, small_disk, tmp_path):
+    file = tmp_path / "file"
+    file.write_text("")
+    assert f"output_dir={file / 'a' / 'b'}: {file} is a file; choose" in refused("--output_dir", file / "a" / "b")
     disk = small_disk(2**20, flags=1)  # MS_RDONLY: not even root may write
-    assert f"{disk} is read-only; choose another --output_dir" in refused("--output_dir", disk / "runs" / "a")
-    monkeypatch.setattr(preflight.os, "access", lambda path, mode: path != tmp_path)
-    message = refused("--output_dir", tmp_path / "new" / "run")
-    assert f"output_dir={tmp_path / 'new' / 'run'} cannot be written: {tmp_path} is read-only; choose" in message
+    message = refused("--output_dir", disk / "runs" / "a")
+    assert f"{disk} cannot be written (Read-only file system); choose another --output_dir" in message

@@ -114,6 +114,17 @@ def impatient_lock() -> None:
     FileLock.acquire = lambda self, timeout: acquire(self, timeout=0.1)
 
 
+def say_before_locking() -> None:
+    """No fault: print "at the lock" before waiting for it."""
+    lock = RunFolder.lock
+
+    def say_and_lock(self):
+        print("at the lock", flush=True)
+        lock(self)
+
+    RunFolder.lock = say_and_lock
+
+
 def file_size_limit_while_saving(steps: Sequence[int], max_bytes: int) -> None:
     """The checkpoints of these steps meet EFBIG: no file may grow beyond max_bytes while they are written."""
     write = Checkpoints._write

@@ -18,9 +18,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 import tiktoken
 import tokenizers
+from huggingface_hub.errors import EntryNotFoundError
 from tiktoken_ext import openai_public
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from gpt2repro.data.hub import hub_failure
 from gpt2repro.data.manifest import TokenizerRecord
 from gpt2repro.errors import UserError, first_line
 from gpt2repro.run_folder import RunFolder
@@ -163,7 +165,9 @@ def _saved_tokenizer(name: str) -> Tokenizer:
     if folder and _is_vocabulary_alone(folder):
         return _from_fast(name, _from_vocabulary(name, folder))
     try:
-        return _from_fast(name, AutoTokenizer.from_pretrained(folder or name))
+        if folder is None:
+            _ask_hub_once(name)
+        return _from_fast(name, AutoTokenizer.from_pretrained(folder or name, trust_remote_code=False))
     except UserError:
         raise
     except Exception as error:  # transformers and tokenizers share no base class for unreadable files
@@ -171,6 +175,13 @@ def _saved_tokenizer(name: str) -> Tokenizer:
             f"--tokenizer {name}: neither gpt2, char nor bpe:N, nor a folder or Hub id that holds a tokenizer "
             f"({first_line(error)}); a run, a prepared directory or a model folder holds one"
         ) from error
+
+
+def _ask_hub_once(name: str) -> None:
+    """Raise what the Hub or the network answers if it cannot be asked for a tokenizer called `name`."""
+    failure = hub_failure(name, "tokenizer_config.json")
+    if failure is not None and not isinstance(failure, EntryNotFoundError):  # older ones have only vocab.json
+        raise failure
 
 
 def _tokenizer_folder(folder: Path) -> Path | None:

@@ -30,6 +30,7 @@ from accelerate.utils import broadcast_object_list, gather_object
 from huggingface_hub import HfApi, constants
 from tqdm import tqdm
 
+from gpt2repro.data.hub import HUB_TIMEOUT
 from gpt2repro.errors import UserError, first_line
 
 
@@ -37,7 +38,6 @@ HUB_ID = "Rowan/hellaswag"
 OPENAI_GPT2 = {"hellaswag_acc": 0.2859, "hellaswag_acc_norm": 0.2955}  # 124M, full set; build-nanogpt hellaswag.py
 FULL_SET = 10_042  # items of the validation set
 ENDINGS = 4
-HUB_TIMEOUT = 10.0  # seconds
 
 
 def load_items(data: str | None = None, limit: int | None = None, flag: str = "--data") -> list[dict]:
@@ -55,12 +55,29 @@ def load_items(data: str | None = None, limit: int | None = None, flag: str = "-
         _ask_hub_once()
         rows = datasets.load_dataset(HUB_ID, split="validation")
     except (OSError, datasets.exceptions.DatasetsError) as error:
-        raise UserError(
-            f"HellaSwag ({HUB_ID}) cannot be downloaded from the Hub ({first_line(error)}); check the network, or give "
-            f"a local copy of hellaswag_val.jsonl with {flag} FILE"
-        ) from error
+        raise UserError(_cannot_download(error, flag)) from error
     wanted = len(rows) if limit is None else min(limit, len(rows))
     return [check_item(row, f"{HUB_ID}, row {number}") for number, row in enumerate(rows.select(range(wanted)))]
+
+
+def download_problems(flag: str) -> list[str]:
+    """One line if `load_items` cannot get the set from the Hub.
+
+    Args:
+        flag: as for `load_items`.
+    """
+    try:
+        _ask_hub_once()
+    except OSError as error:
+        return [_cannot_download(error, flag)]
+    return []
+
+
+def _cannot_download(error: Exception, flag: str) -> str:
+    return (
+        f"HellaSwag ({HUB_ID}) cannot be downloaded from the Hub ({first_line(error)}); check the network, or give "
+        f"a local copy of hellaswag_val.jsonl with {flag} FILE"
+    )
 
 
 def _ask_hub_once() -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 from filelock import FileLock
-from huggingface_hub import ModelCard, constants, get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
+from huggingface_hub import ModelCard
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
 from transformers import (
     AutoConfig,
@@ -21,6 +21,7 @@ from transformers import (
     dynamic_module_utils,
 )
 
+from gpt2repro.data.hub import hub_failure
 from gpt2repro.data.tokenization import build_tokenizer
 from gpt2repro.errors import UserError, first_line
 from gpt2repro.files import new_folder
@@ -35,7 +36,6 @@ from modeling_gpt2repro import GPT2ReproForCausalLM, register_auto_classes
 
 
 ADAPTER_CONFIG = "adapter_config.json"  # PEFT's
-HUB_TIMEOUT = 10.0  # seconds
 # What transformers records about its own loading; nothing a reader of the folder needs.
 TOKENIZER_INTERNALS = ("backend", "is_local", "local_files_only")
 
@@ -72,21 +72,18 @@ def _is_path(name: str) -> bool:
 
 
 def _check_hub(name: str) -> None:
-    """Ask the Hub once, without retries, for a model that is not in the cache; the libraries ask for each file."""
-    is_cached = isinstance(try_to_load_from_cache(name, "config.json"), str)
-    if is_cached or constants.HF_HUB_OFFLINE:
+    """Refuse a name for which neither the cache nor the Hub has a model."""
+    error = hub_failure(name, "config.json")
+    if error is None:
         return
-    try:
-        get_hf_file_metadata(hf_hub_url(name, "config.json"), timeout=HUB_TIMEOUT)
-    except Exception as error:  # network, permission and name errors share no base class
-        remedy = "check the name and the network"
-        if isinstance(error, HfHubHTTPError) and error.response.status_code in ACCESS_DENIED:
-            remedy = LOG_IN
-        if isinstance(error, EntryNotFoundError):
-            remedy = "give a model that has a config.json"
-        raise UserError(
-            f"{name}: no such file or folder, and no model can be loaded from the Hub ({first_line(error)}); {remedy}"
-        ) from error
+    remedy = "check the name and the network"
+    if isinstance(error, HfHubHTTPError) and error.response.status_code in ACCESS_DENIED:
+        remedy = LOG_IN
+    if isinstance(error, EntryNotFoundError):
+        remedy = "give a model that has a config.json"
+    raise UserError(
+        f"{name}: no such file or folder, and no model can be loaded from the Hub ({first_line(error)}); {remedy}"
+    ) from error
 
 
 def _has_weights(folder: Path) -> bool:

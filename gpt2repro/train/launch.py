@@ -12,10 +12,11 @@ from accelerate.utils import DistributedType, GradientAccumulationPlugin, InitPr
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from gpt2repro.data.mixture import RunData
-from gpt2repro.errors import UserError, report_write_errors
+from gpt2repro.errors import UserError, refuse, report_write_errors
 from gpt2repro.processes import cpu_asked, device_name, note_missing_processes, on_main, use_all_cores, world_size
 from gpt2repro.recipe import Recipe
 from gpt2repro.run_folder import RunFolder
+from gpt2repro.train.preflight import output_problems
 from gpt2repro.train.recipe_change import RecipeChange
 from gpt2repro.train.report import provenance
 from gpt2repro.train.tracker import start_tracker
@@ -67,7 +68,8 @@ def begin_run(recipe: Recipe, data: RunData, accelerator: Accelerator) -> RunFol
 
     Raises:
         UserError: this rank has other data than the main process.
-        SharedError: a shard has changed, another run holds the directory, or the tracker does not start.
+        SharedError: a shard has changed, another run holds the directory or has begun there with another recipe, or
+            the tracker does not start.
     """
     folder = RunFolder(recipe.output_dir)
     accelerator.wait_for_everyone()  # all ranks check the directory before the main process writes to it
@@ -78,11 +80,12 @@ def begin_run(recipe: Recipe, data: RunData, accelerator: Accelerator) -> RunFol
         verified = data.verify_changed(folder.read_verified())
         with report_write_errors(folder.path):
             folder.lock()
-            if folder.recipe.exists():
-                RecipeChange.between(folder.read_record(), recipe, folder).apply(folder)
-            else:
+            refuse(output_problems(recipe, folder, data))  # again: another run may have begun here meanwhile
+            if folder.is_untouched():
                 _report_assumed_tokenizers(data)
                 folder.write_record(run_record(recipe, data, hardware))
+            else:
+                RecipeChange.between(folder.read_record(), recipe, folder).apply(folder)
             folder.write_verified(verified)
         start_tracker(recipe, folder.read_record().get("run_id"), accelerator)
 

@@ -17,7 +17,8 @@ from gpt2repro.data.manifest import MANIFEST
 from gpt2repro.data.mixture import RunData
 from gpt2repro.data.tokenization import build_tokenizer, padded_vocab_size
 from gpt2repro.errors import UserError, refuse
-from gpt2repro.files import CHECKOUT
+from gpt2repro.evaluation.hellaswag import download_problems
+from gpt2repro.files import CHECKOUT, write_problem
 from gpt2repro.models.folder import find_model, load_tokenizer
 from gpt2repro.models.openai_weights import StoredGPT2, open_gpt2
 from gpt2repro.models.padding import padded
@@ -41,7 +42,7 @@ class Plan:
     """A run that can start.
 
     data: opened, its hashes not yet verified.
-    tokenizer: of the data.
+    tokenizer: of the data, or init_from's if that has more tokens.
     config: of the model.
     pretrained: the model to start from, opened but its weights not yet read; None: the weights are initialized at
         random or come from the run's own checkpoint.
@@ -70,13 +71,19 @@ def resolve_and_check(argv: list[str]) -> Plan:
     data = plan = None
     try:
         data = open_data(recipe)
-        plan = make_plan(recipe, data, folder, flags)
-        recipe = plan.recipe
-        problems += plan_problems(plan)
+    except (UserError, ValueError) as error:
+        problems += [str(error), *init_from_problems(recipe, folder)]
+    try:
+        if data is not None:
+            plan = make_plan(recipe, data, folder, flags)
+            recipe = plan.recipe
+            problems += plan_problems(plan)
     except (UserError, ValueError) as error:
         problems.append(str(error))
     if folder is not None:
         problems += output_problems(recipe, folder, data)
+    if folder is not None and recipe.hellaswag_every and recipe.hellaswag_data is None:
+        problems += download_problems("--hellaswag_data")
     if problems or plan is None:
         raise UserError("\n".join(problems))
     return plan
@@ -97,7 +104,8 @@ def make_plan(recipe: Recipe, data: RunData, folder: RunFolder | None, flags: se
         stored, pretrained = starting_point(recipe, folder)
         recipe = drop_other_sizes(recipe, stored, flags)
         config = adapt_config(stored, recipe)
-    return Plan(recipe, data, data_tokenizer(data), config, pretrained)
+    tokenizer = run_tokenizer(recipe, data, config, pretrained, folder)
+    return Plan(recipe, data, tokenizer, config, pretrained)
 
 
 def prepare_demo(recipe: Recipe) -> None:
@@ -136,6 +144,31 @@ def data_tokenizer(data: RunData) -> PreTrainedTokenizerBase:
     """The tokenizer that came with the data, else GPT-2's."""
     folder = data.tokenizer_folder()
     return build_tokenizer("gpt2", []).fast if folder is None else load_tokenizer(folder)
+
+
+def run_tokenizer(
+    recipe: Recipe,
+    data: RunData,
+    config: GPT2ReproConfig,
+    pretrained: StoredGPT2 | None,
+    folder: RunFolder | None,
+) -> PreTrainedTokenizerBase:
+    """The data's tokenizer or, if the model that training starts from has the same tokens and some more, such as the
+    markers of a dialogue, that model's: the trained model still knows them. Their newest checkpoint stands in for it.
+    """
+    ours = data_tokenizer(data)
+    if recipe.init_from == "scratch":
+        return ours
+    checkpoint = folder.latest_checkpoint() if folder is not None else None
+    source = pretrained.source if pretrained is not None else checkpoint
+    try:
+        theirs = load_tokenizer(source) if source is not None else ours
+    except UserError:  # some models have no tokenizer
+        return ours
+    our_ids, their_ids = ours.get_vocab(), theirs.get_vocab()
+    has_more = our_ids.items() < their_ids.items()
+    has_rows = max(their_ids.values()) < (config.unpadded_vocab_size or config.vocab_size)
+    return theirs if has_more and has_rows else ours
 
 
 # ---- model ----
@@ -178,6 +211,18 @@ def newest_config(folder: RunFolder) -> GPT2ReproConfig | None:
         if checkpoint.find_damage(path, "config.json") is None:
             return GPT2ReproConfig.from_pretrained(path)
     return None
+
+
+def init_from_problems(recipe: Recipe, folder: RunFolder | None) -> list[str]:
+    """One line if there is no model at init_from, and no checkpoint in its place."""
+    resumes = folder is not None and folder.latest_checkpoint() is not None
+    if recipe.init_from == "scratch" or resumes:
+        return []
+    try:
+        find_model(recipe.init_from)
+    except UserError as error:
+        return [str(error)]
+    return []
 
 
 def drop_other_sizes(recipe: Recipe, stored: GPT2ReproConfig, flags: set[str]) -> Recipe:
@@ -247,7 +292,7 @@ def output_problems(recipe: Recipe, folder: RunFolder, data: RunData | None) -> 
     elsewhere = "choose another --output_dir, or delete it"
     unwritable = write_problem(folder.path)
     if unwritable:
-        return [f"output_dir={folder.path} cannot be written: {unwritable}; choose another --output_dir"]
+        return [f"output_dir={folder.path}: {unwritable}; choose another --output_dir"]
     if folder.is_untouched():
         return []
     if not folder.recipe.is_file():
@@ -262,16 +307,6 @@ def output_problems(recipe: Recipe, folder: RunFolder, data: RunData | None) -> 
         asked = f"data={recipe.data}" if recipe.data else f"data_dir={recipe.data_dir}"
         return [f"output_dir={folder.path} holds a run on other data than {asked}; {elsewhere}"]
     return []
-
-
-def write_problem(folder: Path) -> str | None:
-    """Why nothing can be written into a folder, which may not exist yet; None if something can."""
-    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    if existing != folder and not existing.is_dir():
-        return f"{existing} is a file"
-    if not os.access(existing, os.W_OK):
-        return f"{existing} is read-only"
-    return None
 
 
 def plan_problems(plan: Plan) -> list[str]:

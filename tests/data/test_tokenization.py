@@ -4,6 +4,7 @@ import dataclasses
 import importlib.util
 import json
 import shutil
+import socket
 from hashlib import sha256
 from pathlib import Path
 
@@ -317,6 +318,21 @@ def test_mistakes_are_one_line(monkeypatch, name, complaint):
     with pytest.raises(UserError, match=complaint) as caught:
         build_tokenizer(name, ["hello world"])
     assert len(str(caught.value).splitlines()) == 1
+
+
+def test_without_a_network_the_hub_is_asked_once(monkeypatch, tmp_path):
+    """transformers would ask for every file of a tokenizer, again and again."""
+    asked = []
+
+    def no_network(host, *args, **kwargs):
+        asked.append(host)
+        raise socket.gaierror("no DNS")
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(socket, "getaddrinfo", no_network)
+    with pytest.raises(UserError, match="owner/typo: neither gpt2, char nor bpe:N.*no DNS"):
+        build_tokenizer("owner/typo", [])
+    assert len(asked) == 1
 
 
 def test_the_size_that_the_message_suggests_works():

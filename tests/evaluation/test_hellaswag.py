@@ -555,6 +555,15 @@ def test_mistakes_in_the_flags(run_main, flags, complaint):
         run_main(*flags)
 
 
+def test_a_missing_model_and_a_missing_network_are_said_together(run_main, monkeypatch):
+    monkeypatch.setattr(hellaswag, "_ask_hub_once", lambda: (_ for _ in ()).throw(ConnectionError("no DNS")))
+    with pytest.raises(UserError) as error:
+        eval_hellaswag.main(["~/no_such_model"])
+    about_data, about_model = str(error.value).splitlines()
+    assert "cannot be downloaded from the Hub (no DNS)" in about_data and "--data FILE" in about_data
+    assert "~/no_such_model does not exist" in about_model
+
+
 def test_a_missing_data_file(run_main):
     with pytest.raises(UserError, match="--data none.jsonl: no such file"):
         eval_hellaswag.main(["model", "--data", "none.jsonl"])

@@ -214,6 +214,25 @@ def test_the_time_limit_stops_a_run_like_a_signal(data_dir, undisturbed, tmp_pat
     assert_same(resumed.result(), undisturbed)
 
 
+@pytest.mark.parametrize("same_recipe", [True, False])
+def test_what_another_run_did_before_the_lock_was_free_counts(data_dir, undisturbed, stopped, tmp_path, same_recipe):
+    """Two starts in an empty directory: the second has checked it before the first one wrote its recipe."""
+    first, folder = stopped.parents[1], tmp_path / "both" / "run"
+    folder.mkdir(parents=True)
+    flags = () if same_recipe else ("--learning_rate", 1e-4)
+    with FileLock(folder / ".lock"):
+        second = Training(tmp_path / "both", data_dir, *flags, faults=(faults.say_before_locking,))
+        second.until("at the lock")
+        shutil.copytree(first, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns(".lock"))
+    code = second.wait()
+    if same_recipe:
+        assert code == 0, second.printed
+        assert_same(second.result(), undisturbed)
+    else:
+        assert code == 2 and "holds a run of another recipe (learning_rate" in second.printed
+        assert (folder / "recipe.yaml").read_text() == (first / "recipe.yaml").read_text()
+
+
 def test_one_rank_that_is_told_to_stop_stops_all(data_dir, tmp_path):
     """And the other rank does not exit before the main process has saved."""
     fault = partial(faults.signal_after_step, step=5, name="SIGUSR1", only_rank=1)
