@@ -230,7 +230,8 @@ def card_maker(plan: Plan, folder: RunFolder) -> Callable[..., ModelCard]:
 
 def exit_resumable(run: RunState, accelerator: Accelerator) -> NoReturn:
     """Say why the run has stopped before its end, and exit with the code that asks for the same command."""
-    accelerator.print(f"{run.stopping}: stopped and saved after step {run.step:,}; the same command resumes")
+    done = "stopped and saved" if run.is_savable else "stopped between bad steps, which are not saved,"
+    accelerator.print(f"{run.stopping}: {done} after step {run.step:,}; the same command resumes")
     sys.exit(EXIT_CODE)
 
 

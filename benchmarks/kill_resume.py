@@ -27,7 +27,7 @@ import psutil
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from gpt2repro.files import file_sha256
 from gpt2repro.run_folder import RunFolder
-from gpt2repro.train.metrics import CLOCK_KEYS
+from gpt2repro.train.metrics import without_clock
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -170,7 +170,7 @@ class Run:
         """What must not depend on interruptions: the hash of the final weights, and the metrics without timings."""
         folder = RunFolder(self.output_dir)
         rows = [json.loads(line) for line in folder.metrics.read_text().splitlines()]
-        without_timings = [{key: value for key, value in row.items() if key not in CLOCK_KEYS} for row in rows]
+        without_timings = [without_clock(row) for row in rows]
         return file_sha256(folder.model / "model.safetensors"), without_timings
 
 

@@ -229,6 +229,19 @@ def nan_gradients(calls: Sequence[int], only_rank: int = 0) -> None:
     train_accelerate.forward_backward = poisoned_forward_backward
 
 
+def broken_weights(after_step: int) -> None:
+    """An element of the embeddings becomes infinite after this step, behind the guard's back."""
+    save = Checkpoints.save
+
+    def break_and_save(self, state):
+        if state["step"] > after_step:
+            with torch.no_grad():
+                self.model.transformer.wte.weight[0, 0] = float("inf")
+        save(self, state)
+
+    Checkpoints.save = break_and_save
+
+
 def nan_losses() -> None:
     """The loss of every step is NaN."""
     agree = train_accelerate.agree

@@ -29,7 +29,7 @@ from torch.distributed.checkpoint.state_dict import (
 from transformers import GenerationConfig
 
 from gpt2repro.errors import FREE_SPACE, UserError, first_line
-from gpt2repro.files import delete, delete_folder, delete_unfinished, file_problem, file_sha256, new_folder
+from gpt2repro.files import delete, delete_folder, delete_unfinished, file_problem, file_sha256, flush, new_folder
 from gpt2repro.models.generation_defaults import load_generation_defaults
 from gpt2repro.processes import on_main
 from gpt2repro.recipe import Recipe
@@ -154,8 +154,14 @@ class Checkpoints:
         on_main(raise_failure)
 
     def _write(self, weights: Tensors, moments: Tensors, state: dict[str, Any]) -> None:
+        broken = [name for name, tensor in weights.items() if not tensor.isfinite().all()]
+        if broken:
+            self.say(f"no checkpoint at step {state['step']:,}: {', '.join(broken[:3])} is not finite; older ones stay")
+            return
         try:
             delete_unfinished(self.folder.checkpoints)
+            if self.folder.metrics.exists():
+                flush(self.folder.metrics)  # a resumed run will not log the rows before this checkpoint again
             with new_folder(self.folder.checkpoint(state["step"])) as folder:
                 save_file(weights, folder / MODEL, metadata={"format": "pt"})
                 save_file(moments, folder / OPTIMIZER)

@@ -49,10 +49,16 @@ class RunState:
 
     @property
     def checkpoint_due(self) -> bool:
+        """Whether to save a checkpoint after this step."""
         is_new_best = self.recipe.patience > 0 and self.best.step == self.step
         decay_begins = self.recipe.lr_schedule == "wsd" and self.step == int(self.recipe.wsd_decay_start)
         is_due = self.is_due(self.recipe.checkpoint_every)
-        return is_due or is_new_best or decay_begins or self.stopping is not None
+        return self.is_savable and (is_due or is_new_best or decay_begins or self.stopping is not None)
+
+    @property
+    def is_savable(self) -> bool:
+        """False between bad steps: the weights may be broken, and a rollback must not return to them."""
+        return not self.guard.bad_batches
 
     @property
     def validates_given_model(self) -> bool:

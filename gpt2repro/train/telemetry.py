@@ -5,7 +5,7 @@ import math
 import sys
 import time
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 from accelerate import Accelerator
@@ -22,6 +22,24 @@ from gpt2repro.train.tracker import track
 
 
 UPDATE_RATIO_EVERY = 100  # steps; measuring it copies the weights
+
+
+class Unbreakable:
+    """An output stream that may fail, because a log's disk is full or `| head` has ended: training goes on."""
+
+    def __init__(self, stream: TextIO):
+        self.stream = stream
+
+    def write(self, text: str) -> None:
+        with contextlib.suppress(OSError, ValueError):  # the latter if it is closed
+            self.stream.write(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError, ValueError):
+            self.stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
 
 
 class Telemetry:
@@ -41,6 +59,7 @@ class Telemetry:
         if recipe.peak_tflops:
             self.peak_flops = recipe.peak_tflops * 1e12
         self.bar = tqdm(
+            file=Unbreakable(sys.stderr),
             desc="training",
             unit=" steps",
             total=recipe.max_steps,
@@ -79,12 +98,15 @@ class Telemetry:
         self.update_ratio, self.hours_before = state["update_ratio"], state["hours"]
 
     def start(self, step: int) -> None:
-        """Start the clock: training begins or resumes after `step` steps.
+        """Training begins or resumes after `step` steps. Rows of later steps that were logged before are not logged
+        again, unless the recipe was changed here and they come from the old one."""
+        if self.metrics is not None:
+            self.metrics.resume(step)
+            if step in RunFolder(self.recipe.output_dir).override_steps():
+                self.metrics.roll_back(step)
+        self._start_clock(step)
 
-        If the recipe was changed there, rows of later steps, trained with the old one, will be logged again.
-        """
-        if self.metrics is not None and step in RunFolder(self.recipe.output_dir).override_steps():
-            self.metrics.roll_back(step)
+    def _start_clock(self, step: int) -> None:
         self.timed_steps, self.waited_before = 0, self.waited
         self.bar.n = self.bar.initial = step
         self.began = self.lap_start = time.perf_counter()
@@ -96,7 +118,7 @@ class Telemetry:
         hours = self.hours  # steps that are undone took time too
         self.load_state_dict(state)
         self.hours_before = hours
-        self.start(step)
+        self._start_clock(step)
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
@@ -206,7 +228,7 @@ class Telemetry:
     def say(self, text: str) -> None:
         """Print above the progress bar, on the main process."""
         if self.metrics is not None:
-            self.bar.write(text)
+            self.bar.write(text, file=Unbreakable(sys.stdout))
 
     def close(self) -> None:
         """Close the progress bar, metrics.jsonl and the tracker.

@@ -25,7 +25,7 @@ from safetensors.torch import load_file
 from support import PATIENCE, ROOT, metric_rows, prepare, wait_until, write_jsonl
 
 from gpt2repro.run_folder import RunFolder
-from gpt2repro.train.metrics import CLOCK_KEYS
+from gpt2repro.train.metrics import without_clock
 from gpt2repro.train.stopping import EXIT_CODE, FORWARDING_SECONDS
 
 
@@ -106,7 +106,7 @@ class Training:
     def result(self) -> tuple[dict, list[dict]]:
         """The exported weights, and the metrics without those of the clock."""
         lines = (self.output_dir / "metrics.jsonl").read_text().splitlines()
-        rows = [{k: v for k, v in json.loads(line).items() if k not in CLOCK_KEYS} for line in lines]
+        rows = [without_clock(json.loads(line)) for line in lines]
         return load_file(self.output_dir / "model" / "model.safetensors"), rows
 
     def checkpoints(self) -> list[str]:
@@ -417,6 +417,33 @@ def test_batches_that_break_steps_are_skipped_after_a_rollback(data_dir, tmp_pat
     assert state["guard"]["bad_steps"] == 3
     rows = metric_rows(run.output_dir, "loss")
     assert [row["step"] for row in rows] == [*range(1, 25)] and all(row["grad_norm"] for row in rows)
+
+
+def test_nothing_is_saved_between_bad_steps_and_a_rollback_goes_before_them(data_dir, tmp_path):
+    """Checkpoints are due at 10 and 11, in the middle of three bad steps; only two are kept."""
+    fault = partial(faults.nan_gradients, calls=[10, 11, 12])
+    flags = ("--max_bad_steps", 3, "--checkpoint_every", 1, "--keep_last", 2, "--max_steps", 14)
+    run = Training(tmp_path, data_dir, *flags, faults=(fault,))
+    assert run.wait() == 0, run.printed
+    assert "at batches [9, 10, 11]: rolled back to step 9, skipping them" in run.printed
+
+
+def test_a_run_that_is_stopped_between_bad_steps_resumes_from_before_them(data_dir, tmp_path):
+    bad = partial(faults.nan_gradients, calls=[*range(6, 100)])
+    stop = partial(faults.signal_after_step, step=6, name="SIGTERM")
+    run = Training(tmp_path, data_dir, faults=(bad, stop))
+    assert run.wait() == EXIT_CODE
+    assert "SIGTERM: stopped between bad steps, which are not saved, after step 7" in run.printed
+    assert run.checkpoints() == ["step_00000004"]
+    resumed = Training(tmp_path, data_dir)
+    assert resumed.wait() == 0 and "resuming after step 4 of 24" in resumed.printed
+
+
+def test_weights_that_are_not_finite_are_never_written(data_dir, tmp_path):
+    run = Training(tmp_path, data_dir, "--max_steps", 10, faults=(partial(faults.broken_weights, after_step=6),))
+    run.wait()
+    assert "no checkpoint at step 8: transformer.wte.weight is not finite; older ones stay" in run.printed
+    assert run.checkpoints() == ["step_00000004"]
 
 
 def test_a_run_whose_last_step_is_not_finite_still_exports_a_model(data_dir, tmp_path):

@@ -1,60 +1,129 @@
 """What a run reports: metrics, speed, picture, provenance."""
 
+import errno
+import io
 import json
+import os
 from types import SimpleNamespace
 
 import pytest
 import torch
 from matplotlib import pyplot
+from tqdm import tqdm
 from transformers import GPT2Config
 
 from gpt2repro.recipe import Recipe
 from gpt2repro.run_folder import RunFolder
+from gpt2repro.train import metrics
 from gpt2repro.train.guard import Guard
 from gpt2repro.train.metrics import Metrics, read_metrics
 from gpt2repro.train.report import plot_losses, provenance, shortened
 from gpt2repro.train.speed import flops_per_token, peak_flops
-from gpt2repro.train.telemetry import Telemetry
+from gpt2repro.train.telemetry import Telemetry, Unbreakable
 
 
-def test_a_row_is_appended_once_even_if_it_is_logged_again(tmp_path):
-    path = tmp_path / "metrics.jsonl"
-    first = Metrics(path)
-    for step in (1, 2, 3):
-        assert first.add({"step": step, "loss": float(step)})
-        first.write()
-    assert first.add({"step": 2, "val_loss": 0.5})
-    first.write()
+@pytest.fixture(params=[2**20, 40, 7], ids=lambda size: f"blocks of {size}")
+def path(request, tmp_path, monkeypatch):
+    """Of a metrics.jsonl, which is read in blocks that hold all rows, about one, or a part of one."""
+    monkeypatch.setattr(metrics, "BLOCK_BYTES", request.param)
+    return tmp_path / "metrics.jsonl"
+
+
+def log(writer: Metrics, *rows: dict) -> list[bool]:
+    """Whether each was new."""
+    new = [writer.add(row) for row in rows]
+    writer.write()
+    return new
+
+
+def losses(path) -> list:
+    return [row["loss"] for row in read_metrics(path) if "loss" in row]
+
+
+def test_a_row_is_appended_once_even_if_it_is_logged_again(path):
+    log(Metrics(path), *({"step": step, "loss": float(step)} for step in (1, 2)), {"step": 2, "val_loss": 0.5})
     with path.open("a") as file:
-        file.write('{"step": 4, "lo')  # a crash truncated the row
+        file.write('{"step": 3, "loss": 3.0}\n{"step": 3, "val_loss": 0.25}\n{"step": 4, "lo')  # a crash cut it short
 
     resumed = Metrics(path)
-    assert not resumed.add({"step": 3, "loss": 99.0})
-    assert resumed.add({"step": 4, "loss": 4.0})
-    assert not resumed.add({"step": 2, "val_loss": 99.0})
-    assert resumed.add({"step": 4, "val_loss": 0.25})
-    resumed.write()
-    rows = read_metrics(path)
-    assert [row["loss"] for row in rows if "loss" in row] == [1, 2, 3, 4]
-    assert [row["val_loss"] for row in rows if "val_loss" in row] == [0.5, 0.25]
+    resumed.resume(2)
+    assert log(resumed, {"step": 3, "loss": 99.0}, {"step": 3, "val_loss": 99.0}) == [False, False]
+    assert log(resumed, {"step": 4, "loss": 4.0}, {"step": 4, "val_loss": 0.125}) == [True, True]
+    assert losses(path) == [1, 2, 3, 4]
+    assert [row["val_loss"] for row in read_metrics(path) if "val_loss" in row] == [0.5, 0.25, 0.125]
 
 
-def test_the_repetition_of_a_step_after_a_rollback_counts(tmp_path):
-    metrics = Metrics(tmp_path / "metrics.jsonl")
-    for step, loss in ((1, 1.0), (2, None), (3, None)):
-        metrics.add({"step": step, "loss": loss})
-    metrics.roll_back(1)
-    assert not metrics.add({"step": 1, "loss": 99.0})
-    assert metrics.add({"step": 2, "loss": 2.0})
-    metrics.write()
-    assert [row["loss"] for row in read_metrics(metrics.path)] == [1.0, 2.0, None]
-    assert len(metrics.path.read_text().splitlines()) == 4  # no row that was written is lost
+def test_the_repetition_of_a_step_after_a_rollback_counts(path):
+    writer = Metrics(path)
+    log(writer, {"step": 1, "loss": 1.0}, {"step": 2, "loss": None}, {"step": 3, "loss": None})
+    writer.roll_back(1)
+    assert log(writer, {"step": 2, "loss": 2.0}) == [True]
+    assert losses(path) == [1.0, 2.0, None]
+    assert len(path.read_text().splitlines()) == 4  # no row that was written is lost
 
-    resumed = Metrics(metrics.path)  # from a checkpoint after step 2
-    assert not resumed.add({"step": 2, "loss": 99.0})
-    assert resumed.add({"step": 3, "loss": 3.0})
-    resumed.write()
-    assert [row["loss"] for row in read_metrics(metrics.path)] == [1.0, 2.0, 3.0]
+    resumed = Metrics(path)
+    resumed.resume(1)
+    assert log(resumed, {"step": 2, "loss": 99.0}, {"step": 3, "loss": 3.0}) == [False, True]
+    assert losses(path) == [1.0, 2.0, 3.0]
+
+
+@pytest.mark.parametrize(
+    "line", [b"\0\0\0", b"", b"\xff\xfe", b"null", b"[1]", b'{"step": "x", "loss": 1}', b"[" * 9999]
+)
+def test_lines_that_are_no_rows_are_passed_over(path, line):
+    log(Metrics(path), {"step": 1, "loss": 1.0})
+    path.write_bytes(line + b"\n" + path.read_bytes() + line + b"\n")
+    writer = Metrics(path)
+    writer.resume(0)
+    assert log(writer, {"step": 1, "loss": 99.0}, {"step": 2, "loss": 2.0}) == [False, True]
+    assert losses(path) == [1.0, 2.0]
+
+
+def test_a_foreign_row_with_a_large_step_silences_nothing(path):
+    log(Metrics(path), {"step": 1, "loss": 1.0}, {"step": 10**9, "loss": 0.0})
+    writer = Metrics(path)
+    writer.resume(1)
+    assert log(writer, {"step": 2, "loss": 2.0}) == [True]
+    assert {1.0, 2.0} <= set(losses(path))
+
+
+@pytest.mark.parametrize("kept", [0, 3, 25, 30])
+def test_a_file_that_is_shortened_while_it_is_written_is_not_filled_with_zeros(path, kept):
+    writer = Metrics(path)
+    log(writer, {"step": 1, "loss": 1.0}, {"step": 2, "loss": 2.0})
+    os.truncate(path, kept)  # 25 bytes are the first row
+    log(writer, {"step": 3, "loss": 3.0})
+    log(writer, {"step": 4, "loss": 4.0})
+    assert b"\0" not in path.read_bytes()
+    assert losses(path) == ([1.0] if kept >= 25 else []) + [3.0, 4.0]
+
+
+def test_a_long_log_is_not_read_to_its_beginning(tmp_path, monkeypatch):
+    path = tmp_path / "metrics.jsonl"
+    log(Metrics(path), *({"step": step, "loss": 1.0} for step in range(1, 20_001)))
+    parsed, loads = [], json.loads
+    monkeypatch.setattr(metrics, "BLOCK_BYTES", 2**12)
+    monkeypatch.setattr(metrics.json, "loads", lambda text: parsed.append(len(text)) or loads(text))
+    writer = Metrics(path)
+    writer.resume(19_900)
+    assert len(writer.logged) == 100 and sum(parsed) < 10_000
+
+
+def test_a_log_that_cannot_be_written_does_not_end_training():
+    """Of a shell: a full disk, or `| head`."""
+
+    class Broken(io.StringIO):
+        def write(self, text):
+            raise BrokenPipeError
+
+        def flush(self):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    stream = Unbreakable(Broken())
+    print("text", file=stream, flush=True)
+    with tqdm(total=3, file=stream, mininterval=0) as bar:
+        bar.update()
+        bar.write("text", file=stream)
 
 
 def test_flops_of_gpt2_124m():
