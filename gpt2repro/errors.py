@@ -17,6 +17,7 @@ from typing import NoReturn
 FREE_SPACE = "free some space and repeat the command: it resumes from the newest checkpoint"
 SAVE_MEMORY = "use a smaller batch, or hide the GPU with CUDA_VISIBLE_DEVICES=-1"
 MAKE_WRITABLE = "make it writable, or choose another directory, and repeat the command"
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS)
 GRACE_SECONDS = 10.0  # for which another rank lets rank 0 speak first; ranks start seconds apart on a busy machine
 
@@ -69,7 +70,11 @@ def report_write_errors(what: object) -> Iterator[None]:
         number = os_error_number(error)
         if not isinstance(error, OSError) and number is None:
             raise
-        remedy = MAKE_WRITABLE if number in NOT_WRITABLE else FREE_SPACE
+        remedy = "correct that and repeat the command"
+        if number in NOT_WRITABLE:
+            remedy = MAKE_WRITABLE
+        if number in FULL:
+            remedy = FREE_SPACE
         raise UserError(f"cannot write {what} ({first_line(error)}); {remedy}") from error
 
 
@@ -120,7 +125,12 @@ def _print_error(error: UserError, rank: int) -> None:
         return
     suffix = "" if rank == 0 else f" (rank {rank})"
     for line in str(error).splitlines():
-        print(f"error: {line}{suffix}", file=sys.stderr, flush=True)
+        print(f"error: {_readable(line)}{suffix}", file=sys.stderr, flush=True)
+
+
+def _readable(line: str) -> str:
+    """A line without the middle of a value that would fill the screen; the remedy stands at its end."""
+    return line if len(line) <= 2000 else f"{line[:1000]} ... {line[-500:]}"
 
 
 def _tell_launcher(error: UserError) -> None:

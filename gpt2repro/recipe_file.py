@@ -5,6 +5,7 @@ import dataclasses
 import difflib
 import math
 import os
+import re
 import typing
 from collections.abc import Iterable
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any, Literal
 
 import yaml
 
-from gpt2repro.errors import Parser, UserError
+from gpt2repro.errors import Parser, UserError, first_line
 from gpt2repro.recipe import Recipe
 
 
@@ -184,16 +185,49 @@ def argument_problems(unrecognized: list[str], types: dict[str, Any]) -> list[st
 # ---- the file ----
 
 
+class RecipeLoader(yaml.SafeLoader):
+    """YAML without what surprises in a recipe: a field given twice, of which the last would count; 010, which is 8;
+    1:30, which is 90; and aliases, with which a few lines make gigabytes."""
+
+    def compose_node(self, parent, index):
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.constructor.ConstructorError(None, None, "write the value out", self.peek_event().start_mark)
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node, deep=False):
+        names = set()
+        for key, _ in node.value:
+            name = str(key.value)
+            if name in names:
+                raise yaml.constructor.ConstructorError(None, None, f"{name} is given twice", key.start_mark)
+            names.add(name)
+        return super().construct_mapping(node, deep)
+
+    def construct_decimal(self, node):
+        if re.fullmatch(r"[-+]?(0[\d_]+|[\d_:]+:[\d_.:]+)", node.value):
+            problem = f"{node.value} is read as {yaml.safe_load(node.value)}; write a decimal number"
+            raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
+        is_integer = node.tag == "tag:yaml.org,2002:int"
+        return self.construct_yaml_int(node) if is_integer else self.construct_yaml_float(node)
+
+
+for kind in ("int", "float"):
+    RecipeLoader.add_constructor(f"tag:yaml.org,2002:{kind}", RecipeLoader.construct_decimal)
+
+
 def read_yaml(path: Path) -> dict:
     try:
-        content = yaml.safe_load(path.read_text()) or {}
-    except OSError as error:
+        content = yaml.load(path.read_text(), RecipeLoader) or {}
+    except (OSError, UnicodeDecodeError) as error:
         raise UserError(
-            f"--config {path} cannot be read ({error.strerror}); recipes/ has the recipes that ship"
+            f"--config {path} cannot be read ({first_line(error)}); recipes/ has the recipes that ship"
         ) from error
-    except yaml.YAMLError as error:
-        one_line = " ".join(str(error).split())
-        raise UserError(f"--config {path} is not valid YAML: {one_line}") from error
+    except yaml.MarkedYAMLError as error:
+        problem = " ".join(filter(None, (error.context, error.problem)))
+        line = error.problem_mark.line + 1 if error.problem_mark else 1
+        raise UserError(f"--config {path}, line {line}: {problem}; correct the YAML") from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise UserError(f"--config {path} is not valid YAML ({first_line(error)}); correct it") from error
     if not isinstance(content, dict):
         raise UserError(f"--config {path} must be a table of `field: value` lines")
     return content

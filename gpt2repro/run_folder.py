@@ -18,6 +18,7 @@ from typing import Any
 import yaml
 from filelock import FileLock
 
+from gpt2repro.errors import UserError, first_line
 from gpt2repro.files import acquire_lock, holds_only, write_json, write_text
 
 
@@ -59,6 +60,15 @@ class RunFolder:
         records = (self.recipe.name, self.verified.name)
         return holds_only(self.path, {self.lock_file.name, *records, *(f"{name}.tmp" for name in records)})
 
+    def layout_problem(self) -> str | None:
+        """A file of the run that is a folder, or the other way round; None: there is none."""
+        files = (self.recipe, self.metrics, self.picture, self.lock_file, self.verified)
+        folders = (self.checkpoints, self.model)
+        for path in (*files, *folders):
+            if path.exists() and path.is_dir() != (path in folders):
+                return f"{path} is a {'folder' if path.is_dir() else 'file'}"
+        return None
+
     # ---- checkpoints ----
 
     def checkpoint(self, step: int) -> Path:
@@ -75,8 +85,19 @@ class RunFolder:
     # ---- records ----
 
     def read_record(self) -> dict[str, Any]:
-        """The content of recipe.yaml."""
-        return yaml.safe_load(self.recipe.read_text())
+        """The content of recipe.yaml.
+
+        Raises:
+            UserError: it is damaged.
+        """
+        try:
+            record = yaml.safe_load(self.recipe.read_text())
+            if isinstance(record, dict):
+                return record
+            problem = "it holds no record of a run"
+        except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+            problem = first_line(error)
+        raise UserError(f"{self.recipe} is damaged ({problem}); restore it, or choose another --output_dir")
 
     def write_record(self, record: dict[str, Any]) -> None:
         write_text(self.recipe, yaml.safe_dump(record, sort_keys=False))
@@ -88,8 +109,12 @@ class RunFolder:
         return [override["step"] for override in self.read_record().get("overrides", [])]
 
     def read_verified(self) -> dict[str, list[int]]:
-        """What the last `write_verified` wrote; empty at the first start."""
-        return json.loads(self.verified.read_text()) if self.verified.exists() else {}
+        """What the last `write_verified` wrote; empty if there is none or it is damaged: all is verified again."""
+        try:
+            verified = json.loads(self.verified.read_text())
+        except (OSError, ValueError, RecursionError):
+            return {}
+        return verified if isinstance(verified, dict) else {}
 
     def write_verified(self, verified: dict[str, list[int]]) -> None:
         write_json(self.verified, verified)

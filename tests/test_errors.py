@@ -41,6 +41,11 @@ def test_an_error_of_one_rank_alone_is_printed_after_rank_0_could_speak(printed)
     assert printed(SharedError("one"), rank=1) == ""
 
 
+def test_a_value_that_fills_the_screen_is_cut_in_the_middle(printed):
+    stderr = printed(UserError(f"value={'x' * 70_000} is too long; shorten it"), rank=0)
+    assert len(stderr) < 2000 and stderr.startswith("error: value=xxx") and stderr.endswith("shorten it\n")
+
+
 def test_a_full_gpu_is_one_line(printed):
     error = torch.OutOfMemoryError(
         "CUDA out of memory. Tried to allocate 512.00 MiB. GPU 0 has a total capacity of 23.65 GiB of which 211.62 MiB "
@@ -65,6 +70,8 @@ def test_an_error_begins_on_a_line_of_its_own(printed):
         (errno.EACCES, "make it writable, or choose another directory"),
         (errno.EROFS, "make it writable, or choose another directory"),
         (errno.ENOSPC, "free some space"),
+        (errno.EDQUOT, "free some space"),
+        (errno.EISDIR, "correct that"),
     ],
 )
 def test_the_remedy_fits_the_reason(number, remedy):

@@ -10,6 +10,7 @@ from gpt2repro import files
 from gpt2repro.errors import UserError
 from gpt2repro.files import acquire_lock, delete_folder, delete_unfinished, new_folder, write_json, write_text
 from gpt2repro.run_folder import RunFolder, checkpoint_step
+from gpt2repro.train.checkpoint import find_damage
 
 
 class Crash(BaseException):
@@ -141,3 +142,42 @@ def test_an_interrupted_start_leaves_the_directory_untouched(tmp_path):
     assert run.is_untouched() and run.read_record() == {"seed": 1}
     run.metrics.write_text("")
     assert not run.is_untouched()
+
+
+DAMAGES = {
+    "empty": b"",
+    "null": b"null",
+    "list": b"[]",
+    "cut": b'{"a": ',
+    "binary": b"\xff\xfe\0\0",
+    "deep": b"[" * 9999,
+}
+
+
+@pytest.mark.parametrize("content", DAMAGES.values(), ids=DAMAGES)
+def test_damaged_records_of_a_run(tmp_path, content):
+    run = RunFolder(tmp_path)
+    for path in (run.recipe, run.verified):
+        path.write_bytes(content)
+    assert run.read_verified() == {}  # everything is verified again
+    with pytest.raises(UserError, match="recipe.yaml is damaged .*; restore it, or choose another --output_dir"):
+        run.read_record()
+
+
+@pytest.mark.parametrize("content", [*DAMAGES.values(), b"{}", b'{"config.json": "0"}'])
+def test_damaged_hashes_of_a_checkpoint(tmp_path, content):
+    (tmp_path / "hashes.json").write_bytes(content)
+    assert find_damage(tmp_path).startswith("hashes.json ")
+
+
+@pytest.mark.parametrize("name", ["recipe.yaml", "metrics.jsonl", "loss.png", ".lock", ".verified.json"])
+def test_a_folder_where_a_file_of_the_run_belongs(tmp_path, name):
+    run = RunFolder(tmp_path)
+    assert run.layout_problem() is None
+    (tmp_path / name).mkdir()
+    assert run.layout_problem() == f"{tmp_path / name} is a folder"
+
+
+def test_a_file_where_the_checkpoints_belong(tmp_path):
+    (tmp_path / "checkpoints").write_text("")
+    assert RunFolder(tmp_path).layout_problem() == f"{tmp_path / 'checkpoints'} is a file"

@@ -19,6 +19,7 @@ from gpt2repro.recipe_file import (
     differences,
     field_types,
     parse_recipe,
+    read_yaml,
 )
 from modeling_gpt2repro import GPT2ReproConfig, GPT2ReproForCausalLM
 
@@ -371,3 +372,23 @@ def test_only_fields_that_change_the_result_make_it_another_run():
     assert differences(recipe, dataclasses.asdict(dataclasses.replace(recipe, micro_batch_size=1, log_every=7))) == []
     (difference,) = differences(recipe, dataclasses.asdict(dataclasses.replace(recipe, learning_rate=1e-3)))
     assert difference == "learning_rate=0.001 there, 0.0006 here"
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("seed: 1\nseed: 2", "line 2: seed is given twice"),
+        ("model: {n_layer: 1, n_layer: 2}", "line 1: n_layer is given twice"),
+        ("\nseed: 010", "line 2: 010 is read as 8; write a decimal number"),
+        ("max_hours: 1:30", "line 1: 1:30 is read as 90; write a decimal number"),
+        ("sample_prompts: &a [x]\nmodel: *a", "line 2: write the value out"),
+        ("seed: [", "line 1"),
+        ("seed: \udcff", "cannot be read"),
+    ],
+)
+def test_yaml_that_surprises_is_refused(tmp_path, text, complaint):
+    path = tmp_path / "recipe.yaml"
+    path.write_bytes(text.encode(errors="surrogateescape"))
+    with pytest.raises(UserError, match=complaint) as error:
+        read_yaml(path)
+    assert len(str(error.value).splitlines()) == 1

@@ -92,7 +92,8 @@ def _has_weights(folder: Path) -> bool:
 
 def _merge_first(folder: Path) -> str:
     """The message about a folder that holds an adapter instead of a model."""
-    base = json.loads((folder / ADAPTER_CONFIG).read_text()).get("base_model_name_or_path")
+    with explained(f"{folder / ADAPTER_CONFIG} is damaged", "save the adapter again"):
+        base = json.loads((folder / ADAPTER_CONFIG).read_text()).get("base_model_name_or_path")
     merge = (
         "from transformers import AutoModelForCausalLM as M; from peft import PeftModel as P; "
         f"m = M.from_pretrained('{base}', trust_remote_code=True); "

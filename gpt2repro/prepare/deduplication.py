@@ -28,7 +28,7 @@ from pathlib import Path
 
 import numpy as np
 
-from gpt2repro.errors import UserError
+from gpt2repro.errors import UserError, first_line
 from gpt2repro.files import holds_only, write_json
 from gpt2repro.prepare.deduplication_report import report, statistics
 from gpt2repro.prepare.executors import Stage, run_stages
@@ -152,6 +152,16 @@ def group_by_file(pieces: list[Piece], url_column: str | None) -> list[InputFile
     return [InputFile(os.path.relpath(path, root), pieces) for path, pieces in by_path.items()]
 
 
+def _read_ours(path: Path) -> dict:
+    """The JSON object in a file of this module."""
+    try:
+        return dict(json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        raise UserError(
+            f"{path} is damaged ({first_line(error)}); delete {path.parent}, which then is made anew"
+        ) from error
+
+
 def open_or_create(output_dir: Path, settings: dict) -> dict | None:
     """The statistics if the deduplication is finished; None if it can start or resume here.
 
@@ -160,12 +170,12 @@ def open_or_create(output_dir: Path, settings: dict) -> dict | None:
     """
     output_dir.mkdir(parents=True, exist_ok=True)
     if (output_dir / STATISTICS).exists():
-        result = json.loads((output_dir / STATISTICS).read_text())
+        result = _read_ours(output_dir / STATISTICS)
         refuse_other_settings(output_dir, result.get("settings", {}), settings)
         remove_work(output_dir)  # in case it was killed just before
         return result
     if (output_dir / SETTINGS).exists():
-        refuse_other_settings(output_dir, json.loads((output_dir / SETTINGS).read_text()), settings)
+        refuse_other_settings(output_dir, _read_ours(output_dir / SETTINGS), settings)
         return None
     if not holds_only(output_dir, {SETTINGS + ".tmp"}):
         raise UserError(f"{output_dir} is not empty and was not made by deduplication; choose another directory")

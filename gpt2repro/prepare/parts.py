@@ -5,7 +5,6 @@ train shards of all parts are renamed into place; the validation shards, which a
 """
 
 import contextlib
-import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -187,11 +186,14 @@ class PartWriter:
 
 def finished_parts(job: Job) -> dict[int, PartRecord]:
     """number -> record of the parts whose shards all exist, under their own names or already under their final ones;
-    other records are removed."""
+    other records, damaged ones too, are removed."""
     records = {}
     first_shard = dict.fromkeys(SPLITS, 0)  # the final number of the part's first shard
     for path in job.directory.part_records():
-        record = PartRecord.from_dict(json.loads(path.read_text()))
+        record = PartRecord.read(path)
+        if record is None:
+            path.unlink()
+            continue
         if all(_shards_exist(record, split, first_shard[split], job) for split in SPLITS):
             records[int(path.stem.removeprefix("part_"))] = record
         else:

@@ -26,8 +26,10 @@ with the quota it was made under, so a resumed preparation plans from the record
 """
 
 import dataclasses
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 from gpt2repro.data.shards import Split
@@ -82,6 +84,14 @@ class PartRecord:
     notes: dict[str, int]
     splits: dict[str, Split]
     val_lengths: list[int]
+
+    @classmethod
+    def read(cls, path: Path) -> "PartRecord | None":
+        """None if the file is damaged."""
+        try:
+            return cls.from_dict(json.loads(path.read_text()))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            return None
 
     @classmethod
     def from_dict(cls, content: dict) -> "PartRecord":

@@ -38,6 +38,7 @@ from gpt2repro.train.early_stopping import best_first
 
 
 MODEL, OPTIMIZER, STATE, HASHES = "model.safetensors", "optimizer.safetensors", "trainer_state.json", "hashes.json"
+MIN_FILES = 4  # state, configuration, weights, optimizer
 Tensors = dict[str, torch.Tensor]  # by the parameter's name
 
 
@@ -50,8 +51,11 @@ def find_damage(checkpoint: Path, only: str | None = None) -> str | None:
     """What is missing or altered in a checkpoint, or in its file `only`; None if it is intact."""
     try:
         hashes = json.loads((checkpoint / HASHES).read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         return f"{HASHES} cannot be read: {first_line(error)}"
+    listed = hashes.keys() if isinstance(hashes, dict) else set()
+    if not {STATE, "config.json"} <= listed or len(listed) < MIN_FILES:
+        return f"{HASHES} is damaged: it does not list the checkpoint's files"
     expected = hashes if only is None else {only: hashes.get(only)}
     for name, sha256 in expected.items():
         problem = file_problem(checkpoint / name, sha256, f"the one in {HASHES}")
@@ -302,7 +306,7 @@ class Checkpoints:
         """The checkpoints with a validation loss, best first."""
         val_losses: dict[int, float] = {}
         for checkpoint in self.folder.complete_checkpoints():
-            with contextlib.suppress(OSError, ValueError):  # damaged
+            with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # damaged
                 val_loss = read_state(checkpoint)["val_loss"]
                 if val_loss is not None:
                     val_losses[checkpoint_step(checkpoint)] = val_loss

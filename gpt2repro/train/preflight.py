@@ -293,17 +293,23 @@ def output_problems(recipe: Recipe, folder: RunFolder, data: RunData | None) -> 
     unwritable = write_problem(folder.path)
     if unwritable:
         return [f"output_dir={folder.path}: {unwritable}; choose another --output_dir"]
+    misplaced = folder.layout_problem()
+    if misplaced:
+        return [f"output_dir={folder.path}: {misplaced}; {elsewhere}"]
     if folder.is_untouched():
         return []
     if not folder.recipe.is_file():
         return [f"output_dir={folder.path} exists and is not a run; {elsewhere}"]
     if not recipe.resume:
         return [f"output_dir={folder.path} holds a run, and resume is off; {elsewhere}"]
-    recorded = folder.read_record()
+    try:
+        recorded = folder.read_record()
+    except UserError as error:
+        return [str(error)]
     problems = RecipeChange.between(recorded, recipe, folder).problems(recipe, recorded)
     if problems:
         return problems
-    if data is not None and recorded["data"]["manifest_sha256"] != data.fingerprint:
+    if data is not None and recorded.get("data", {}).get("manifest_sha256") != data.fingerprint:
         asked = f"data={recipe.data}" if recipe.data else f"data_dir={recipe.data_dir}"
         return [f"output_dir={folder.path} holds a run on other data than {asked}; {elsewhere}"]
     return []

@@ -296,8 +296,9 @@ def flip(path: Path) -> None:
         (lambda newest: (newest / "optimizer.safetensors").unlink(), "optimizer.safetensors is missing"),
         (lambda newest: os.truncate(newest / "optimizer.safetensors", 1000), "optimizer.safetensors is damaged"),
         (lambda newest: (newest / "hashes.json").unlink(), "hashes.json cannot be read"),
+        (lambda newest: (newest / "hashes.json").write_text("{}"), "hashes.json is damaged"),
     ],
-    ids=["flipped", "edited", "missing", "truncated", "unlisted"],
+    ids=["flipped", "edited", "missing", "truncated", "unlisted", "emptied"],
 )
 def test_a_damaged_checkpoint_is_named_and_the_run_resumes_from_the_one_before(
     data_dir, undisturbed, stopped, tmp_path, damage, words
@@ -308,6 +309,22 @@ def test_a_damaged_checkpoint_is_named_and_the_run_resumes_from_the_one_before(
     assert words in resumed.printed and "resuming after step 8 of 24" in resumed.printed
     assert "damaged_step_00000010" in resumed.checkpoints()
     assert_same(resumed.result(), undisturbed)
+
+
+def test_stray_folders_and_damaged_caches_do_not_matter(data_dir, undisturbed, stopped, tmp_path):
+    shutil.copytree(stopped, stopped.with_name("step_00000023.bak"))
+    (stopped.parent / "step_best").mkdir()
+    (tmp_path / "run" / ".verified.json").write_text("[")
+    resumed = Training(tmp_path, data_dir)
+    assert resumed.wait() == 0 and "resuming after step 10 of 24" in resumed.printed
+    assert_same(resumed.result(), undisturbed)
+
+
+def test_a_damaged_recipe_yaml_is_one_line(data_dir, stopped, tmp_path):
+    (tmp_path / "run" / "recipe.yaml").write_text("")
+    resumed = Training(tmp_path, data_dir)
+    assert resumed.wait() == 2 and "Traceback" not in resumed.printed
+    assert re.search("error: .*recipe.yaml is damaged", resumed.printed)
 
 
 def test_a_signal_kills_an_evaluation_at_once(data_dir, stopped, tmp_path):
