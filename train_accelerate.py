@@ -8,6 +8,10 @@ The recipe says what to run; the accelerate config says how: device, processes, 
 run that was stopped. gpt2repro/recipe.py lists the recipe's fields, gpt2repro/run_folder.py the files in output_dir.
 """
 
+import gpt2repro.launcher  # noqa: F401  watches the launcher while the rest is imported
+
+
+# isort: split
 import dataclasses
 import functools
 import logging

@@ -1,10 +1,11 @@
 """When a run must stop early and save: signals, a time limit, or a launcher that has died."""
 
 import math
-import os
 import signal
 import time
 from types import FrameType
+
+from gpt2repro.launcher import launcher
 
 
 EXIT_CODE = 75  # EX_TEMPFAIL in sysexits.h: unfinished but saved; the same command resumes
@@ -26,8 +27,7 @@ class StopRequest:
         self.signal: signal.Signals | None = None
         self.signalled_at = math.inf
         self.deadline = time.monotonic() + max_hours * 3600 if max_hours else math.inf
-        launched = "ACCELERATE_MIXED_PRECISION" in os.environ or "TORCHELASTIC_RUN_ID" in os.environ
-        self.launcher = os.getppid() if launched else None
+        launcher.hand_over()
         for number in SIGNALS:
             signal.signal(number, self._handle)
 
@@ -50,6 +50,6 @@ class StopRequest:
             return self.signal.name
         if time.monotonic() > self.deadline:
             return "max_hours"
-        if self.launcher is not None and os.getppid() != self.launcher:
+        if launcher.has_ended:
             return "the launcher has ended"
         return None

@@ -252,6 +252,26 @@ def test_a_run_whose_launcher_is_killed_saves_and_ends(data_dir, tmp_path):
     assert "the launcher has ended: stopped and saved after step" in run.printed
 
 
+@pytest.mark.parametrize(
+    ("processes", "seconds", "number"),
+    [(1, 0, signal.SIGKILL), (1, 2, signal.SIGTERM), (2, 0, signal.SIGTERM), (2, 2, signal.SIGKILL)],
+)
+def test_no_process_outlives_a_launcher_that_ends_while_the_run_starts(data_dir, tmp_path, processes, seconds, number):
+    """At once, when its processes are interpreters that start, or later, when they import or wait for each other."""
+    run = Launched(tmp_path, data_dir, "--max_steps", 100_000, "--validate_every", 0, processes=processes)
+    launcher = psutil.Process(run.launcher.pid)
+    children = wait_until(lambda: len(launcher.children()) == processes and launcher.children())
+    time.sleep(seconds)
+    run.launcher.send_signal(number)
+    run.launcher.wait()
+    try:
+        wait_until(lambda: not any(child.is_running() for child in children), lambda: run.printed)
+    finally:
+        for child in children:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                child.kill()
+
+
 def test_a_second_run_in_the_same_folder_is_refused(data_dir, stopped, tmp_path):
     """While the lock is held for longer than a run that is ending may need it."""
     with FileLock(tmp_path / "run" / ".lock"):
