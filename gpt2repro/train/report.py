@@ -9,6 +9,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from gpt2repro.data.mixture import RunData
 from gpt2repro.data.token_stream import bits_per_byte, unigram_entropy
 from gpt2repro.files import CHECKOUT, write_bytes
@@ -27,9 +29,10 @@ def provenance() -> dict[str, Any]:
         git = ["git", "-C", str(CHECKOUT), "describe", "--always", "--dirty", "--abbrev=40"]
         with contextlib.suppress(OSError):  # git is not installed
             commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or None
-    packages = ("torch", "transformers", "accelerate", "datasets")
+    packages = ("transformers", "accelerate", "datasets")
     versions = {package: version(package) for package in packages}
-    return {"python": platform.python_version(), **versions, "git_commit": commit}
+    torch_build = str(torch.__version__)  # says which CUDA it was built for; the installed package's version does not
+    return {"python": platform.python_version(), "torch": torch_build, **versions, "git_commit": commit}
 
 
 def baseline_loss(data: RunData) -> float:
