@@ -2,8 +2,9 @@
 
 import dataclasses
 import errno
+import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -14,7 +15,7 @@ from gpt2repro.data.manifest import Manifest, remedy
 from gpt2repro.errors import UserError, first_line
 
 
-MAPPED_SHARDS = 128  # memory maps a stream keeps: each holds a file open, and processes are usually limited to 1024
+MAPPED_SHARDS = 128  # memory maps a process keeps: each holds a file open, and processes are usually limited to 1024
 
 
 @dataclass(frozen=True)
@@ -60,8 +61,9 @@ class TokenStream:
         return map(map_shard, self.paths, self.offsets, self.lengths)
 
     @cached_property
-    def _mapped(self) -> Callable[[Path, int | None, int], np.ndarray]:
-        return lru_cache(MAPPED_SHARDS)(map_shard)
+    def _number(self) -> int:
+        """Tells the streams of a process apart: a later one may find other files of the same names."""
+        return next(_stream_numbers)
 
     @cached_property
     def _ends(self) -> np.ndarray:
@@ -87,7 +89,7 @@ class TokenStream:
         shard = int(np.searchsorted(self._ends, start, side="right"))
         while done < length:
             offset = start + done - (int(self._ends[shard]) - self.lengths[shard])
-            tokens = self._mapped(self.paths[shard], self.offsets[shard], self.lengths[shard])
+            tokens = _kept_map(self._number, self.paths[shard], self.offsets[shard], self.lengths[shard])
             part = tokens[offset : offset + length - done]
             out[done : done + len(part)] = part
             done += len(part)
@@ -123,6 +125,15 @@ def map_shard(path: Path, offset: int | None, tokens: int) -> np.ndarray:
         if getattr(error, "errno", None) == errno.EMFILE:
             what_to_do = "raise the limit on open files with `ulimit -n`"
         raise UserError(f"shard {path} cannot be opened ({first_line(error)}); {what_to_do}") from error
+
+
+_stream_numbers = itertools.count()
+
+
+@lru_cache(MAPPED_SHARDS)
+def _kept_map(stream: int, path: Path, offset: int | None, tokens: int) -> np.ndarray:
+    """`map_shard`, for all streams of this process together: a mixture may have hundreds."""
+    return map_shard(path, offset, tokens)
 
 
 def unigram_entropy(counts: np.ndarray) -> float:

@@ -346,7 +346,7 @@ def test_open_refuses(tmp_path, damage, complaint):
 
 
 def test_more_shards_than_a_process_may_open(tmp_path):
-    """Read at random, repeatedly, here and through a pickled copy."""
+    """Read at random, repeatedly, as a mixture of streams, one of them pickled."""
     stream = TokenStream.open(write_prepared(tmp_path, 1), "train")
     tokens, limits = flat(make_documents()), resource.getrlimit(resource.RLIMIT_NOFILE)
     assert len(stream.paths) > 300
@@ -354,9 +354,8 @@ def test_more_shards_than_a_process_may_open(tmp_path):
     try:
         streams = [TokenStream.open(tmp_path, "train"), pickle.loads(pickle.dumps(stream))]
         for start in np.random.default_rng(0).integers(0, len(tokens) - 3, 500).tolist():
-            assert streams[0].read(start, 3).tolist() == tokens[start : start + 3]
-        del streams[0]
-        assert streams[0].read(0, len(tokens)).tolist() == tokens
+            assert all(stream.read(start, 3).tolist() == tokens[start : start + 3] for stream in streams)
+        assert all(stream.read(0, len(tokens)).tolist() == tokens for stream in streams)
         assert streams[0].counts(100).sum() == len(tokens)
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, limits)
