@@ -13,7 +13,6 @@ train_accelerate.py reads it through `data_dir`.
 """
 
 import argparse
-import shutil
 import time
 from dataclasses import fields, replace
 from itertools import islice
@@ -24,7 +23,7 @@ from tqdm import tqdm
 from gpt2repro.data.manifest import Manifest
 from gpt2repro.data.tokenization import KEEP, SPECIAL_TOKEN_CHOICES, SpecialTokens, build_tokenizer, expected_vocab_size
 from gpt2repro.errors import Parser, UserError, refuse, run_script
-from gpt2repro.files import file_sha256
+from gpt2repro.files import file_sha256, new_folder
 from gpt2repro.prepare import parts, workers
 from gpt2repro.prepare.corpora import HUB_CORPORA, LOCAL_CORPORA, Corpus, CorpusQuery, open_corpus
 from gpt2repro.prepare.deduplication import DedupOptions, deduplicate
@@ -176,8 +175,8 @@ def build_and_save_tokenizer(directory: OutputDirectory, corpus: Corpus, request
     name = request.tokenizer_of(corpus)
     count = request.max_documents if name == "char" else request.tokenizer_documents
     tokenizer = with_retries(lambda: build_tokenizer(name, islice(corpus.texts(), count)))
-    shutil.rmtree(directory.tokenizer, ignore_errors=True)
-    tokenizer.fast.save_pretrained(directory.tokenizer)
+    with new_folder(directory.tokenizer) as folder:
+        tokenizer.fast.save_pretrained(folder)
     hashes = {path.name: file_sha256(path) for path in sorted(directory.tokenizer.iterdir())}
     return SavedTokenizer(tokenizer.record(), hashes)
 
