@@ -5,8 +5,9 @@ run: the weights bit for bit, metrics.jsonl row by row.
     python benchmarks/kill_resume.py --kills 50 --num_processes 2
 
 A small GPT-2 trains on the text that every CPython carries, with dropout, and saves every third step. SIGKILL goes to
-the launcher and all its processes at once, at a random moment of the run; every other kill, on average, waits until a
-checkpoint is being written.
+the launcher and all its processes at once or, every other time on average, to the launcher alone, which its processes
+must notice; at a random moment of the run, its start included. Every other kill waits until a checkpoint is being
+written.
 """
 
 import argparse
@@ -31,6 +32,7 @@ from gpt2repro.train.metrics import without_clock
 
 
 ROOT = Path(__file__).resolve().parents[1]
+MINUTE = 60.0  # seconds
 RECIPE = """
 max_steps: 60
 warmup_steps: 5
@@ -64,7 +66,7 @@ def main() -> None:
         duration = time.monotonic() - began
         expected = uninterrupted.result()
 
-        runs = kills = kills_while_saving = lost = different = 0
+        runs = kills = kills_while_saving = kills_of_launcher = outlived = lost = different = 0
         while kills < args.kills:
             run = Run(root, f"killed_{runs}", args.num_processes)
             runs += 1
@@ -74,7 +76,9 @@ def main() -> None:
                 moment = rng.uniform(0, duration)
                 if kills == args.kills or not run.reaches(moment, while_saving):
                     break
-                run.kill()
+                launcher_alone = rng.random() < 0.5
+                outlived += run.kill(launcher_alone)
+                kills_of_launcher += launcher_alone
                 kills += 1
                 kills_while_saving += run.is_saving()
                 print(f"kill {kills}: {run.newest()}", file=sys.stderr, flush=True)
@@ -88,7 +92,9 @@ def main() -> None:
             "processes": args.num_processes,
             "runs": runs,
             "kills": kills,
+            "kills of the launcher alone": kills_of_launcher,
             "kills while a checkpoint was being written": kills_while_saving,
+            "processes that outlived their launcher": outlived,
             "lost runs": lost,
             "runs with other weights or other rows": different,
             "rows of metrics.jsonl": len(expected[1]),
@@ -96,7 +102,7 @@ def main() -> None:
     print(json.dumps(report, indent=2))
     if args.output:
         args.output.write_text(json.dumps(report, indent=2) + "\n")
-    sys.exit(bool(lost or different))
+    sys.exit(bool(lost or different or outlived))
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -148,14 +154,18 @@ class Run:
         """Whether a checkpoint has been partially written since the last start; after a kill, whether it hit a save."""
         return bool(self.unfinished() - self.stale)
 
-    def kill(self) -> None:
+    def kill(self, launcher_alone: bool) -> int:
+        """Returns the number of processes that are alive a minute after their launcher, and kills those."""
         launcher = psutil.Process(self.process.pid)
-        processes = [launcher, *launcher.children(recursive=True)]  # torchrun starts each in its own session
+        processes = launcher.children(recursive=True)  # torchrun starts each in its own session
+        launcher.kill()
+        self.process.wait()
+        outlived = psutil.wait_procs(processes, timeout=MINUTE)[1] if launcher_alone else []
         for process in processes:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
-        self.process.wait()
         psutil.wait_procs(processes)
+        return len(outlived)
 
     def wait(self) -> int:
         return self.process.wait()
