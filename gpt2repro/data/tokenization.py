@@ -155,7 +155,8 @@ def load_encoder(name: str, folder: Path, special_tokens: str = KEEP) -> EncodeB
     if name == "gpt2":
         return _gpt2_encode_batch(gpt2_encoding())
     definition = (folder / "tokenizer.json").read_text()
-    return _fast_encode_batch(_backend(definition, SpecialTokens.read(folder, special_tokens).kept))
+    special = SpecialTokens.read(folder, special_tokens)
+    return _fast_encode_batch(_backend(definition, special.kept), special.as_text)
 
 
 def _saved_tokenizer(name: str) -> Tokenizer:
@@ -217,7 +218,8 @@ def _from_fast(name: str, fast: PreTrainedTokenizerBase) -> Tokenizer:
         raise UserError(f"--tokenizer {name}: a slow tokenizer; only tokenizers with a tokenizer.json are supported")
     definition = fast.backend_tokenizer.to_str()
     control = {token for role in CONTROL_ROLES if (token := getattr(fast, f"{role}_token"))}
-    encode = _fast_encode_batch(_backend(definition, SpecialTokens.of(definition, control, KEEP).kept))
+    special = SpecialTokens.of(definition, control, KEEP)
+    encode = _fast_encode_batch(_backend(definition, special.kept), special.as_text)
     vocab_size = max(fast.get_vocab().values()) + 1  # the ids may have gaps
     return Tokenizer(name, vocab_size, fast.eos_token_id, encode, fast)
 
@@ -246,15 +248,33 @@ def _backend(definition: str, kept: Sequence[str]) -> tokenizers.Tokenizer:
     return tokenizers.Tokenizer.from_str(json.dumps(content))
 
 
-def _fast_encode_batch(backend: tokenizers.Tokenizer) -> EncodeBatch:
+def _fast_encode_batch(backend: tokenizers.Tokenizer, as_text: Sequence[str] = ()) -> EncodeBatch:
+    """The encoder of a tokenizer.
+
+    Args:
+        as_text: special tokens that no text may become. That of unknown text may: it is the model's own.
+    """
     backend.encode_special_tokens = True  # `<|endoftext|>` written out in a document is text, not a token
     backend.no_truncation()
     backend.no_padding()
+    model = json.loads(backend.to_str())["model"]
+    unknown_token = model.get("unk_token") or _unknown_piece(model)
+    reserved = {backend.token_to_id(token): token for token in as_text if token != unknown_token}
 
     def encode(batch: list[str]) -> list[Sequence[int] | np.ndarray]:
-        return [encoding.ids for encoding in backend.encode_batch_fast(batch, add_special_tokens=False)]
+        ids: list[Sequence[int] | np.ndarray] = []
+        for encoding in backend.encode_batch_fast(batch, add_special_tokens=False):
+            found = encoding.ids
+            ids.append(found)
+            if not reserved.keys().isdisjoint(found):  # the special tokens of Unigram and WordLevel are also words
+                token = next(reserved[number] for number in found if number in reserved)
+                raise UserError(
+                    f"the tokenizer makes its special token of {token!r} written in a document, which would end or cut "
+                    "it there; choose a byte-level --tokenizer, such as gpt2, which makes ordinary text of it"
+                )
+        return ids
 
-    is_character_tokenizer = not backend.pre_tokenizer and json.loads(backend.to_str())["model"].get("merges") == []
+    is_character_tokenizer = not backend.pre_tokenizer and model.get("merges") == []
     if not is_character_tokenizer:
         return encode
 
@@ -271,6 +291,12 @@ def _fast_encode_batch(backend: tokenizers.Tokenizer) -> EncodeBatch:
         return ids
 
     return encode_characters
+
+
+def _unknown_piece(model: dict) -> str | None:
+    """What a Unigram model, which gives its number, calls unknown text."""
+    number = model.get("unk_id")
+    return None if number is None else model["vocab"][number][0]
 
 
 @cache

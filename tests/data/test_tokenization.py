@@ -11,7 +11,9 @@ from pathlib import Path
 import huggingface_hub.constants
 import pytest
 import tiktoken.registry
-from transformers import AutoTokenizer
+import tokenizers
+from tokenizers import models, pre_tokenizers, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from gpt2repro.data import tokenization
 from gpt2repro.data.tokenization import END_OF_TEXT, SpecialTokens, build_tokenizer, gpt2_encoding, load_encoder
@@ -365,6 +367,28 @@ def test_markers_are_encoded_as_at_inference(chat):
             assert len(encode([control])[0]) > 1
     as_text = load_encoder(str(chat), chat, "text")
     assert as_text([text]) == [fast(text, split_special_tokens=True)["input_ids"]]
+
+
+UNIGRAM = (models.Unigram(), trainers.UnigramTrainer, pre_tokenizers.Metaspace())
+WORD_LEVEL = (models.WordLevel(unk_token="<unk>"), trainers.WordLevelTrainer, pre_tokenizers.WhitespaceSplit())
+
+
+@pytest.mark.parametrize("model, trainer, pre_tokenizer", [UNIGRAM, WORD_LEVEL], ids=["Unigram", "WordLevel"])
+def test_a_tokenizer_that_makes_a_special_token_of_text_is_refused(tmp_path, topics, model, trainer, pre_tokenizer):
+    """Its own vocabulary holds </s>. Unknown characters are its <unk>, which is no mistake."""
+    backend = tokenizers.Tokenizer(model)
+    backend.pre_tokenizer = pre_tokenizer
+    unknown = {"unk_token": "<unk>"} if trainer is trainers.UnigramTrainer else {}
+    options = {"vocab_size": 300, "show_progress": False, "special_tokens": ["<pad>", "</s>", "<unk>"]}
+    backend.train_from_iterator(topics[:5], trainer(**options, **unknown))
+    roles = {"eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
+    PreTrainedTokenizerFast(tokenizer_object=backend, **roles).save_pretrained(tmp_path)
+    for encode in (build_tokenizer(str(tmp_path), []).encode_batch, load_encoder(str(tmp_path), tmp_path)):
+        (ids,) = encode(["the \u6f22"])
+        assert backend.token_to_id("<unk>") in ids
+        for token in ("</s>", "<pad>"):
+            with pytest.raises(UserError, match=f"its special token of '{token}' written in a document.*byte-level"):
+                encode(["the", f"the {token} the"])
 
 
 def test_what_becomes_of_special_tokens_is_said(chat):
