@@ -5,6 +5,7 @@ file; READERS turns each piece into rows, and Piece.documents turns rows into do
 """
 
 import bz2
+import codecs
 import copy
 import glob
 import gzip
@@ -37,6 +38,7 @@ TABLE_SUFFIXES = {".csv": "csv", ".tsv": "csv", ".arrow": "arrow"}  # -> the bui
 COMPRESSED_SUFFIXES = (".gz", ".bz2", ".xz", ".zst")  # after one of the others
 COMPRESSION_RATIO = 4  # estimated bytes of text for each byte of a compressed file
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+UTF_16_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 SKIP_REASONS = ("no text", "no JSON")  # of rows that are skipped and counted: the text is null, the line is not JSON
 DOCUMENT_NOTES = ("repaired", *SKIP_REASONS)  # what is counted
 URL_FLAG = "--url_column, or leave url out of --dedup"
@@ -211,6 +213,8 @@ def open_tables(path: Path) -> "DatasetBuilder":
     options = {"sep": "\t"} if suffix == ".tsv" else {}
     escaped = glob.escape(str(path))  # `datasets` takes brackets in a name for a pattern
     with reading(str(path)):
+        if suffix != ".arrow":
+            _open_bytes(path).close()  # its builder would take UTF-16 for damaged UTF-8
         return datasets.load_dataset_builder(TABLE_SUFFIXES[suffix], data_files={"train": [escaped]}, **options)
 
 
@@ -285,7 +289,7 @@ def _has_json_lines(path: Path) -> bool:
     if not first or first.startswith(b"["):
         return not first
     try:
-        json.loads(first)
+        _parse_json(first)
     except json.JSONDecodeError as error:
         return error.pos < len(first.decode(errors="replace"))  # broken within the line, rather than continued below
     except (ValueError, RecursionError):
@@ -297,17 +301,26 @@ def _has_json_lines(path: Path) -> bool:
 
 
 def _open_bytes(path: Path) -> io.BufferedIOBase:
+    """The decompressed content of a file of UTF-8."""
+    file = _decompressed(path)
+    if file.peek(2)[:2] in UTF_16_MARKS:
+        raise UserError(f"{path} is UTF-16, as PowerShell writes it; save it as UTF-8")
+    return file
+
+
+def _parse_json(content: bytes) -> object:
+    """json.loads itself takes bytes with a NUL near their start for UTF-16."""
+    return json.loads(content.decode("utf-8", "surrogatepass"))
+
+
+def _decompressed(path: Path) -> io.BufferedReader | gzip.GzipFile | bz2.BZ2File | lzma.LZMAFile:
     suffix = path.suffix.lower()
     if suffix == ".zst":
         import pyarrow
 
         # Reads all frames, and raises if the last is cut; zstandard's reader ends silently after the first.
         return io.BufferedReader(pyarrow.input_stream(str(path), compression="zstd"))
-    openers: dict[str, Callable[[Path], io.BufferedIOBase]] = {
-        ".gz": gzip.GzipFile,
-        ".bz2": bz2.BZ2File,
-        ".xz": lzma.LZMAFile,
-    }
+    openers = {".gz": gzip.GzipFile, ".bz2": bz2.BZ2File, ".xz": lzma.LZMAFile}
     return openers[suffix](path) if suffix in openers else path.open("rb")
 
 
@@ -375,7 +388,7 @@ def _read_lines(piece: Piece) -> Iterator[dict]:
 
 def _read_json(piece: Piece) -> Iterator[object]:
     with reading(piece.path), _open_bytes(Path(piece.path)) as file:
-        content = json.loads(file.read().removeprefix(BYTE_ORDER_MARK))
+        content = _parse_json(file.read().removeprefix(BYTE_ORDER_MARK))
     yield from content if isinstance(content, list) else [content]
 
 
@@ -384,7 +397,7 @@ def _read_json_lines(piece: Piece) -> Iterator[object]:
     complaint = ""  # about the first broken line
     for position, line in _lines(piece):
         try:
-            row = json.loads(line)
+            row = _parse_json(line)
             parsed += 1
         except (ValueError, RecursionError) as error:
             row = NOT_JSON

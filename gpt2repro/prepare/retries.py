@@ -21,7 +21,7 @@ class RemoteError(UserError):
 
 @contextlib.contextmanager
 def reading(origin: str, remedy: str = "fix the file, or leave it out") -> Iterator[None]:
-    """Turn whatever a reader raises into one line that names the origin.
+    """Turn whatever a reader raises into one line that names the origin; a UserError is one already.
 
     Raises:
         RemoteError: the origin is a URL.
@@ -29,6 +29,8 @@ def reading(origin: str, remedy: str = "fix the file, or leave it out") -> Itera
     """
     try:
         yield
+    except UserError:
+        raise
     except Exception as error:  # network, Hub, format and configuration errors share no base class
         if "://" in origin:
             raise RemoteError(f"cannot read {origin}: {first_line(error)}; {HUB_REMEDY}") from error

@@ -231,6 +231,7 @@ UNREADABLE = {
         ["a.jsonl: 2 lines are not JSON and 1 are", "the line at byte 14", "Expecting ',' delimiter", "fix the file"],
     ),
     "no UTF-8": ("a.jsonl", b'{"text": "x\xff"}\n', ["a.jsonl", "utf-8"]),
+    "NUL at the start of a line": ("a.jsonl", b'{\0"text": "x"}\n', ["1 lines are not JSON", "line 1 column 2"]),
     "cut list": ("a.json", b'[{"text": "x"}, {"te', ["cannot read", "a.json", "fix the file"]),
     "two columns of text": (
         "a.parquet",
@@ -262,6 +263,15 @@ def test_files_that_cannot_be_read(tmp_path, name, content, complaint):
     write_files(tmp_path, {name: content})
     line = mistake("files", str(tmp_path / name.split("/")[0]))
     assert [words for words in complaint if words not in line] == []
+
+
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be"])
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.json", "a.txt", "a.md.xz", "a.csv"])
+def test_utf_16_is_named(tmp_path, name, encoding):
+    content = f"\ufeff{json.dumps(ROWS[0])}\n{json.dumps(ROWS[1])}\n".encode(encoding)
+    suffix = name.rpartition(".")[2]
+    write_files(tmp_path, {name: compressed(content, suffix) if suffix in ("gz", "xz") else content})
+    assert mistake("files", str(tmp_path)) == f"{tmp_path / name} is UTF-16, as PowerShell writes it; save it as UTF-8"
 
 
 def test_files_need_a_source(tmp_path):
