@@ -214,7 +214,10 @@ def _open_hub(query: CorpusQuery, default_split: ValidationSplit, boundary: Boun
         builder = datasets.load_dataset_builder(hub_id, query.hub_config, revision=revision)
     files = builder.config.data_files or {}
     if query.split not in files:
-        raise UserError(f"{hub_id} has no split {query.split!r} but {', '.join(files)}; choose with --split")
+        part = ", and a part of it with --max_documents" if "[" in query.split else ""
+        raise UserError(
+            f"{hub_id} has no split {query.split!r} but {', '.join(map(str, files))}; choose one with --split{part}"
+        )
 
     facts = {
         "hub_id": hub_id,
@@ -254,15 +257,11 @@ def _cut_hub_files(builder: "DatasetBuilder", split: str, column: str) -> list[P
 
 def _is_plain_parquet(builder: "DatasetBuilder") -> bool:
     """Whether the files are Parquet and all their rows belong to the dataset."""
-    return _kind(builder) == "parquet" and not builder.config.filters
+    return readers.builder_kind(builder) == "parquet" and not builder.config.filters
 
 
 def _is_read_line_by_line(builder: "DatasetBuilder") -> bool:
-    return _kind(builder) == "text" and builder.config.sample_by == "line"
-
-
-def _kind(builder: "DatasetBuilder") -> str:
-    return type(builder).__module__.split(".")[-1]  # of datasets.packaged_modules
+    return readers.builder_kind(builder) == "text" and builder.config.sample_by == "line"
 
 
 # ---- the registries ----

@@ -14,6 +14,7 @@ import io
 import json
 import lzma
 import math
+import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -42,6 +43,7 @@ UTF_16_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 SKIP_REASONS = ("no text", "no JSON")  # of rows that are skipped and counted: the text is null, the line is not JSON
 DOCUMENT_NOTES = ("repaired", *SKIP_REASONS)  # what is counted
 URL_FLAG = "--url_column, or leave url out of --dedup"
+FIELDS_DROPPED = "Length of header or names does not match length of data"  # pandas' warning
 NOT_JSON = object()  # a row that could not be parsed; None is the row `null`
 
 
@@ -231,10 +233,17 @@ def cut_tables(builder: "DatasetBuilder", split: str, column: str) -> list[Piece
     ]
 
 
+def builder_kind(builder: "DatasetBuilder") -> str:
+    """Its format: csv, json, parquet, text, ..."""
+    return type(builder).__module__.split(".")[-1]  # of datasets.packaged_modules
+
+
 def _for_one_file(builder: "DatasetBuilder", path: str) -> "DatasetBuilder":
     alone = copy.copy(builder)
     alone.config = copy.copy(builder.config)
     alone.config.data_files = {"train": [path]}  # names, not patterns
+    if builder_kind(builder) == "csv" and alone.config.index_col is None:
+        alone.config.index_col = False  # or pandas takes the first field of rows that have one too many for an index
     return alone
 
 
@@ -447,12 +456,23 @@ def _read_parquet(piece: Piece) -> Iterator[dict]:
 def _read_table(piece: Piece) -> Iterator[dict]:
     assert piece.builder is not None, "a table is read by a builder"
     with reading(piece.path):
-        rows = iter(piece.builder.as_streaming_dataset("train"))
+        rows = _without_loss(piece.path, iter(piece.builder.as_streaming_dataset("train")))
     for number, row in enumerate(_each(piece.path, rows)):
         text = row.get(piece.column)
         if number == 0 and isinstance(text, str):
             row[piece.column] = text.removeprefix("\ufeff")  # the byte order mark, which its builder of text keeps
         yield row
+
+
+def _without_loss(path: str, rows: Iterator[dict]) -> Iterator[dict]:
+    """The rows of a table, unless pandas drops fields of them, of which it only warns."""
+    warnings.filterwarnings("error", FIELDS_DROPPED)
+    try:
+        yield from rows
+    except Warning as warning:
+        raise UserError(
+            f"{path}: its rows have more fields than its header; quote texts that contain the separator"
+        ) from warning
 
 
 def _each(origin: str, items: Iterator) -> Iterator:

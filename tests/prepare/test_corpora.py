@@ -187,6 +187,12 @@ def test_rows_without_text(tmp_path, name):
     assert [document.note for piece in corpus.pieces for document in piece.documents()] == notes
 
 
+def test_separators_at_the_ends_of_lines(tmp_path):
+    """pandas alone would take the ids for an index and the texts for ids."""
+    write_files(tmp_path, {"a.csv": b"id,text\n1,one,\n2,two,\n"})
+    assert read("files", str(tmp_path)) == ["one", "two"]
+
+
 def test_a_dictionary_encoded_column_is_text(tmp_path):
     table = pyarrow.table({"text": pyarrow.array(["b", "a", "b", None]).dictionary_encode()})
     write_files(tmp_path, {"a.parquet": parquet_of(table)})
@@ -231,6 +237,12 @@ UNREADABLE = {
         ["a.jsonl: 2 lines are not JSON and 1 are", "the line at byte 14", "Expecting ',' delimiter", "fix the file"],
     ),
     "no UTF-8": ("a.jsonl", b'{"text": "x\xff"}\n', ["a.jsonl", "utf-8"]),
+    "an unquoted separator": (
+        "a.csv",
+        b"id,text\n1,Hello, world\n2,Good, bye\n",
+        ["a.csv: its rows have more fields than its header; quote texts that contain the separator"],
+    ),
+    "an unquoted tab": ("a.tsv", b"text\nHello\tworld\n", ["a.tsv: its rows have more fields than its header"]),
     "NUL at the start of a line": ("a.jsonl", b'{\0"text": "x"}\n', ["1 lines are not JSON", "line 1 column 2"]),
     "cut list": ("a.json", b'[{"text": "x"}, {"te', ["cannot read", "a.json", "fix the file"]),
     "two columns of text": (
@@ -308,13 +320,20 @@ def test_a_dataset_in_the_hubs_format(dataset):
 @pytest.mark.parametrize(
     "options, complaint",
     [
-        ({"split": "nosuch"}, "nosuch"),
+        ({"split": "nosuch"}, "no split 'nosuch' but train, test; choose one with --split"),
+        ({"split": "train[:50%]"}, "no split 'train[:50%]' but train, test; choose one with --split, and a part of"),
         ({"hub_config": "nosuch"}, "nosuch"),
         ({"text_column": "content"}, "no column 'content' but text; choose with --text_column"),
     ],
 )
 def test_a_missing_part_of_a_dataset_is_named(dataset, options, complaint):
     assert complaint in mistake(dataset, **options)
+
+
+@pytest.mark.parametrize("split", ["nosuch", "train+test", "all"])
+def test_a_missing_split_of_a_folder_without_a_readme(tmp_path, split):
+    write_files(tmp_path, {"train.jsonl": LINES, "test.jsonl": LINES})
+    assert f"no split {split!r} but train, test; choose one with --split" in mistake(str(tmp_path), split=split)
 
 
 def test_an_unreachable_hub_is_one_line(run_script, tmp_path):

@@ -208,7 +208,7 @@ def test_worker_processes_read_the_hub(hub, prepare, undisturbed, dataset, tmp_p
         ("ada/tables", ["--text_column", "content"], "no column 'content' but id, text; choose with --text_column"),
         ("ada/lines", ["--text_column", "content"], "no column 'content' but text; choose with --text_column"),
         ("ada/tables", ["--text_column", "id"], "column 'id' holds int64, not text; choose with --text_column"),
-        ("ada/tables", ["--split", "dev"], "ada/tables has no split 'dev' but train, test; choose with --split"),
+        ("ada/tables", ["--split", "dev"], "ada/tables has no split 'dev' but train, test; choose one with --split"),
         ("ada/tables", ["--hub_config", "large"], "'large' not found. Available: ['default', 'small']"),
         ("ada/tables", ["--revision", "v9"], "cannot read ada/tables: the Hub says 404: Invalid rev id: v9"),
         ("ada/nothing", [], "cannot read ada/nothing: the Hub says 401: "),
