@@ -13,6 +13,7 @@ train_accelerate.py reads it through `data_dir`.
 """
 
 import argparse
+import os
 import time
 from dataclasses import fields, replace
 from itertools import islice
@@ -283,12 +284,16 @@ def request_of(args: argparse.Namespace) -> Request:
     return Request(**{field.name: getattr(args, field.name) for field in fields(Request)})
 
 
+def _lies_inside(path: str, folder: str) -> bool:
+    return Path(os.path.realpath(folder)) in Path(os.path.realpath(path)).parents
+
+
 def argument_problems(args: argparse.Namespace) -> list[str]:
     """One line for each mistake."""
     problems = []
     if not (args.verify or args.describe or (args.corpus and args.output_dir)):
         problems.append("give a CORPUS and --output_dir DIR, or --verify DIR, or --describe DIR")
-    if args.source and args.output_dir and Path(args.source).resolve() in Path(args.output_dir).resolve().parents:
+    if args.source and args.output_dir and _lies_inside(args.output_dir, args.source):
         problems.append(
             f"--output_dir {args.output_dir} lies inside --source {args.source}, where its files would be taken for "
             "documents; choose one outside"

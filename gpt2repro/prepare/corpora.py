@@ -158,6 +158,8 @@ def _open_files(query: CorpusQuery) -> Corpus:
     root = Path(query.source).expanduser()
     if not root.exists():
         raise UserError(f"--source {query.source} does not exist")
+    if not root.is_dir() and not root.is_file():
+        raise UserError(f"--source {query.source} is a pipe or device, which cannot be read twice; save it to a file")
     listing = list_files(root) if root.is_dir() else Listing(root.parent, [root])
     listing.keep(filter(readers.is_readable, listing.files), "of other formats")
     if root.is_dir():

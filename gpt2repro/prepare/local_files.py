@@ -7,6 +7,7 @@ from pathlib import Path
 
 
 RECORDS = {"dataset_info.json", "state.json", "dataset_dict.json"}  # of `datasets`' save_to_disk
+NO_FILES = "no ordinary files"  # pipes, sockets and devices, which may be without an end
 SHOWN_NAMES = 3
 
 
@@ -49,7 +50,7 @@ def list_files(root: Path) -> Listing:
     _walk(root, listing, links, seen)
     while links:  # after the files themselves, which are then not read under the name of a link
         link = links.pop(0)
-        target = link.resolve()
+        target = Path(os.path.realpath(link))  # Path.resolve raises for a link that leads to itself
         if not target.exists():
             listing.leave_out("broken links", [link])
         elif target in seen or target in root.resolve().parents:
@@ -57,9 +58,11 @@ def list_files(root: Path) -> Listing:
         elif target.is_dir():
             seen.add(target)
             _walk(link, listing, links, seen)
-        else:
+        elif target.is_file():
             seen.add(target)
             listing.files.append(link)
+        else:
+            listing.leave_out(NO_FILES, [link])
     listing.files.sort()
     listing.keep([path for path in listing.files if path.name not in RECORDS], "records of `datasets`")
     return listing
@@ -80,6 +83,8 @@ def _walk(folder: Path, listing: Listing, links: list[Path], seen: set[Path]) ->
         elif path.is_file():
             seen.add(path.resolve())
             listing.files.append(path)
+        else:
+            listing.leave_out(NO_FILES, [path])
 
 
 def _files_of(path: Path) -> Iterator[Path]:

@@ -291,6 +291,22 @@ def test_files_need_a_source(tmp_path):
     assert "missing does not exist" in mistake("files", str(tmp_path / "missing"))
 
 
+def test_pipes_devices_and_links_that_lead_nowhere(tmp_path):
+    folder = write_files(tmp_path / "src", {"a.txt": b"a", "b.txt": b"b"})
+    os.mkfifo(folder / "pipe.txt")
+    os.mkfifo(tmp_path / "elsewhere")
+    links = {"loop": "loop", "there": "back", "back": "there", "null": os.devnull, "linked": tmp_path / "elsewhere"}
+    for name, target in links.items():
+        (folder / f"{name}.txt").symlink_to(f"{target}.txt" if target in links else target)
+    corpus = open_corpus("files", str(folder))
+    assert list(corpus.texts()) == ["a", "b"]
+    assert {reason: sorted(names) for reason, names in corpus.left_out.items()} == {
+        "broken links": ["back.txt", "loop.txt", "there.txt"],
+        "no ordinary files": ["linked.txt", "null.txt", "pipe.txt"],
+    }
+    assert "pipe.txt is a pipe or device" in mistake("files", str(folder / "pipe.txt"))
+
+
 # ---- the Hub ----
 
 

@@ -280,6 +280,11 @@ def test_the_output_must_not_become_its_own_source(tmp_path, inside):
     assert contents(tmp_path) == before
 
 
+def test_a_source_that_links_to_itself(tmp_path):
+    (tmp_path / "loop").symlink_to("loop")
+    assert "loop does not exist" in refusal("files", "--source", tmp_path / "loop", "--output_dir", tmp_path / "out")
+
+
 def test_one_text_has_no_first_documents(tmp_path):
     (tmp_path / "one.txt").write_text("one text")
     line = refusal("files", "--source", tmp_path / "one.txt", "--output_dir", tmp_path / "out", "--val_tokens", 3)
