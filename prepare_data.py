@@ -115,8 +115,10 @@ def prepare(directory: OutputDirectory, request: Request, execution: Execution) 
         single_text=corpus.single_text,
     )
     quota = Quota(val_split.tokens, request.max_tokens, request.max_documents)
-    with Progress(corpus, execution.num_workers) as progress:
-        records = workers.prepare_parts(corpus.parts(), job, quota, execution.num_workers, progress.show)
+    # The characters are those of the first documents, and only one process after the other knows where these end.
+    num_workers = 1 if job.tokenizer == "char" and request.max_documents else execution.num_workers
+    with Progress(corpus, num_workers) as progress:
+        records = workers.prepare_parts(corpus.parts(), job, quota, num_workers, progress.show)
     refuse_empty_splits(directory, records, val_split, corpus, request)
 
     preparation = {
@@ -219,10 +221,11 @@ class Progress(tqdm):
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser = Parser(__doc__)
+    path = os.path.expanduser  # the shell leaves --flag=~/x as it is
     corpora = ", ".join([*LOCAL_CORPORA, *HUB_CORPORA])
-    parser.add_argument("corpus", nargs="?", help=f"{corpora}, or the Hub id of any dataset")
-    parser.add_argument("--output_dir", help="where the shards go")
-    parser.add_argument("--source", help="local file or folder, for `files` and the shakespeare corpora")
+    parser.add_argument("corpus", nargs="?", type=path, help=f"{corpora}, or the Hub id of any dataset")
+    parser.add_argument("--output_dir", type=path, help="where the shards go")
+    parser.add_argument("--source", type=path, help="file or folder, for `files` and the shakespeare corpora")
     parser.add_argument(
         "--tokenizer",
         help="gpt2, char, bpe:N, or a saved tokenizer: a Hub id, its folder, or that of a run, a prepared directory or "
@@ -273,8 +276,8 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--slurm_partition", help="Slurm's --partition for the deduplication")
     parser.add_argument("--slurm_time", default="24:00:00", help="Slurm's --time for each task (default: %(default)s)")
     parser.add_argument("--num_workers", type=int, default=1, help="processes (default: 1)")
-    parser.add_argument("--verify", metavar="DIR", help="check a prepared directory against its manifest")
-    parser.add_argument("--describe", metavar="DIR", help="show what a prepared directory holds")
+    parser.add_argument("--verify", metavar="DIR", type=path, help="check a prepared directory against its manifest")
+    parser.add_argument("--describe", metavar="DIR", type=path, help="show what a prepared directory holds")
     args = parser.parse_args(argv)
     refuse(argument_problems(args))
     return args

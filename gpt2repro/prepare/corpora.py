@@ -155,7 +155,7 @@ def _open_shakespeare_char(query: CorpusQuery) -> Corpus:
 def _open_files(query: CorpusQuery) -> Corpus:
     if query.source is None:
         raise UserError("the corpus `files` needs --source FILE_OR_FOLDER")
-    root = Path(query.source).expanduser()
+    root = Path(query.source)
     if not root.exists():
         raise UserError(f"--source {query.source} does not exist")
     if not root.is_dir() and not root.is_file():

@@ -95,7 +95,9 @@ def prepare_part(
     encode = load_encoder(job.tokenizer, job.directory.tokenizer, job.special_tokens)
     with explain_disk_errors(job.directory.path), PartWriter(number, job, quota) as writer:
         for batch in _batches(split_documents(pieces, job, writer.notes)):
-            writer.add(batch, encode([document.text for document in batch]))
+            wanted = batch[: writer.documents_left]  # a vocabulary of characters may lack those of later documents
+            writer.add(wanted, encode([document.text for document in wanted]))
+            writer.complete &= len(wanted) == len(batch)
             progress(writer.counts)
             if not writer.complete:
                 break
@@ -157,11 +159,16 @@ class PartWriter:
             bytes=train.bytes + val.bytes,
         )
 
+    @property
+    def documents_left(self) -> int | None:
+        """How many more the quota takes; None: any number."""
+        return None if self.quota.documents is None else self.quota.documents - self.counts.documents
+
     def add(self, documents: Sequence[SplitDocument], tokens: Sequence) -> None:
-        """Append documents, given the token ids of each."""
+        """Append documents, no more than documents_left, given the token ids of each."""
         for document, ids in zip(documents, tokens):
             length = len(ids) + (self.job.eot_id is not None)
-            if self._exceeds_quota(length):
+            if self._exceeds_tokens(length):
                 self.complete = False
                 return
             val_is_full = self.writers["val"].tokens >= self.quota.val_tokens
@@ -172,12 +179,8 @@ class PartWriter:
             if document.note:
                 self.notes[document.note] += 1
 
-    def _exceeds_quota(self, length: int) -> bool:
-        if self.quota.tokens is None and self.quota.documents is None:
-            return False
-        counts = self.counts
-        too_many_tokens = self.quota.tokens is not None and counts.tokens + length > self.quota.tokens
-        return too_many_tokens or counts.documents == self.quota.documents
+    def _exceeds_tokens(self, length: int) -> bool:
+        return self.quota.tokens is not None and self.counts.tokens + length > self.quota.tokens
 
     def finish(self) -> PartRecord:
         splits = {split: writer.finish() for split, writer in self.writers.items()}

@@ -187,6 +187,18 @@ def test_a_finished_preparation_is_not_repeated(command, uninterrupted, capsys):
     assert contents(uninterrupted) == before
 
 
+def test_a_path_may_begin_at_the_home_directory(tmp_path, monkeypatch):
+    """The shell leaves --flag=~/x as it is."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    dataset(tmp_path / "source", ["one", "two", "three"])
+    prepare("files", "--source=~/source", "--output_dir=~/out", "--tokenizer", "char", "--val_tokens", 1)
+    prepare("--verify=~/out")
+    prepare("--describe=~/out")
+    prepare("~/source", "--output_dir=~/other", "--tokenizer=~/out", "--val_tokens", 1)
+    assert {path.name for path in tmp_path.iterdir()} == {"source", "out", "other"}
+
+
 # ---- nothing is overwritten ----
 
 
@@ -465,6 +477,18 @@ def test_characters_are_collected_from_every_document(tmp_path):
     prepare(*command, "--val_tokens", 3, "--tokenizer_documents", 5)
     manifest, train = load(tmp_path / "out", "train")
     assert manifest["tokenizer"]["vocab_size"] == 6 and len(train) == 3 * 30
+
+
+@pytest.mark.parametrize("num_workers", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_characters_of_documents_beyond_the_limit_are_not_needed(tmp_path, monkeypatch, num_workers):
+    """Neither of those in the same batch, nor of those in a part that another process would begin meanwhile."""
+    monkeypatch.setattr(readers, "PART_BYTES", 100)
+    write_jsonl(tmp_path / "a.jsonl", ["abc", "cba", "aXb"] + ["Y"] * 99)
+    command = ["files", "--source", tmp_path / "a.jsonl", "--output_dir", tmp_path / "out", "--tokenizer", "char"]
+    prepare(*command, "--val_tokens", 3, "--max_documents", 2, "--num_workers", num_workers)
+    manifest, train = load(tmp_path / "out", "train")
+    assert manifest["tokenizer"]["vocab_size"] == 3 and train.tolist() == [2, 1, 0]
+    assert load(tmp_path / "out", "val")[1].tolist() == [0, 1, 2]
 
 
 @pytest.mark.parametrize("tokenizer", ["bpe:300", "char"])
