@@ -483,10 +483,13 @@ class GPT2ReproForCausalLM(GPT2ReproPreTrainedModel, GenerationMixin):
         self.lm_head.has_padding_rows = True
         self.post_init()
 
-    def prepare_inputs_for_generation(self, input_ids, inputs_embeds=None, position_ids=None, **kwargs):
+    def prepare_inputs_for_generation(
+        self, input_ids, inputs_embeds=None, position_ids=None, tokenizer=None, assistant_tokenizer=None, **kwargs
+    ):
         """As in transformers, and checks the sequence length: with a static cache the forward pass cannot see it.
 
-        inputs_embeds is named because `generate` looks for it in this signature.
+        inputs_embeds is named because `generate` looks for it in this signature; the tokenizers, which `generate` reads
+        for stop strings and the like, because they must not reach the forward pass.
         """
         length = input_ids.shape[1] if position_ids is None else position_ids.shape[-1]
         if position_ids is not None and length > self.config.n_positions:

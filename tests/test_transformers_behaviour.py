@@ -45,6 +45,7 @@ from transformers.utils import (
     is_optimum_quanto_available,
 )
 
+from gpt2repro.data.tokenization import build_tokenizer
 from gpt2repro.models.openai_weights import to_gpt2
 from modeling_gpt2repro import (
     GPT2ReproConfig,
@@ -232,6 +233,17 @@ def test_prompt_lookup_is_greedy_generation_in_fewer_calls(model, reference, ids
     found = model.generate(prompt, max_new_tokens=9, do_sample=False, prompt_lookup_num_tokens=3)
     assert torch.equal(found, expected)
     assert len(calls) < 9
+
+
+@pytest.mark.parametrize("kwargs", [{}, {"num_beams": 3}], ids=str)
+def test_a_tokenizer_finds_the_stop_strings(model, reference, ids, kwargs):
+    tokenizer = build_tokenizer("char", ["".join(map(chr, range(40, 40 + V_REAL)))]).fast
+    unstopped = reference.generate(ids[:1], **GREEDY, **kwargs)
+    stop = tokenizer.decode(unstopped[0, T + 4])
+    asked = dict(stop_strings=[stop], tokenizer=tokenizer, **GREEDY, **kwargs)
+    stopped = model.generate(ids[:1], **asked)
+    assert torch.equal(stopped, reference.generate(ids[:1], **asked))
+    assert not torch.equal(stopped, unstopped)
 
 
 @pytest.mark.parametrize("kwargs", [{"top_k": 0}, {"top_k": 20, "num_beams": 3}, {"top_p": 0.7}], ids=str)
