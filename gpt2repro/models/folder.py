@@ -28,14 +28,13 @@ from gpt2repro.files import new_folder
 from gpt2repro.models.errors import ACCESS_DENIED, LOG_IN, explained
 from gpt2repro.models.foreign_checkpoints import WRAPPERS, first_three
 from gpt2repro.models.generation_defaults import load_generation_defaults, our_generation_defaults
-from gpt2repro.models.openai_weights import MASK_BUFFERS, WEIGHT_FILES, from_gpt2
+from gpt2repro.models.openai_weights import ADAPTED_OR_NOT, ADAPTER_CONFIG, MASK_BUFFERS, WEIGHT_FILES, from_gpt2
 from gpt2repro.models.padding import unpadded, without_padding
 from gpt2repro.processes import note
 from gpt2repro.run_folder import RunFolder
 from modeling_gpt2repro import GPT2ReproForCausalLM, register_auto_classes
 
 
-ADAPTER_CONFIG = "adapter_config.json"  # PEFT's
 # What transformers records about its own loading; nothing a reader of the folder needs.
 TOKENIZER_INTERNALS = ("backend", "is_local", "local_files_only")
 
@@ -44,13 +43,14 @@ def find_model(name: str) -> str:
     """Resolve what a user calls a model: a run (its model folder), a model folder, another trainer's file or a Hub id.
 
     Raises:
-        UserError: a folder without a model, a LoRA adapter, a path that does not exist, or a Hub id that the Hub does
-            not have, or cannot be asked about.
+        UserError: a folder without a model or with an adapter, a path that does not exist, or a Hub id that the Hub
+            does not have, or cannot be asked about.
     """
     path = Path(name).expanduser()
     for candidate in (RunFolder(path).model, path):
-        if (candidate / ADAPTER_CONFIG).is_file() and not _has_weights(candidate):
-            raise UserError(_merge_first(candidate))
+        if (candidate / ADAPTER_CONFIG).is_file():
+            both = f"{candidate} {ADAPTED_OR_NOT}"
+            raise UserError(both if _has_weights(candidate) else _merge_first(candidate))
         if (candidate / "config.json").is_file():
             return str(candidate)
     if path.is_file():

@@ -35,6 +35,11 @@ from modeling_gpt2repro import GPT2ReproConfig, GPT2ReproForCausalLM
 PROJECTIONS = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 GELUS = ("gelu_new", "gelu_pytorch_tanh", "gelu")  # the first two are the same function; the third is nanoGPT's
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")  # the first that exists is read; or their shards
+ADAPTER_CONFIG = "adapter_config.json"  # PEFT's
+ADAPTED_OR_NOT = (
+    f"holds {ADAPTER_CONFIG} beside full weights; delete {ADAPTER_CONFIG} if they are merged already, otherwise move "
+    "the adapter's files to another folder and merge the two"
+)
 MASK_BUFFERS = (".attn.bias", ".attn.masked_bias")  # causal masks that older releases of transformers saved
 
 # Fields that GPT2Config and GPT2ReproConfig share. The first group fixes the function that the weights compute.
@@ -275,6 +280,8 @@ def _weight_files(source: str | Path, revision: str | None) -> list[Path]:
     """The weight files, one or several shards, of a folder or Hub repository: safetensors, else torch's own format."""
     for name in WEIGHT_FILES:
         folder = _folder_with(name, source, revision)
+        if (folder / ADAPTER_CONFIG).is_file():
+            raise UserError(f"{source} {ADAPTED_OR_NOT}")
         index = folder / f"{name}.index.json"
         if (folder / name).is_file():
             return [folder / name]
@@ -290,7 +297,7 @@ def _folder_with(name: str, source: str | Path, revision: str | None) -> Path:
     if Path(source).is_dir():
         return Path(source)
     stem, suffix = name.split(".")
-    patterns = [name, f"{stem}*.{suffix}*"]  # the second: shards and their index
+    patterns = [name, f"{stem}*.{suffix}*", ADAPTER_CONFIG]  # the second: shards and their index
     with explained(f"{source}: its weights cannot be downloaded from the Hub", "check the name and the network"):
         return Path(snapshot_download(str(source), revision=revision, allow_patterns=patterns))
 

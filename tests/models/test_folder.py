@@ -107,6 +107,14 @@ def test_a_lora_adapter_is_refused_by_name_until_the_advice_is_followed(folder, 
     torch.testing.assert_close(merged(ids).logits, adapted.eval()(ids).logits)
 
 
+def test_an_adapter_beside_full_weights_is_refused_everywhere(folder):
+    """transformers would apply it, to weights that it may be merged into already; from_gpt2 would not."""
+    (folder / "adapter_config.json").write_text('{"peft_type": "LORA", "base_model_name_or_path": "x"}')
+    for read in (find_model, open_model, from_gpt2):
+        with pytest.raises(UserError, match="holds adapter_config.json beside full weights; delete"):
+            read(str(folder))
+
+
 def test_a_path_may_start_with_the_home_directory(folder, monkeypatch):
     monkeypatch.setenv("HOME", str(folder.parent.parent))
     assert find_model("~/run") == str(folder)
