@@ -36,14 +36,11 @@ def main(argv: list[str]) -> None:
     args = parse_arguments(argv)
     source = find_model(args.source)
     is_folder = args.to.startswith(FOLDER_PREFIXES)
-    if is_folder:
-        folder = Path(args.to).expanduser().resolve()
-        name = folder.name
-    else:
-        folder = Path("publish") / args.to.replace("/", "--")  # deleted once it is uploaded
-        name = args.to.split("/")[-1]
+    target = Path(args.to).expanduser().resolve() if is_folder else None
+    name = target.name if target else args.to.split("/")[-1]
+    parent = target.parent if target else Path("publish")
 
-    unwritable = write_problem(folder.parent)
+    unwritable = write_problem(parent)
     if unwritable:
         remedy = "choose another --to" if is_folder else "run the command in a folder that can be written"
         raise UserError(f"--to {args.to}: {unwritable}; {remedy}")
@@ -57,21 +54,27 @@ def main(argv: list[str]) -> None:
 
     run, last_step = RunFolder.around(Path(source)), checkpoint_step_of(Path(source))
     card = model_card(model, name, None if is_folder else args.to, run, last_step, args.license)
-    with tempfile.TemporaryDirectory() as scratch:
-        picture = None
-        if run is not None:
-            picture = Path(scratch) / "loss.png"
-            draw_losses(run, last_step, picture, f"{name}: GPT-2, {shortened(model.num_parameters())} parameters")
+    parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=parent, prefix="unfinished_") as scratch:
+        picture = Path(scratch) / "loss.png" if run is not None else None
         try:
-            save_model_folder(folder, model, tokenizer, card, picture)
+            if run is not None and picture is not None:
+                draw_losses(run, last_step, picture, f"{name}: GPT-2, {shortened(model.num_parameters())} parameters")
+            save_model_folder(Path(scratch) / name, model, tokenizer, card, picture)
         except Exception as error:  # safetensors and tokenizers do not raise OSError
             if os_error_number(error) is None:
                 raise
             raise UserError(f"--to {args.to} cannot be written ({first_line(error)}); make room for it") from error
+        # An upload's folder stays if the upload fails, so each has one of its own.
+        folder = target or Path(tempfile.mkdtemp(dir=parent, prefix=args.to.replace("/", "--") + "_"))
+        try:
+            (Path(scratch) / name).rename(folder)
+        except OSError as error:  # rename replaces an empty folder only
+            raise UserError(f"--to {args.to} is no longer empty ({error.strerror}); choose a new folder") from error
     if is_folder:
         print(f"written to {args.to}")
     else:
-        print(f"pushed to {upload(folder, args.to, args.revision)}")
+        print(f"pushed to {upload(folder, args.to, args.revision, args.overwrite_readme)}")
         shutil.rmtree(folder)
 
 
@@ -107,11 +110,13 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--license", help="license of the weights, for the model card (default: the run's recipe's)")
     parser.add_argument("--private", action="store_true", help="create a private repository")
     parser.add_argument("--revision", help="branch to push to, created if missing (default: main)")
+    parser.add_argument("--overwrite_readme", action="store_true", help="replace the README.md that is on the Hub")
     args = parser.parse_args(argv)
     if args.to.startswith(FOLDER_PREFIXES):
         folder = Path(args.to).expanduser()
-        if args.private or args.revision:
-            raise UserError("--private and --revision are for the Hub; drop them, or pass --to owner/name")
+        if args.private or args.revision or args.overwrite_readme:
+            flags = "--private, --revision and --overwrite_readme"
+            raise UserError(f"{flags} are for the Hub; drop them, or pass --to owner/name")
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise UserError(f"--to {args.to} exists already; choose a new folder, or delete it")
     else:

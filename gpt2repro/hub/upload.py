@@ -5,6 +5,17 @@ from pathlib import Path
 from huggingface_hub import HfApi
 
 from gpt2repro.errors import UserError, first_line
+from gpt2repro.processes import note
+
+
+README = "README.md"
+OTHER_WEIGHTS = [  # model.safetensors is what we write
+    "model.safetensors.index.json",
+    "model-*-of-*.safetensors",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+    "pytorch_model-*-of-*.bin",
+]
 
 
 def create_repository(repo_id: str, private: bool | None = None, revision: str | None = None) -> None:
@@ -29,21 +40,27 @@ def create_repository(repo_id: str, private: bool | None = None, revision: str |
         raise UserError(f"{repo_id} already exists and is public; omit --private, or choose another name")
 
 
-def upload(folder: Path, repo_id: str, revision: str | None = None) -> str:
-    """Upload a model folder as one commit, which replaces an older model.
+def upload(folder: Path, repo_id: str, revision: str | None = None, overwrite_readme: bool = False) -> str:
+    """Upload a model folder as one commit. Of the files that are there it touches only those of the same names, and the
+    weights of an older model in other files, which some libraries would read instead. A line says that README.md stays.
 
+    Args:
+        overwrite_readme: replace a README.md that is there; its owner may have written it.
     Returns:
         The commit's URL.
     Raises:
         UserError: the upload failed; the folder stays.
     """
+    api = HfApi()
     try:
-        return HfApi().upload_folder(
+        keeps_readme = not overwrite_readme and api.file_exists(repo_id, README, revision=revision)
+        url = api.upload_folder(
             repo_id=repo_id,
             folder_path=folder,
             revision=revision,
             commit_message="Upload model",
-            delete_patterns=["*.py", "*.safetensors", "*.safetensors.index.json"],
+            ignore_patterns=[README] if keeps_readme else None,
+            delete_patterns=OTHER_WEIGHTS,
         )
     except Exception as error:  # of any type, as in create_repository
         branch = f" --revision {revision}" if revision else ""
@@ -51,3 +68,6 @@ def upload(folder: Path, repo_id: str, revision: str | None = None) -> str:
             f"the upload to {repo_id} failed ({first_line(error)}); {folder} is complete: repeat the command, or run "
             f"`hf upload {repo_id} {folder}{branch}`"
         ) from error
+    if keeps_readme:
+        note(f"{repo_id} keeps its {README}; publish.py --overwrite_readme replaces it by the new model card")
+    return url

@@ -307,11 +307,13 @@ def test_publish_makes_one_commit_on_a_branch_of_a_private_repository(hub, folde
     hub.fail("POST /api/models/ada/plain/commit", 500)
     done = python(*command, token=ADA, check=False, cwd=tmp_path)
     line = error_line(done.returncode, done.stderr)
-    assert "publish/ada--plain is complete" in line and "hf upload ada/plain publish/ada--plain --revision v2" in line
-    left = contents(tmp_path / "publish" / "ada--plain")
+    (kept,) = (tmp_path / "publish").iterdir()
+    place = f"publish/{kept.name}"
+    assert f"{place} is complete" in line and f"hf upload ada/plain {place} --revision v2" in line
+    left = contents(kept)
 
     done = python(*command, token=ADA, cwd=tmp_path)
-    assert "pushed to" in done.stdout and not any((tmp_path / "publish").iterdir())
+    assert "pushed to" in done.stdout and [*(tmp_path / "publish").iterdir()] == [kept] and contents(kept) == left
     assert hub.repos["ada/plain"].private
     assert [commit.title for commit in hub.commits("ada/plain", "v2")] == ["initial commit", "Upload model"]
     files = hub.files("ada/plain", "v2")
@@ -322,6 +324,25 @@ def test_publish_makes_one_commit_on_a_branch_of_a_private_repository(hub, folde
     ours = GPT2ReproForCausalLM.from_pretrained(folder)
     assert name == "GPT2LMHeadModel" and len(tokens) == 5
     torch.testing.assert_close(logits, ours(torch.arange(8)[None]).logits[..., : ours.config.unpadded_vocab_size])
+
+
+def test_publish_leaves_what_its_user_has_on_the_hub(hub, folder, attempt, tmp_path):
+    """Only weights of an older model go, which some libraries would read instead of the new ones."""
+    theirs = {"README.md": b"mine", "train.py": b"mine", "adapter.safetensors": b"mine", "model_card.bin": b"mine"}
+    older = ["model.safetensors.index.json", "model-00001-of-00002.safetensors", "pytorch_model.bin"]
+    hub.create("ada/hers").commit("Upload", theirs | dict.fromkeys(older, b"{}"))
+    (mine := tmp_path / "publish" / "ada--hers").mkdir(parents=True)
+    (mine / "notes").write_text("mine")
+    command = (ADA, folder, "--to", "ada/hers")
+    ((code, stderr),) = attempt("publish", [command], cwd=tmp_path)
+    assert code == 0 and "ada/hers keeps its README.md; publish.py --overwrite_readme" in stderr
+    files = hub.files("ada/hers")
+    assert files.items() >= theirs.items() and not files.keys() & set(older)
+    assert files["model.safetensors"] == (folder / "model.safetensors").read_bytes()
+    assert contents(tmp_path / "publish") == {"ada--hers/notes": b"mine"}
+
+    attempt("publish", [(*command, "--overwrite_readme")], cwd=tmp_path)
+    assert b"gpt2repro" in hub.files("ada/hers")["README.md"]
 
 
 def test_publish_refuses_at_once_what_it_may_not_or_cannot_do(hub, folder, attempt, tmp_path):

@@ -10,6 +10,7 @@ import pytest
 import torch
 import yaml
 from huggingface_hub import ModelCard
+from support import contents
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, GPT2LMHeadModel
 
@@ -199,10 +200,28 @@ def test_without_a_record_the_card_claims_nothing(run_dir, tmp_path):
 
 
 def test_files_beside_the_target_are_left_alone(run_dir, tmp_path):
-    for name in ("out.png", "writing.png"):
+    for name in ("out.png", "writing_out/a", "replaced_out/a", "removing_out/a", "unfinished_out/a"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("mine")
+    before = contents(tmp_path)
     publish.main([str(run_dir), "--to", str(tmp_path / "out")])
-    assert (tmp_path / "out.png").read_text() == "mine"
+    assert {name: content for name, content in contents(tmp_path).items() if not name.startswith("out/")} == before
+
+
+def test_the_second_of_two_that_publish_to_one_folder_is_refused(run_dir, tmp_path, monkeypatch):
+    flags = [str(run_dir), "--to", str(tmp_path / "out")]
+    save = save_model_folder
+
+    def save_second(*args):
+        monkeypatch.setattr(publish, "save_model_folder", save)
+        publish.main([*flags, "--license", "first"])
+        save(*args)
+
+    monkeypatch.setattr(publish, "save_model_folder", save_second)
+    with pytest.raises(UserError, match="is no longer empty .*; choose a new folder"):
+        publish.main([*flags, "--license", "mit"])
+    assert ModelCard.load(tmp_path / "out" / "README.md").data.license == "first"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "run"]
 
 
 def test_older_releases_of_transformers_get_no_token_types_from_the_tokenizer(run_dir):
