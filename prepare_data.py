@@ -22,7 +22,14 @@ from pathlib import Path
 from tqdm import tqdm
 
 from gpt2repro.data.manifest import Manifest
-from gpt2repro.data.tokenization import KEEP, SPECIAL_TOKEN_CHOICES, SpecialTokens, build_tokenizer, expected_vocab_size
+from gpt2repro.data.tokenization import (
+    KEEP,
+    SPECIAL_TOKEN_CHOICES,
+    SpecialTokens,
+    build_tokenizer,
+    expected_vocab_size,
+    save_tokenizer,
+)
 from gpt2repro.errors import Parser, UserError, refuse, run_script
 from gpt2repro.files import file_sha256, new_folder
 from gpt2repro.prepare import parts, workers
@@ -179,7 +186,7 @@ def build_and_save_tokenizer(directory: OutputDirectory, corpus: Corpus, request
     count = request.max_documents if name == "char" else request.tokenizer_documents
     tokenizer = with_retries(lambda: build_tokenizer(name, islice(corpus.texts(), count)))
     with new_folder(directory.tokenizer) as folder:
-        tokenizer.fast.save_pretrained(folder)
+        save_tokenizer(folder, tokenizer.fast)
     hashes = {path.name: file_sha256(path) for path in sorted(directory.tokenizer.iterdir())}
     return SavedTokenizer(tokenizer.record(), hashes)
 

@@ -37,6 +37,14 @@ KEEP, AS_TEXT = "keep", "text"
 SPECIAL_TOKEN_CHOICES = (KEEP, AS_TEXT)
 CONTROL_ROLES = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json")
+# What is saved of a tokenizer's settings. Nothing else of a stranger's file is: its auto_map would name code to run.
+SETTINGS = (
+    *(f"{role}_token" for role in CONTROL_ROLES),
+    *("additional_special_tokens", "extra_special_tokens", "model_specific_special_tokens", "added_tokens_decoder"),
+    *("add_bos_token", "add_eos_token", "add_prefix_space", "clean_up_tokenization_spaces", "split_special_tokens"),
+    *("chat_template", "errors", "model_input_names", "model_max_length", "padding_side", "tokenizer_class"),
+    "truncation_side",
+)
 EncodeBatch = Callable[[list[str]], list[Sequence[int] | np.ndarray]]
 
 
@@ -133,6 +141,18 @@ def build_tokenizer(name: str, texts: Iterable[str]) -> Tokenizer:
     if name.startswith("bpe:"):
         return _from_fast(name, _train_bpe(name, texts))
     return _saved_tokenizer(name)
+
+
+def save_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase, **settings: object) -> None:
+    """Save a tokenizer with those of its settings that are known (SETTINGS).
+
+    Args:
+        settings: replace its own.
+    """
+    tokenizer.save_pretrained(folder)
+    path = folder / "tokenizer_config.json"
+    kept = {name: value for name, value in json.loads(path.read_text()).items() if name in SETTINGS}
+    path.write_text(json.dumps(kept | settings, indent=2, sort_keys=True) + "\n")
 
 
 def expected_vocab_size(name: str) -> int:

@@ -103,7 +103,7 @@ def _usage(model: PreTrainedModel, load_from: str) -> str:
     return (
         "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
         f'model = AutoModelForCausalLM.from_pretrained("{load_from}"{remote_code})\n'
-        f'tokenizer = AutoTokenizer.from_pretrained("{load_from}"{remote_code})\n```{needs}'
+        f'tokenizer = AutoTokenizer.from_pretrained("{load_from}")\n```{needs}'
     )
 
 

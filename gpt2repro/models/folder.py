@@ -22,7 +22,7 @@ from transformers import (
 )
 
 from gpt2repro.data.hub import hub_failure
-from gpt2repro.data.tokenization import build_tokenizer
+from gpt2repro.data.tokenization import build_tokenizer, save_tokenizer
 from gpt2repro.errors import UserError, first_line
 from gpt2repro.files import new_folder
 from gpt2repro.models.errors import ACCESS_DENIED, LOG_IN, explained
@@ -33,10 +33,6 @@ from gpt2repro.models.padding import unpadded, without_padding
 from gpt2repro.processes import note
 from gpt2repro.run_folder import RunFolder
 from modeling_gpt2repro import GPT2ReproForCausalLM, register_auto_classes
-
-
-# What transformers records about its own loading; nothing a reader of the folder needs.
-TOKENIZER_INTERNALS = ("backend", "is_local", "local_files_only")
 
 
 def find_model(name: str) -> str:
@@ -159,20 +155,17 @@ def rehearse_export(
 
 def _save_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase, n_positions: int) -> None:
     """Save the tokenizer so that transformers 4 loads it as well."""
-    tokenizer.model_max_length = n_positions
-    tokenizer.save_pretrained(folder)
-    path = folder / "tokenizer_config.json"
-    settings = json.loads(path.read_text())
-    # transformers 5 writes the name of a class that older releases lack; every release has this one.
-    settings["tokenizer_class"] = "PreTrainedTokenizerFast"
-    # Otherwise transformers 4 returns token_type_ids, and GPT2LMHeadModel adds token 0's embedding at every position.
-    settings["model_input_names"] = ["input_ids", "attention_mask"]
+    settings: dict[str, object] = {
+        "model_max_length": n_positions,
+        # transformers 5 writes the name of a class that older releases lack; every release has this one.
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        # Otherwise transformers 4 returns token_type_ids, and GPT2LMHeadModel adds token 0's embedding everywhere.
+        "model_input_names": ["input_ids", "attention_mask"],
+    }
     # GPT-2's own tokenizer names one, and CTranslate2 cannot open a model without; byte-level BPE never produces it.
-    if settings.get("unk_token") is None and settings.get("eos_token") is not None:
-        settings["unk_token"] = settings["eos_token"]
-    for key in TOKENIZER_INTERNALS:
-        settings.pop(key, None)
-    path.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
+    if tokenizer.unk_token is None and tokenizer.eos_token is not None:
+        settings["unk_token"] = tokenizer.eos_token
+    save_tokenizer(folder, tokenizer, **settings)
 
 
 def load_tokenizer(name: str | Path, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:

@@ -2,7 +2,8 @@
 and exports.
 
 generation_config.json is kept as it is, except that sampling settings beside do_sample=false are dropped: transformers
-ignores them, and some releases refuse to save them. If transformers would not save the rest either, or if there is no
+ignores them, and some releases refuse to save them; and so are fields that transformers does not know, as
+custom_generate and auto_map would name code to run. If transformers would not save the rest either, or if there is no
 such file, the model gets `our_generation_defaults`. Legacy settings in config.json are dropped. sample.py and the
 samples of a run do not use them at all, see `gpt2repro.models.sampling.generate`.
 """
@@ -52,6 +53,7 @@ def load_generation_defaults(
         defaults = GenerationConfig.from_pretrained(source, revision=revision)
         if defaults._from_model_config:  # derived from config.json, nobody has chosen them
             return our_generation_defaults(config)
+        _drop_unknown(defaults, source)
         _drop_unused(defaults, source)
         defaults.validate(strict=True)
     except OSError as error:
@@ -63,6 +65,14 @@ def load_generation_defaults(
         note(f"{source}: {FILE} contradicts itself ({reason}); using top_k sampling instead")
         return our_generation_defaults(config)
     return defaults
+
+
+def _drop_unknown(defaults: GenerationConfig, source: str | Path) -> None:
+    unknown = vars(defaults).keys() - vars(GenerationConfig()).keys() - {"_original_object_hash"}  # from_pretrained's
+    for name in unknown:
+        delattr(defaults, name)
+    if unknown:
+        note(f"{source}: {FILE} sets {', '.join(sorted(unknown))}, which transformers does not read there; dropped")
 
 
 def _drop_unused(defaults: GenerationConfig, source: str | Path) -> None:

@@ -11,6 +11,7 @@ Only who trains it asks for them, with `stored.build(padded(stored.config))`; th
 
 import copy
 import functools
+import inspect
 import json
 import pickle
 import zipfile
@@ -145,7 +146,7 @@ def open_gpt2(source: str | Path, revision: str | None = None, drop_heads: bool 
             return StoredGPT2(source, revision, unpadded(GPT2ReproConfig(**fields)), lambda: stored_tensors)
         stored_fields = _read_config(source, revision)
         is_ours = stored_fields.get("model_type") == GPT2ReproConfig.model_type
-        config = GPT2ReproConfig.from_dict(stored_fields) if is_ours else _converted_config(source, stored_fields)
+        config = _our_config(stored_fields) if is_ours else _converted_config(source, stored_fields)
         open_tensors = functools.partial(_open_folder, source, revision, config, is_ours, drop_heads)
         return StoredGPT2(source, revision, unpadded(config), open_tensors)
 
@@ -200,6 +201,12 @@ def _read_config(source: str | Path, revision: str | None) -> dict:
         if not fields:  # transformers returns an empty dict for a folder without one
             raise OSError("no config.json")
         return fields
+
+
+def _our_config(stored_fields: dict) -> GPT2ReproConfig:
+    """Its own fields only: a stranger's auto_map would name the code that whoever opens our export runs."""
+    own = inspect.get_annotations(GPT2ReproConfig)
+    return GPT2ReproConfig.from_dict({name: value for name, value in stored_fields.items() if name in own})
 
 
 def _converted_config(source: str | Path, stored_fields: dict) -> GPT2ReproConfig:

@@ -28,6 +28,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from transformers import GenerationConfig
 
+from gpt2repro.data.tokenization import save_tokenizer
 from gpt2repro.errors import FREE_SPACE, UserError, first_line
 from gpt2repro.files import delete, delete_folder, delete_unfinished, file_problem, file_sha256, flush, new_folder
 from gpt2repro.models.generation_defaults import load_generation_defaults
@@ -203,7 +204,7 @@ class Checkpoints:
         (folder / STATE).write_text(json.dumps(state) + "\n")
         self.model.config.save_pretrained(folder)
         self.model.generation_config.save_pretrained(folder)
-        self.tokenizer.save_pretrained(folder)
+        save_tokenizer(folder, self.tokenizer)
         files = [path for path in folder.rglob("*") if path.is_file()]
         hashes = {path.relative_to(folder).as_posix(): file_sha256(path) for path in files}
         (folder / HASHES).write_text(json.dumps(hashes, indent=2) + "\n")

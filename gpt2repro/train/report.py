@@ -116,5 +116,5 @@ def files_text(folder: RunFolder) -> str:
         "\n"
         "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
         f'model = AutoModelForCausalLM.from_pretrained("{folder.model}", trust_remote_code=True)\n'
-        f'tokenizer = AutoTokenizer.from_pretrained("{folder.model}", trust_remote_code=True)'
+        f'tokenizer = AutoTokenizer.from_pretrained("{folder.model}")'
     )

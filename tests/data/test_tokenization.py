@@ -12,11 +12,19 @@ import huggingface_hub.constants
 import pytest
 import tiktoken.registry
 import tokenizers
+from support import contents
 from tokenizers import models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from gpt2repro.data import tokenization
-from gpt2repro.data.tokenization import END_OF_TEXT, SpecialTokens, build_tokenizer, gpt2_encoding, load_encoder
+from gpt2repro.data.tokenization import (
+    END_OF_TEXT,
+    SpecialTokens,
+    build_tokenizer,
+    gpt2_encoding,
+    load_encoder,
+    save_tokenizer,
+)
 from gpt2repro.errors import UserError
 
 
@@ -389,6 +397,19 @@ def test_a_tokenizer_that_makes_a_special_token_of_text_is_refused(tmp_path, top
         for token in ("</s>", "<pad>"):
             with pytest.raises(UserError, match=f"its special token of '{token}' written in a document.*byte-level"):
                 encode(["the", f"the {token} the"])
+
+
+def test_what_is_saved_of_a_strangers_tokenizer_names_no_code(chat, tmp_path):
+    path = chat / "tokenizer_config.json"
+    theirs = {"auto_map": {"AutoTokenizer": ["stranger/code--evil.Tokenizer", None]}, "chat_template": "{{ 1 }}"}
+    path.write_text(json.dumps(json.loads(path.read_text()) | theirs))
+    stored = build_tokenizer(str(chat), []).fast
+    save_tokenizer(tmp_path / "saved", stored)
+    assert not [name for name, content in contents(tmp_path / "saved").items() if b"stranger" in content]
+    saved = AutoTokenizer.from_pretrained(tmp_path / "saved")  # asks nothing
+    text = "<|user|>hello<|bot|> world<|endoftext|>"
+    assert saved(text).input_ids == stored(text).input_ids and saved.chat_template == "{{ 1 }}"
+    assert saved.special_tokens_map == stored.special_tokens_map and saved.padding_side == stored.padding_side
 
 
 def test_what_becomes_of_special_tokens_is_said(chat):

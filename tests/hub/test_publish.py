@@ -12,7 +12,7 @@ import yaml
 from huggingface_hub import ModelCard
 from support import contents
 from torch.testing import assert_close
-from transformers import AutoModelForCausalLM, GPT2LMHeadModel
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 import publish
 from gpt2repro.data.tokenization import build_tokenizer
@@ -20,6 +20,7 @@ from gpt2repro.errors import UserError
 from gpt2repro.evaluation.hellaswag import OPENAI_GPT2
 from gpt2repro.hub.model_card import model_card
 from gpt2repro.models.folder import save_model_folder
+from gpt2repro.models.openai_weights import SHARED_FIELDS
 from gpt2repro.models.unwrap import unwrapped
 from gpt2repro.run_folder import RunFolder
 from modeling_gpt2repro import GPT2ReproConfig, GPT2ReproForCausalLM
@@ -106,6 +107,43 @@ def test_both_formats_have_the_sources_function(run_dir, tmp_path, ids, source, 
                      "tokenizer.json", "tokenizer_config.json"}  # fmt: skip
     assert {path.name for path in (tmp_path / "ours").iterdir()} == files | {"modeling_gpt2repro.py"}
     assert sorted(path.name for path in tmp_path.iterdir()) == ["gpt2", "ours", "run"], "nothing else is left behind"
+
+
+TOKENIZER_KEYS = {"added_tokens", "decoder", "model", "normalizer", "padding", "post_processor", "pre_tokenizer"}
+TOKENIZER_CONFIG_KEYS = {"bos_token", "clean_up_tokenization_spaces", "eos_token", "model_input_names", "unk_token"}
+SHARED_KEYS = {*SHARED_FIELDS, "architectures", "dtype", "model_type", "transformers_version", "vocab_size"}
+LEAVES = {  # every file of a published folder, and every key of the JSON files
+    "README.md": None,
+    "config.json": SHARED_KEYS | {"auto_map", "bias", "unpadded_vocab_size"},
+    "generation_config.json": {"bos_token_id", "do_sample", "eos_token_id", "top_k", "transformers_version"},
+    "loss.png": None,
+    "model.safetensors": None,
+    "modeling_gpt2repro.py": None,
+    "tokenizer.json": TOKENIZER_KEYS | {"truncation", "version"},
+    "tokenizer_config.json": TOKENIZER_CONFIG_KEYS | {"model_max_length", "padding_side", "tokenizer_class"},
+}
+GPT2_LEAVES = LEAVES | {"config.json": {*GPT2Config().to_dict(), "dtype", "n_ctx"}}
+del GPT2_LEAVES["modeling_gpt2repro.py"]
+
+
+@pytest.mark.parametrize("format, leaves", [("gpt2repro", LEAVES), ("gpt2", GPT2_LEAVES)])
+def test_nothing_leaves_that_a_stranger_put_into_the_folder(run_dir, tmp_path, format, leaves):
+    """An auto_map of theirs would make whoever opens our export run their code."""
+    theirs = {"auto_map": {"AutoModelForCausalLM": "stranger/code--evil.Model"}, "custom_generate": "stranger/code"}
+    theirs |= {"custom_pipelines": {"x": {"impl": "evil.Pipe"}}, "_note": "/home/ada"}
+    for name in ("config.json", "tokenizer_config.json", "generation_config.json"):
+        path = run_dir / "model" / name
+        path.write_text(json.dumps(json.loads(path.read_text()) | theirs))
+    for name in ("evil.py", "custom_generate/generate.py", "special_tokens_map.json"):
+        (run_dir / "model" / name).parent.mkdir(exist_ok=True)
+        (run_dir / "model" / name).write_text("{}")
+    publish.main([str(run_dir), "--to", str(tmp_path / "out"), "--format", format])
+    published = contents(tmp_path / "out")
+    assert published.keys() == leaves.keys()
+    for name, keys in leaves.items():
+        if keys is not None:
+            assert json.loads(published[name]).keys() <= keys, name
+        assert b"stranger" not in published[name] and b"/home/ada" not in published[name], name
 
 
 def test_another_trainers_file_is_converted(tmp_path, tokenizer, ids):
@@ -261,6 +299,7 @@ from torch.distributed.fsdp import fully_shard
 from transformers import AutoTokenizer
 from gpt2repro.hub.model_card import model_card
 from gpt2repro.models.folder import save_model_folder
+from gpt2repro.models.openai_weights import SHARED_FIELDS
 from gpt2repro.models.unwrap import unwrapped
 from gpt2repro.run_folder import RunFolder
 from modeling_gpt2repro import GPT2ReproForCausalLM

@@ -21,14 +21,15 @@ from gpt2repro.train.optimizers import build_optimizers
 
 
 class Tokenizer:
-    """Writes one file; as tokenizers does, it raises a plain Exception where that fails."""
+    """Writes two files; as tokenizers does, it raises a plain Exception where that fails."""
 
     full = False
 
     def save_pretrained(self, folder):
         if self.full:
             raise Exception("No space left on device (os error 28)")
-        (folder / "tokenizer.json").write_text("{}")
+        for name in ("tokenizer.json", "tokenizer_config.json"):
+            (folder / name).write_text('{"auto_map": {}}')
 
 
 @pytest.fixture
