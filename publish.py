@@ -35,6 +35,7 @@ FOLDER_PREFIXES = (".", "/", "~")  # of --to; any other value is a Hub repositor
 def main(argv: list[str]) -> None:
     args = parse_arguments(argv)
     source = find_model(args.source)
+    last_step = checkpoint_step_of(Path(source))
     is_folder = args.to.startswith(FOLDER_PREFIXES)
     target = Path(args.to).expanduser().resolve() if is_folder else None
     name = target.name if target else args.to.split("/")[-1]
@@ -52,7 +53,7 @@ def main(argv: list[str]) -> None:
     if args.format == "gpt2":
         model = to_gpt2(model)
 
-    run, last_step = RunFolder.around(Path(source)), checkpoint_step_of(Path(source))
+    run = RunFolder.around(Path(source))
     card = model_card(model, name, None if is_folder else args.to, run, last_step, args.license)
     parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=parent, prefix="unfinished_") as scratch:
@@ -79,9 +80,18 @@ def main(argv: list[str]) -> None:
 
 
 def checkpoint_step_of(source: Path) -> int | None:
-    """The step of a checkpoint; None if the source is not one."""
-    state = source / checkpoint.STATE
-    return checkpoint.read_state(source)["step"] if state.is_file() else None
+    """The step of a checkpoint; None if the source is not one.
+
+    Raises:
+        UserError: a file that is published of it is damaged.
+    """
+    if not (source / checkpoint.STATE).is_file():
+        return None
+    for name in (checkpoint.STATE, "config.json", checkpoint.MODEL):
+        problem = checkpoint.find_damage(source, name)
+        if problem:
+            raise UserError(f"{source} is damaged ({problem}); publish another checkpoint of the run")
+    return checkpoint.read_state(source)["step"]
 
 
 def draw_losses(run: RunFolder, last_step: int | None, path: Path, title: str) -> None:

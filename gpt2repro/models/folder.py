@@ -28,7 +28,14 @@ from gpt2repro.files import new_folder
 from gpt2repro.models.errors import ACCESS_DENIED, LOG_IN, explained
 from gpt2repro.models.foreign_checkpoints import WRAPPERS, first_three
 from gpt2repro.models.generation_defaults import load_generation_defaults, our_generation_defaults
-from gpt2repro.models.openai_weights import ADAPTED_OR_NOT, ADAPTER_CONFIG, MASK_BUFFERS, WEIGHT_FILES, from_gpt2
+from gpt2repro.models.openai_weights import (
+    ADAPTED_OR_NOT,
+    ADAPTER_CONFIG,
+    MASK_BUFFERS,
+    WEIGHT_FILES,
+    from_gpt2,
+    refuse_not_finite,
+)
 from gpt2repro.models.padding import unpadded, without_padding
 from gpt2repro.processes import note
 from gpt2repro.run_folder import RunFolder
@@ -247,6 +254,7 @@ def open_model(
             ignore_mismatched_sizes=True,
         )
     _refuse_random_weights(name, loading_info)
+    refuse_not_finite(name, dict(model.named_parameters()))
     unused = sorted(key for key in loading_info["unexpected_keys"] if not key.endswith(MASK_BUFFERS))
     if unused:
         note(f"{name} also holds {first_three(unused)}, which the language model does not use")

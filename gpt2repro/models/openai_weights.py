@@ -13,9 +13,10 @@ import copy
 import functools
 import inspect
 import json
+import math
 import pickle
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,7 +27,13 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedConfig, PreTrain
 
 from gpt2repro.errors import UserError, first_line
 from gpt2repro.models.errors import explained
-from gpt2repro.models.foreign_checkpoints import LANGUAGE_MODEL, check_tensors, parameter_name, read_checkpoint_file
+from gpt2repro.models.foreign_checkpoints import (
+    LANGUAGE_MODEL,
+    check_tensors,
+    first_three,
+    parameter_name,
+    read_checkpoint_file,
+)
 from gpt2repro.models.generation_defaults import load_generation_defaults
 from gpt2repro.models.padding import EMBEDDINGS, unpadded
 from gpt2repro.models.unwrap import unwrapped
@@ -41,6 +48,7 @@ ADAPTED_OR_NOT = (
     f"holds {ADAPTER_CONFIG} beside full weights; delete {ADAPTER_CONFIG} if they are merged already, otherwise move "
     "the adapter's files to another folder and merge the two"
 )
+FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 MASK_BUFFERS = (".attn.bias", ".attn.masked_bias")  # causal masks that older releases of transformers saved
 
 # Fields that GPT2Config and GPT2ReproConfig share. The first group fixes the function that the weights compute.
@@ -93,7 +101,7 @@ class StoredGPT2:
                 position embeddings (nanoGPT's crop_block_size).
             dtype: of the weights; None keeps the checkpoint's.
         Raises:
-            UserError: the weights are missing, damaged or quantized.
+            UserError: the weights are missing, damaged, quantized or not finite.
             ValueError: `config` describes another architecture.
         """
         config = copy.copy(config or self.config)
@@ -104,6 +112,7 @@ class StoredGPT2:
         with torch.device("meta"):
             model = GPT2ReproForCausalLM(config)
         weights = _read_weights(model, tensors)
+        refuse_not_finite(str(self.source), weights)
         model.load_state_dict(weights, assign=True, strict=not config.tie_word_embeddings)
         model.tie_weights()
         if not Path(self.source).is_file():
@@ -254,6 +263,23 @@ def _read_weights(model: GPT2ReproForCausalLM, tensors: dict[str, StoredTensor])
         weights[name] = torch.zeros(parameter.shape, dtype=model.config.dtype)
         weights[name][:rows] = tensors[name].read()[:rows]
     return weights
+
+
+def refuse_not_finite(name: str, weights: Mapping[str, torch.Tensor]) -> None:
+    """Refuse a model called `name` with a NaN or an infinity in its weights.
+
+    Raises:
+        UserError: it has.
+    """
+
+    def is_finite(tensor: torch.Tensor) -> bool:
+        return all(math.isfinite(extreme) for extreme in torch.aminmax(tensor.detach()))  # without a copy
+
+    broken = [key for key, tensor in weights.items() if tensor.dtype in FLOATS and not is_finite(tensor)]
+    if broken:
+        raise UserError(
+            f"{name}: {first_three(broken)} is not finite; give a checkpoint from before its training diverged"
+        )
 
 
 def _open_folder(

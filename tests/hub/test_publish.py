@@ -18,6 +18,7 @@ import publish
 from gpt2repro.data.tokenization import build_tokenizer
 from gpt2repro.errors import UserError
 from gpt2repro.evaluation.hellaswag import OPENAI_GPT2
+from gpt2repro.files import file_sha256
 from gpt2repro.hub.model_card import model_card
 from gpt2repro.models.folder import save_model_folder
 from gpt2repro.models.openai_weights import SHARED_FIELDS
@@ -81,8 +82,15 @@ def run_dir(tmp_path, tokenizer):
     save_model_folder(run_dir / "model", model, tokenizer, model_card(model, "run", None, RunFolder(run_dir)))
     make_model(1).save_pretrained(checkpoint)
     tokenizer.save_pretrained(checkpoint)
-    (checkpoint / "trainer_state.json").write_text('{"step": 10}')
+    write_state(checkpoint, 10)
     return run_dir
+
+
+def write_state(checkpoint, step):
+    """With the hashes of what is published."""
+    (checkpoint / "trainer_state.json").write_text(json.dumps({"step": step}))
+    names = ("trainer_state.json", "config.json", "model.safetensors", "tokenizer.json")
+    (checkpoint / "hashes.json").write_text(json.dumps({name: file_sha256(checkpoint / name) for name in names}))
 
 
 @pytest.fixture
@@ -200,9 +208,9 @@ def test_what_lies_between_validation_and_checkpoint_is_not_claimed(run_dir, tmp
     """The model of step 15 was not validated; that of step 10 was."""
     with (run_dir / "metrics.jsonl").open("a") as file:
         file.write(json.dumps({"step": 25, "tokens": 25_000, "loss": 3.3}) + '\n{"step": 26, "tok')
-    state = run_dir / "checkpoints" / "step_00000010" / "trainer_state.json"
-    state.write_text('{"step": 25}')
-    publish.main([str(state.parent), "--to", str(tmp_path / "out")])
+    checkpoint = run_dir / "checkpoints" / "step_00000010"
+    write_state(checkpoint, 25)
+    publish.main([str(checkpoint), "--to", str(tmp_path / "out")])
     card = ModelCard.load(tmp_path / "out" / "README.md")
     assert card.data.eval_results is None and "3.3000" in card.text and "validation loss, nats" not in card.text
 
@@ -297,6 +305,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from transformers import AutoTokenizer
+from gpt2repro.files import file_sha256
 from gpt2repro.hub.model_card import model_card
 from gpt2repro.models.folder import save_model_folder
 from gpt2repro.models.openai_weights import SHARED_FIELDS
@@ -408,3 +417,11 @@ def test_a_damaged_model_folder_is_refused(run_dir, tmp_path, damage):
         save_file({k: v for k, v in load_file(path).items() if "h.1.ln_2.bias" not in k}, path, {"format": "pt"})
     with pytest.raises(UserError, match="h.1.ln_2.bias" if damage == "missing key" else "damaged"):
         publish.main([str(run_dir), "--to", str(tmp_path / "out")])
+
+
+@pytest.mark.parametrize("name", ["trainer_state.json", "config.json", "model.safetensors"])
+def test_a_damaged_checkpoint_is_refused(run_dir, tmp_path, name):
+    path = run_dir / "checkpoints" / "step_00000010" / name
+    path.write_bytes(path.read_bytes()[:-1] + b" ")
+    with pytest.raises(UserError, match=f"step_00000010 is damaged .*{name}.*; publish another checkpoint"):
+        publish.main([str(path.parent), "--to", str(tmp_path / "out")])

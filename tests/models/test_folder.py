@@ -68,6 +68,16 @@ def test_damaged_weights_are_refused_and_never_initialized_at_random(folder, dam
     assert len(str(caught.value).splitlines()) == 1
 
 
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_weights_that_are_not_finite_are_refused(folder, value):
+    tensors = load_file(folder / "model.safetensors")
+    tensors[TENSOR][0, 1] = value
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    for read in (open_model, from_gpt2):
+        with pytest.raises(UserError, match=f"{TENSOR} is not finite; give a checkpoint from before"):
+            read(str(folder))
+
+
 def test_a_tokenizer_with_a_token_that_has_no_row_is_refused_until_the_advice_is_followed(folder):
     tokenizer = load_tokenizer(folder)
     tokenizer.add_special_tokens({"pad_token": "[PAD]"})
