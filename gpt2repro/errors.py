@@ -41,7 +41,8 @@ def first_line(error: Exception) -> str:
     server_message = getattr(error, "server_message", None)  # HfHubHTTPError puts the Hub's own words at the end
     if server_message:
         return f"the Hub says {error.response.status_code}: {server_message.splitlines()[0]}"  # type: ignore[attr-defined]
-    lines = (str(error).strip() or type(error).__name__).splitlines()
+    text = re.sub(r"\x1b\[[\d;]*m", "", str(error))  # torch writes in bold
+    lines = (text.strip() or type(error).__name__).splitlines()
     shown = lines[:2] if lines[0].endswith(":") else lines[:1]
     return " ".join(line.strip() for line in shown)
 

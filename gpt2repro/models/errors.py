@@ -1,6 +1,8 @@
 """One-line errors for what transformers, huggingface_hub and safetensors raise when a model cannot be opened."""
 
 import contextlib
+import pickle
+import re
 from collections.abc import Iterator
 
 from huggingface_hub.errors import HfHubHTTPError, StrictDataclassError
@@ -15,6 +17,8 @@ LIBRARY_ERRORS = (
     KeyError,
     AttributeError,
     RuntimeError,
+    TypeError,
+    pickle.UnpicklingError,
     SafetensorError,
     StrictDataclassError,
 )
@@ -35,4 +39,17 @@ def explained(problem: str, remedy: str) -> Iterator[None]:
         cause = error.__cause__
         if isinstance(cause, HfHubHTTPError) and cause.response.status_code in ACCESS_DENIED:
             raise UserError(f"{problem} ({first_line(cause)}); {LOG_IN}") from error
+        code = named_code(error)
+        if code:
+            raise UserError(f"{problem}: its weights are a pickle that {code}") from error
         raise UserError(f"{problem} ({first_line(error)}); {remedy}") from error
+
+
+def named_code(error: Exception) -> str | None:
+    """What a pickle holds beside data, and the remedy, if that is why torch.load has refused it; torch's own message
+    advises to execute it."""
+    forbidden = re.search(r"GLOBAL (\S+)", str(error))
+    if forbidden is None:
+        return None
+    remedy = "save it again with tensors, numbers and strings only"
+    return f"holds {forbidden[1]}, which is not data and was not executed; {remedy}"

@@ -33,6 +33,7 @@ from gpt2repro.models.openai_weights import (
     ADAPTER_CONFIG,
     MASK_BUFFERS,
     WEIGHT_FILES,
+    check_torch_files,
     from_gpt2,
     refuse_not_finite,
 )
@@ -243,6 +244,7 @@ def open_model(
         config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
     tokenizer = load_tokenizer(path, trust_remote_code)  # before the weights, so that mistakes show early
     check_tokenizer(path, tokenizer, config)
+    check_torch_files(Path(path))
     with explained(f"{name}: not a causal language model with weights", "give one that AutoModelForCausalLM can load"):
         model, loading_info = AutoModelForCausalLM.from_pretrained(
             path,

@@ -24,6 +24,7 @@ from pathlib import Path
 import torch
 
 from gpt2repro.errors import UserError
+from gpt2repro.models.errors import named_code
 
 
 SIZES = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd")  # GPTConfig's, in the order of llm.c's header
@@ -162,7 +163,7 @@ def _block_shapes(fields: dict) -> dict[str, tuple[int, ...]]:
 
 
 def _read_torch(path: str | Path, mmap: bool, drop_heads: bool) -> tuple[dict, dict[str, torch.Tensor]]:
-    checkpoint = _load_pickle(path, mmap)
+    checkpoint = load_pickle(path, mmap)
     fields = _torch_fields(path, checkpoint)
     state = _state_dict(path, checkpoint["model"])
     keys = {parameter_name(key): key for key in state}
@@ -183,19 +184,20 @@ def _read_torch(path: str | Path, mmap: bool, drop_heads: bool) -> tuple[dict, d
     return fields, tensors
 
 
-def _load_pickle(path: str | Path, mmap: bool) -> dict:
-    """The pickled dictionary; an empty one if the file holds something else."""
+def load_pickle(path: str | Path, mmap: bool) -> dict:
+    """The pickled dictionary; an empty one if the file holds something else.
+
+    Raises:
+        UserError: it is damaged, or holds more than data.
+    """
     stand_ins = [(_GPTConfig, "__main__.GPTConfig"), (_GPTConfig, "train_gpt2.GPTConfig")]
     try:
         with torch.serialization.safe_globals(stand_ins):
             checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except Exception as error:  # damaged bytes make torch raise any of a dozen types
-        forbidden = re.search(r"GLOBAL (\S+)", str(error))
-        if forbidden:
-            raise UserError(
-                f"{path} holds {forbidden[1]}, which is not data and was not executed; "
-                "save it again with tensors, numbers and strings only"
-            ) from error
+        code = named_code(error)
+        if code:
+            raise UserError(f"{path} {code}") from error
         raise UserError(f"{path} is damaged or not a checkpoint of torch.save; copy it again") from error
     return checkpoint if isinstance(checkpoint, dict) else {}
 

@@ -14,7 +14,7 @@ import functools
 import inspect
 import json
 import math
-import pickle
+import shlex
 import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -31,6 +31,7 @@ from gpt2repro.models.foreign_checkpoints import (
     LANGUAGE_MODEL,
     check_tensors,
     first_three,
+    load_pickle,
     parameter_name,
     read_checkpoint_file,
 )
@@ -350,9 +351,31 @@ def _open_weight_file(file: Path) -> dict[str, StoredTensor]:
             with safe_open(file, framework="pt") as opened:
                 shapes = {key: tuple(opened.get_slice(key).get_shape()) for key in opened.keys()}  # noqa: SIM118
             return {key: StoredTensor(shape, functools.partial(read_safetensors, key)) for key, shape in shapes.items()}
-        # Files from before torch 1.6, OpenAI's own on the Hub among them, cannot be memory-mapped.
-        tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
-        return {key: StoredTensor.of(tensor) for key, tensor in tensors.items()}
-    except (OSError, EOFError, SafetensorError, RuntimeError, pickle.UnpicklingError, AttributeError) as error:
-        reason = first_line(error)
-        raise UserError(f"{file} is damaged or not a checkpoint ({reason}); download it again") from error
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{file} is damaged or not a checkpoint ({first_line(error)}); download it again") from error
+    # Files from before torch 1.6, OpenAI's own on the Hub among them, cannot be memory-mapped.
+    tensors = load_pickle(file, mmap=zipfile.is_zipfile(file))
+    _refuse_other_values(file, tensors)
+    return {key: StoredTensor.of(tensor) for key, tensor in tensors.items()}
+
+
+def check_torch_files(folder: Path) -> None:
+    """Refuse weights in torch's own format that hold more than tensors: transformers' message would not say so."""
+    if not [*folder.glob("model*.safetensors")]:
+        for file in folder.glob("pytorch_model*.bin"):
+            _open_weight_file(file)
+
+
+def _refuse_other_values(file: Path, tensors: dict) -> None:
+    others = [key for key, value in tensors.items() if not isinstance(value, torch.Tensor)]
+    if not tensors:
+        raise UserError(f"{file} holds no tensors by name; save it with torch.save(model.state_dict(), ...)")
+    if not others:
+        return
+    wrapped = next((key for key in others if isinstance(tensors[key], dict)), None)
+    kept = "{k: v for k, v in x.items() if hasattr(v, 'shape')}" if wrapped is None else f"x[{wrapped!r}]"
+    code = f"import torch; x = torch.load({str(file)!r}); torch.save({kept}, {str(file)!r})"
+    raise UserError(
+        f"{file} holds {first_three([str(key) for key in others])}, which is no tensor; save the tensors alone with "
+        f"`{shlex.join(['python', '-c', code])}`"
+    )

@@ -1,6 +1,9 @@
 """Conversion to and from transformers' GPT-2: same function, same bits, for every form in which a folder was saved."""
 
+import argparse
 import json
+import re
+import shlex
 import subprocess
 import sys
 
@@ -11,7 +14,8 @@ from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig
 
 from gpt2repro.data.tokenization import build_tokenizer
-from gpt2repro.errors import UserError
+from gpt2repro.errors import UserError, first_line
+from gpt2repro.models.errors import explained
 from gpt2repro.models.folder import find_model, open_model
 from gpt2repro.models.openai_weights import from_gpt2, open_gpt2, to_gpt2
 from gpt2repro.models.padding import without_padding
@@ -357,6 +361,49 @@ def test_damaged_and_missing_weights_are_refused(folder):
     (folder / "config.json").unlink()
     with pytest.raises(UserError, match="config.json"):
         from_gpt2(folder)
+
+
+@pytest.mark.parametrize(
+    "wrap, named",
+    [
+        (lambda tensors: {"state_dict": tensors}, "state_dict"),
+        (lambda tensors: {"epoch": 3, "model": tensors}, "epoch, model"),
+        (lambda tensors: tensors | {"global_step": 7}, "global_step"),
+    ],
+    ids=["state_dict", "model", "global_step"],
+)
+def test_a_file_with_more_than_tensors_is_refused_until_the_advice_is_followed(gpt2, folder, wrap, named):
+    build_tokenizer("char", ["".join(map(chr, range(40, 40 + V)))]).fast.save_pretrained(folder)
+    (folder / "model.safetensors").unlink()
+    torch.save(wrap(gpt2.state_dict()), folder / "pytorch_model.bin")
+    for read in (open_model, from_gpt2):
+        with pytest.raises(UserError, match=f"pytorch_model.bin holds {named}, which is no tensor") as caught:
+            read(str(folder))
+    interpreter, *arguments = shlex.split(re.search("`(.+)`", str(caught.value))[1])
+    assert interpreter == "python"
+    exec(arguments[1], {})  # python -c
+    same_tensors(to_gpt2(from_gpt2(folder)), gpt2)
+
+
+@pytest.mark.parametrize("content", [[1, 2], {}, torch.ones(3), {"args": argparse.Namespace(lr=1)}], ids=str)
+def test_a_file_of_anything_else_is_one_plain_line(folder, content):
+    build_tokenizer("char", ["".join(map(chr, range(40, 40 + V)))]).fast.save_pretrained(folder)
+    (folder / "model.safetensors").unlink()
+    torch.save(content, folder / "pytorch_model.bin")
+    expected = "holds argparse.Namespace, which is not data" if isinstance(content, dict) and content else "no tensors"
+    for read in (open_model, from_gpt2):
+        with pytest.raises(UserError, match=f"pytorch_model.bin .*{expected}") as caught:
+            read(str(folder))
+        assert str(caught.value).isprintable()
+
+
+def test_the_librarys_own_words_about_a_pickle_are_not_repeated(tmp_path):
+    """They are bold and advise to execute it."""
+    torch.save({"args": argparse.Namespace(lr=1)}, tmp_path / "file")
+    with pytest.raises(UserError) as caught, explained("x cannot be opened", "give another"):
+        torch.load(tmp_path / "file", weights_only=True)
+    assert str(caught.value).startswith("x cannot be opened: its weights are a pickle that holds argparse.Namespace")
+    assert "\x1b" not in first_line(caught.value.__cause__)
 
 
 class Malicious:
