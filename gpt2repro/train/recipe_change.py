@@ -41,10 +41,10 @@ class RecipeChange:
         if not _is_extension(fields):
             return cls(fields, newest, is_exact=not fields)
         unchanged = steps_of_equal_rates(_before(recipe, fields), recipe)
-        exact_steps = [step for step in steps if step <= unchanged]
-        if steps and not exact_steps:
-            return cls(fields, newest, is_exact=False)
-        return cls(fields, max(exact_steps, default=0), is_exact=True)
+        start = newest
+        if recipe.lr_schedule == "wsd":  # the shorter run's decay is undone
+            start = max((step for step in steps if step <= unchanged), default=newest)
+        return cls(fields, start, is_exact=start <= unchanged)
 
     def problems(self, recipe: Recipe, recorded: dict[str, Any]) -> list[str]:
         """One line if the recipe does not allow this change."""

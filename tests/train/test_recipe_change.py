@@ -70,6 +70,8 @@ def test_a_longer_run_resumes_from_the_newest_checkpoint_that_it_would_have_had(
     [
         ("cosine", [80, 100], "at step 100 jumps from 0.0001 to 0.000587"),
         ("cosine", [50], "at step 50 jumps from 0.000628 to 0.000905"),
+        ("cosine", [10, 100], "at step 100 jumps from 0.0001 to 0.000587"),  # the first, of the warm-up, was the best
+        ("linear", [10, 50], "at step 50 jumps from 0.0006 to 0.000811"),
         ("linear", [100], "at step 100 jumps from 0.0001 to 0.000574"),
         ("wsd", [90, 100], "at step 100 jumps from 0.0001 to 0.001"),  # both in the decay
     ],
