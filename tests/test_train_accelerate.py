@@ -638,6 +638,18 @@ def test_a_run_is_not_overwritten_without_resume(refused, trained):
     assert "resume is off" in refused("--output_dir", trained[0], *flags)
 
 
+def test_a_model_whose_checkpoints_were_deleted_is_not_replaced(refused, tmp_path):
+    run = RunFolder(tmp_path / "run")
+    run.checkpoints.mkdir(parents=True)
+    run.write_record({})
+    assert "checkpoint to resume from" not in refused()
+    run.model.mkdir()
+    assert (
+        f"no checkpoint to resume from, so this would train it anew; to continue, set --init_from {run.path}"
+        in refused()
+    )
+
+
 def test_a_config_for_gpus_is_refused_without_one(refused, monkeypatch):
     monkeypatch.setattr(torch.accelerator, "device_count", lambda: 0)
     monkeypatch.setenv("ACCELERATE_USE_CPU", "False")  # what the launcher makes of single_gpu.yaml

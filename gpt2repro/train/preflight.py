@@ -302,6 +302,11 @@ def output_problems(recipe: Recipe, folder: RunFolder, data: RunData | None) -> 
         return [f"output_dir={folder.path} exists and is not a run; {elsewhere}"]
     if not recipe.resume:
         return [f"output_dir={folder.path} holds a run, and resume is off; {elsewhere}"]
+    if folder.model.exists() and folder.latest_checkpoint() is None:
+        return [
+            f"output_dir={folder.path} holds a trained model, but no checkpoint to resume from, so this would train "
+            f"it anew; to continue, set --init_from {folder.path} and another --output_dir, or delete it"
+        ]
     try:
         recorded = folder.read_record()
     except UserError as error:
