@@ -3,7 +3,9 @@
 from typing import Any
 
 from gpt2repro.errors import SharedError
+from gpt2repro.processes import on_main
 from gpt2repro.recipe import Recipe
+from gpt2repro.run_folder import RunFolder
 from gpt2repro.train.checkpoint import Checkpoints
 from gpt2repro.train.early_stopping import BestValidation
 from gpt2repro.train.guard import Guard
@@ -95,11 +97,18 @@ class RunState:
         self.telemetry.load_state_dict(state["telemetry"])
 
     def resume(self, checkpoints: Checkpoints) -> None:
-        """Resume from the newest checkpoint, if there is one, and start the clock."""
+        """Resume from the newest checkpoint, if there is one, and start the clock.
+
+        A run that early stopping had ended waits anew for a better validation if its recipe was changed here.
+        """
         state = checkpoints.restore()
         if state is not None:
             self.load_state_dict(state)
             self.telemetry.say(f"resuming after step {self.step:,} of {self.recipe.max_steps:,}")
+        changed_steps = on_main(RunFolder(self.recipe.output_dir).override_steps)
+        if self.best.patience_exhausted and self.step in changed_steps:
+            self.best.since = 0
+            self.telemetry.say(f"patience={self.recipe.patience} counts anew from here")
         self.telemetry.start(self.step)
 
     def roll_back(self, checkpoints: Checkpoints) -> None:

@@ -511,3 +511,7 @@ def test_early_stopping_exports_the_model_of_the_best_validation_and_prints_its_
     assert why in run.printed
     again = Training(tmp_path, data_dir, *flags)  # there is nothing left to do
     assert again.wait() == 0 and f", at step {best}\n" in again.printed
+    longer = Training(tmp_path, data_dir, *flags, "--max_steps", 80, "--extend")
+    assert longer.wait() == 0 and "patience=2 counts anew from here" in longer.printed
+    steps = [row["step"] for row in metric_rows(run.output_dir, "val_loss")]
+    assert steps[: len(losses) + 2] == [*losses, best + 6, best + 8]
