@@ -68,15 +68,17 @@ def report_write_errors(what: object) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        number = os_error_number(error)
-        if not isinstance(error, OSError) and number is None:
+        if not isinstance(error, OSError) and os_error_number(error) is None:
             raise
-        remedy = "correct that and repeat the command"
-        if number in NOT_WRITABLE:
-            remedy = MAKE_WRITABLE
-        if number in FULL:
-            remedy = FREE_SPACE
-        raise UserError(f"cannot write {what} ({first_line(error)}); {remedy}") from error
+        raise UserError(f"cannot write {what} ({first_line(error)}); {write_remedy(error)}") from error
+
+
+def write_remedy(error: Exception) -> str:
+    """What to do about a failure to write."""
+    number = os_error_number(error)
+    if number in NOT_WRITABLE:
+        return MAKE_WRITABLE
+    return FREE_SPACE if number in FULL else "correct that and repeat the command"
 
 
 class Parser(argparse.ArgumentParser):

@@ -58,6 +58,16 @@ def write_problem(folder: Path) -> str | None:
         return f"{existing} cannot be written ({error.strerror})"
 
 
+def append_problem(file: Path) -> str | None:
+    """Why nothing can be appended to a file; None if it can, or if there is no such file."""
+    try:
+        if file.exists():
+            file.open("ab").close()
+        return None
+    except OSError as error:
+        return f"{file} cannot be written ({error.strerror})"
+
+
 @contextlib.contextmanager
 def new_folder(folder: Path) -> Iterator[Path]:
     """Write a folder atomically, replacing an older one of the same name.

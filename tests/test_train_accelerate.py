@@ -742,7 +742,19 @@ def test_init_from_has_its_own_sizes_whatever_the_recipe_says(data_dir, recipe_f
 def test_a_directory_that_cannot_be_written_is_refused_at_the_start(refused, small_disk, tmp_path):
     file = tmp_path / "file"
     file.write_text("")
-    assert f"output_dir={file / 'a' / 'b'}: {file} is a file; choose" in refused("--output_dir", file / "a" / "b")
+    assert f"output_dir={file / 'a' / 'b'}: {file} is a file; correct that" in refused("--output_dir", file / "a" / "b")
     disk = small_disk(2**20, flags=1)  # MS_RDONLY: not even root may write
     message = refused("--output_dir", disk / "runs" / "a")
-    assert f"{disk} cannot be written (Read-only file system); choose another --output_dir" in message
+    assert f"{disk} cannot be written (Read-only file system); correct that, or choose another --out" in message
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "checkpoints"])
+def test_a_part_of_a_run_that_cannot_be_written_is_refused_at_the_start(refused, small_disk, tmp_path, name):
+    disk = small_disk(2**20)
+    part = tmp_path / "run" / name
+    part.parent.mkdir()
+    part.symlink_to(disk if name == "checkpoints" else disk / name)
+    (disk / "metrics.jsonl").touch()
+    assert "cannot be written" not in refused()
+    small_disk(2**20, flags=33)  # MS_REMOUNT | MS_RDONLY
+    assert f"{part} cannot be written (Read-only file system)" in refused()

@@ -6,7 +6,6 @@ Forked runs are given these functions by fork_server.py. `accelerate launch` sta
 """
 
 import contextlib
-import errno
 import json
 import os
 import resource
@@ -159,11 +158,11 @@ def full_disk(from_step: int, to_step: int) -> None:
     Telemetry.log_step = log_step_on_a_full_disk
 
 
-def no_space_for_checkpoints() -> None:
-    """Writing a checkpoint's tensors fails with ENOSPC."""
+def unwritable_checkpoints(number: int) -> None:
+    """Writing a checkpoint's tensors fails with this errno."""
 
     def save_file(*args, **kwargs):
-        raise OSError(errno.ENOSPC, "No space left on device")
+        raise OSError(number, os.strerror(number))
 
     checkpoint.save_file = save_file
 

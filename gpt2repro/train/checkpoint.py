@@ -29,7 +29,7 @@ from torch.distributed.checkpoint.state_dict import (
 from transformers import GenerationConfig
 
 from gpt2repro.data.tokenization import save_tokenizer
-from gpt2repro.errors import FREE_SPACE, UserError, first_line
+from gpt2repro.errors import UserError, first_line, write_remedy
 from gpt2repro.files import delete, delete_folder, delete_unfinished, file_problem, file_sha256, flush, new_folder
 from gpt2repro.models.generation_defaults import load_generation_defaults
 from gpt2repro.processes import on_main
@@ -90,7 +90,7 @@ class Checkpoints:
         self.folder = RunFolder(recipe.output_dir)
         self.uses_deepspeed = accelerator.distributed_type == DistributedType.DEEPSPEED
         self.writer: Thread | None = None
-        self.failure: str | None = None  # why the last save failed
+        self.failure: str | None = None  # why the last save failed, and what to do about it
 
     # ---- saving ----
 
@@ -154,7 +154,7 @@ class Checkpoints:
 
         def raise_failure() -> None:
             if self.failure:
-                raise UserError(f"{self.failure}; {FREE_SPACE}")
+                raise UserError(self.failure)
 
         on_main(raise_failure)
 
@@ -173,8 +173,9 @@ class Checkpoints:
                 self._write_metadata(folder, state)
             self.failure = None
         except Exception as error:  # an OSError, a SafetensorError, or tokenizers' plain Exception
-            self.failure = f"the checkpoint at step {state['step']:,} could not be written ({first_line(error)})"
-            self.say(f"{self.failure}; training continues")
+            failure = f"the checkpoint at step {state['step']:,} could not be written ({first_line(error)})"
+            self.say(f"{failure}; training continues")
+            self.failure = f"{failure}; {write_remedy(error)}"
             return
         try:
             self._rotate()

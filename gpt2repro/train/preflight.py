@@ -18,7 +18,7 @@ from gpt2repro.data.mixture import RunData
 from gpt2repro.data.tokenization import build_tokenizer, padded_vocab_size
 from gpt2repro.errors import UserError, refuse
 from gpt2repro.evaluation.hellaswag import download_problems
-from gpt2repro.files import CHECKOUT, write_problem
+from gpt2repro.files import CHECKOUT, append_problem, write_problem
 from gpt2repro.models.folder import find_model, load_tokenizer
 from gpt2repro.models.openai_weights import StoredGPT2, open_gpt2
 from gpt2repro.models.padding import padded
@@ -290,12 +290,12 @@ def output_problems(recipe: Recipe, folder: RunFolder, data: RunData | None) -> 
         data: None if it cannot be opened, which is reported elsewhere.
     """
     elsewhere = "choose another --output_dir, or delete it"
-    unwritable = write_problem(folder.path)
-    if unwritable:
-        return [f"output_dir={folder.path}: {unwritable}; choose another --output_dir"]
     misplaced = folder.layout_problem()
     if misplaced:
         return [f"output_dir={folder.path}: {misplaced}; {elsewhere}"]
+    unwritable = write_problem(folder.path) or write_problem(folder.checkpoints) or append_problem(folder.metrics)
+    if unwritable:
+        return [f"output_dir={folder.path}: {unwritable}; correct that, or choose another --output_dir"]
     if folder.is_untouched():
         return []
     if not folder.recipe.is_file():

@@ -2,6 +2,7 @@
 trainer_faults.py."""
 
 import contextlib
+import errno
 import json
 import os
 import re
@@ -402,11 +403,15 @@ def test_a_full_file_system_loses_no_row_of_the_metrics(data_dir, undisturbed, s
     assert_same(run.result(), undisturbed)
 
 
-def test_a_last_checkpoint_that_cannot_be_written_is_an_error(data_dir, tmp_path):
-    run = Training(tmp_path, data_dir, "--max_steps", 4, faults=(faults.no_space_for_checkpoints,))
+@pytest.mark.parametrize(
+    ("number", "remedy"), [(errno.ENOSPC, "free some space and repeat the command"), (errno.EACCES, "make it writable")]
+)
+def test_a_last_checkpoint_that_cannot_be_written_is_an_error(data_dir, tmp_path, number, remedy):
+    fault = partial(faults.unwritable_checkpoints, number=number)
+    run = Training(tmp_path, data_dir, "--max_steps", 4, faults=(fault,))
     assert run.wait() == 2
-    assert "error: the checkpoint at step 4 could not be written ([Errno 28]" in run.printed
-    assert "free some space and repeat the command" in run.printed and run.checkpoints() == []
+    assert f"error: the checkpoint at step 4 could not be written ([Errno {number}]" in run.printed
+    assert remedy in run.printed and run.checkpoints() == []
 
 
 def test_a_killed_loader_worker_is_replaced(data_dir, undisturbed, tmp_path):
