@@ -1,5 +1,6 @@
 """The trainer as users run it: on real text, in processes of its own, some under accelerate launch."""
 
+import dataclasses
 import itertools
 import json
 import math
@@ -406,7 +407,7 @@ def mixed(data_dir, tmp_path_factory):
     for shard in [shard for split in manifest["splits"].values() for shard in split["shards"]]:
         np.save(other / shard["file"], np.load(other / shard["file"])[::-1])
         shard["sha256"] = file_sha256(other / shard["file"])
-    (other / "manifest.json").write_text(json.dumps(manifest | {"corpus": {"name": "reversed"}}))
+    Manifest.from_dict(manifest | {"corpus": {"name": "reversed"}}).write(other)
     return "--data", f"{data_dir}=0.75", f"{other}=0.25"
 
 
@@ -613,8 +614,8 @@ def test_the_output_directory_of_another_recipe_is_not_touched(refused, trained)
 
 def test_a_run_does_not_resume_on_other_data(refused, trained, data_dir, tmp_path):
     shutil.copytree(data_dir, tmp_path / "other")
-    manifest = tmp_path / "other" / "manifest.json"
-    manifest.write_text(manifest.read_text().replace('"name": "files"', '"name": "other"'))
+    manifest = dataclasses.replace(Manifest.read(data_dir), corpus={"name": "other"})
+    manifest.write(tmp_path / "other")
     flags = ("--output_dir", trained[0], "--max_steps", 60, "--checkpoint_every", 20)
     assert "a run on other data" in refused(*flags, "--data_dir", tmp_path / "other")
 

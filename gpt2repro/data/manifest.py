@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from gpt2repro.data.foreign_tokens import GPT2_VOCAB_SIZE, ForeignTokens, TokenFile, foreign_format, read_foreign_tokens
-from gpt2repro.data.shards import SPLITS, Shard, Split, checked_value, has_tokens, token_dtype
+from gpt2repro.data.shards import SPLITS, Shard, Split, checked_value, has_tokens, map_npy, token_dtype
 from gpt2repro.errors import UserError, first_line, refuse
 from gpt2repro.files import file_problem, write_json
 
@@ -97,7 +97,7 @@ class Manifest:
         """The manifest in the content of a manifest.json.
 
         Raises:
-            KeyError, TypeError or AttributeError: a key is missing, or a value is of another type.
+            KeyError, TypeError, ValueError or AttributeError: a key is missing, or a value is of another type.
         """
         known = {"format_version", "corpus", "tokenizer", "splits", "sha256"}
         return cls(
@@ -164,11 +164,16 @@ class Manifest:
         """The manifest of a prepared directory, or one inferred from the files of another trainer.
 
         Raises:
-            UserError: neither of the two, unfinished or damaged.
+            UserError: neither of the two, unfinished or damaged; the manifest or the tokenizer was changed.
         """
         folder = Path(data_dir)
         foreign = None if (folder / MANIFEST).exists() else read_foreign_tokens(folder)
-        return cls.read(data_dir) if foreign is None else cls._of_foreign(foreign)
+        if foreign is not None:
+            return cls._of_foreign(foreign)
+        manifest = cls.read(data_dir)
+        refuse([f"{problem}; {remedy(folder)}" for problem in manifest._seal_problems(folder)])
+        refuse([f"{problem}; {remedy(folder)}" for problem in manifest._tokenizer_problems(folder)])
+        return manifest
 
     @classmethod
     def _of_foreign(cls, tokens: ForeignTokens) -> "Manifest":
@@ -203,8 +208,7 @@ class Manifest:
             UserError: one line for each file that is missing or damaged.
         """
         root = Path(data_dir)
-        if self.sha256 != self.content_sha256():
-            raise UserError(f"{root / MANIFEST} was changed after it was written; {remedy(root)}")
+        refuse([f"{problem}; {remedy(root)}" for problem in self._seal_problems(root)])
         with ThreadPoolExecutor(num_workers) as pool:
             checked = pool.map(lambda shard: self._shard_problem(root, shard), self.shards)
             problems = [problem for problem in progress(checked) if problem]
@@ -218,7 +222,8 @@ class Manifest:
         Args:
             verified: what the last call returned.
         Returns:
-            Size in bytes and modification time in nanoseconds of each shard, by its path.
+            Size in bytes and times of the last modification and change of status in nanoseconds of each shard, by its
+            path. The latter shows a change after which the former was set back, as `rsync -t` does.
         Raises:
             UserError: one line for each shard that is missing or not what was prepared.
         """
@@ -229,7 +234,7 @@ class Manifest:
             path = root / shard.file
             if path.exists():
                 status = path.stat()
-                found[str(path)] = [status.st_size, status.st_mtime_ns]
+                found[str(path)] = [status.st_size, status.st_mtime_ns, status.st_ctime_ns]
             is_unchanged = str(path) in found and found[str(path)] == verified.get(str(path))
             if shard.sha256 and not is_unchanged:
                 to_hash[path] = shard.sha256
@@ -244,7 +249,10 @@ class Manifest:
         damage = file_problem(path, shard.sha256)
         if damage:
             return damage
-        tokens = np.load(path, mmap_mode="r")
+        try:
+            tokens = map_npy(path)
+        except ValueError as error:
+            return f"{path} is damaged: {first_line(error)}"
         if len(tokens) != shard.tokens:
             return f"{path} holds {len(tokens):,} tokens, the manifest says {shard.tokens:,}"
         largest = int(tokens.max(initial=0))
@@ -255,6 +263,10 @@ class Manifest:
             if starts != shard.documents:
                 return f"{path}: {starts:,} documents start there, the manifest says {shard.documents:,}"
         return None
+
+    def _seal_problems(self, root: Path) -> list[str]:
+        is_sealed = self.sha256 == self.content_sha256()
+        return [] if is_sealed else [f"{root / MANIFEST} was changed after it was written"]
 
     def _total_problems(self, root: Path) -> list[str]:
         problems = []

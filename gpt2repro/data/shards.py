@@ -42,9 +42,12 @@ class Shard:
 
     @classmethod
     def from_dict(cls, content: dict[str, Any]) -> "Shard":
-        """Raises KeyError or TypeError for a key that is missing or has another type."""
+        """Raises KeyError or TypeError for a key that is missing or has another type, ValueError for another place."""
+        file = checked_value(content, "file", str)
+        if Path(file).name != file:
+            raise ValueError(f"the shard {file!r} is not in the directory")
         return cls(
-            file=checked_value(content, "file", str),
+            file=file,
             tokens=checked_value(content, "tokens", int),
             documents=checked_value(content, "documents", int),
             sha256=checked_value(content, "sha256", str),
@@ -96,6 +99,20 @@ def token_dtype(vocab_size: int) -> np.dtype:
 def has_tokens(path: Path, tokens: int, dtype: np.dtype) -> bool:
     """Whether `path` is a shard of that many tokens, judged by the file's size."""
     return path.is_file() and path.stat().st_size == NPY_HEADER_BYTES + tokens * dtype.itemsize
+
+
+def map_npy(path: Path) -> np.ndarray:
+    """Memory-map a shard: (tokens,) uint16 or uint32.
+
+    Raises:
+        OSError or ValueError: it cannot be opened, or holds something else.
+    """
+    if path.exists() and not path.is_file():  # a pipe would be waited for
+        raise ValueError("it is not a file")
+    tokens = np.lib.format.open_memmap(path, mode="r")
+    if tokens.dtype not in (np.uint16, np.uint32) or tokens.ndim != 1:
+        raise ValueError(f"it holds {tokens.dtype} in {tokens.ndim} dimensions, not uint16 or uint32 in one")
+    return tokens
 
 
 class ShardWriter:

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from gpt2repro.data.manifest import Manifest, remedy
+from gpt2repro.data.shards import map_npy
 from gpt2repro.errors import UserError, first_line
 
 
@@ -119,7 +120,7 @@ def map_shard(path: Path, offset: int | None, tokens: int) -> np.ndarray:
         UserError: the file cannot be opened.
     """
     try:
-        return np.load(path, mmap_mode="r") if offset is None else np.memmap(path, "<u2", "r", offset, tokens)
+        return map_npy(path) if offset is None else np.memmap(path, "<u2", "r", offset, tokens)
     except (OSError, ValueError, EOFError) as error:
         what_to_do = remedy(path.parent) if offset is None else "copy it again"
         if getattr(error, "errno", None) == errno.EMFILE:

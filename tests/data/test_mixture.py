@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 from collections import Counter
+from hashlib import sha256
 
 import numpy as np
 import pytest
@@ -30,22 +31,37 @@ from gpt2repro.recipe import Recipe
 
 T = 8
 SEQUENCES = 16  # per step
-TOKENIZER = {"name": "bpe:600", "vocab_size": 600, "eot_id": 599, "sha256": "0" * 64}
+
+
+def tokenizer_record(name, vocab_size):
+    """Of a tokenizer.json that holds only its name."""
+    return {
+        "name": name,
+        "vocab_size": vocab_size,
+        "eot_id": vocab_size - 1,
+        "sha256": sha256(name.encode()).hexdigest(),
+    }
+
+
+TOKENIZER = tokenizer_record("bpe:600", 600)
 SIZES = {"a": 401, "b": 165, "c": 83}  # 50, 20 and 10 windows
 WEIGHTS = {"a": 0.7, "b": 0.2, "c": 0.1}
 
 
 def write(directory, split, tokens, tokenizer=TOKENIZER):
     """Add a split to a prepared directory."""
-    directory.mkdir(exist_ok=True)
+    (directory / "tokenizer").mkdir(parents=True, exist_ok=True)
+    (directory / "tokenizer" / "tokenizer.json").write_text(tokenizer["name"])
     path = directory / "manifest.json"
     manifest = {"format_version": 1, "corpus": {"name": directory.name}, "tokenizer": tokenizer, "splits": {}}
     if path.exists():
         manifest = json.loads(path.read_text())
+        del manifest["sha256"]
     np.save(directory / f"{split}_00000.npy", tokens)
     shard = {"file": f"{split}_00000.npy", "tokens": len(tokens), "documents": 1, "sha256": "1" * 64}
     manifest["splits"][split] = {"tokens": len(tokens), "documents": 1, "bytes": 4 * len(tokens), "shards": [shard]}
-    path.write_text(json.dumps(manifest))
+    seal = sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+    path.write_text(json.dumps(manifest | {"sha256": seal}))
 
 
 @pytest.fixture
@@ -279,15 +295,16 @@ def test_a_weight_below_a_thousandth_is_refused(directories, weight):
 
 
 def test_different_tokenizers_are_named(directories, tmp_path):
+    char = tokenizer_record("char", 600)
     for split in ("train", "val"):
-        write(tmp_path / "d", split, np.zeros(99, np.uint16), TOKENIZER | {"name": "char", "sha256": "5" * 64})
+        write(tmp_path / "d", split, np.zeros(99, np.uint16), char)
     message = refused(directories | {str(tmp_path / "d"): 1.0})
-    assert f"{tmp_path / 'a'} has tokens of bpe:600 (600 ids, sha256 00000000...)" in message
-    assert f"{tmp_path / 'd'} of char (600 ids, sha256 55555555...)" in message and "\n" not in message
+    assert f"{tmp_path / 'a'} has tokens of bpe:600 (600 ids, sha256 {TOKENIZER['sha256'][:8]}...)" in message
+    assert f"{tmp_path / 'd'} of char (600 ids, sha256 {char['sha256'][:8]}...)" in message and "\n" not in message
 
 
 def test_tokens_without_a_tokenizer_mix_with_those_of_gpt2(tmp_path):
-    gpt2 = {"name": "gpt2", "vocab_size": 50257, "eot_id": 50256, "sha256": "2" * 64}
+    gpt2 = tokenizer_record("gpt2", 50257)
     for name, tokenizer in (("ours", gpt2), ("other", TOKENIZER)):
         for split in ("train", "val"):
             write(tmp_path / name, split, np.zeros(99, np.uint16), tokenizer)
@@ -300,7 +317,6 @@ def test_tokens_without_a_tokenizer_mix_with_those_of_gpt2(tmp_path):
 
 
 def test_two_directories_of_one_name_are_refused(directories, tmp_path):
-    (tmp_path / "deep").mkdir()
     for split in ("train", "val"):
         write(tmp_path / "deep" / "a", split, np.zeros(99, np.uint16))
     assert "data has two directories named a" in refused(directories | {str(tmp_path / "deep" / "a"): 1.0})

@@ -19,6 +19,7 @@ from gpt2repro.data.shards import ShardWriter, Split
 from gpt2repro.data.token_stream import TokenStream, unigram_entropy
 from gpt2repro.data.tokenization import build_tokenizer
 from gpt2repro.errors import UserError
+from gpt2repro.files import file_sha256
 
 
 EOT = 99
@@ -274,28 +275,55 @@ def change_tokenizer(directory):
     path.write_text(json.dumps(definition))
 
 
+def replace_shard(values, dtype):
+    """Another array in the place of a shard, with its hash."""
+
+    def damage(directory):
+        path = directory / "train_00002.npy"
+        np.save(path, np.array(values, dtype))
+        edit_shard(sha256=file_sha256(path))(directory)
+
+    return damage
+
+
+def pipe_for_a_shard(directory):
+    remove_shard(directory)
+    os.mkfifo(directory / "train_00002.npy")
+
+
+NOT_TOKENS = {
+    "negative ids": (replace_shard([-1] * 50, np.int64), "it holds int64 in 1 dim.*, not uint16 or uint32 in one"),
+    "booleans": (replace_shard([True] * 50, bool), "it holds bool in 1 dimensions"),
+    "two dimensions": (replace_shard([[0]] * 50, np.uint16), "it holds uint16 in 2 dimensions"),
+    "a number": (replace_shard(5, np.uint16), "it holds uint16 in 0 dimensions"),
+    "objects": (replace_shard([None] * 50, object), "Array can't be memory-mapped"),
+}
+CHANGES = {  # in small files, which are checked at every start too
+    "edited manifest": (
+        edit_manifest(lambda manifest: manifest["tokenizer"].update(eot_id=5), sealed=False),
+        r"manifest\.json was changed after it was written",
+    ),
+    "removed seal": (edit_manifest(lambda manifest: manifest.pop("sha256"), sealed=False), "was changed after"),
+    "other tokenizer": (change_tokenizer, r"tokenizer\.json is damaged"),
+    "missing tokenizer": (lambda directory: shutil.rmtree(directory / "tokenizer"), r"tokenizer\.json is missing"),
+}
 DAMAGES = {
+    **CHANGES,
+    **NOT_TOKENS,
     "flipped byte": (flip_byte, r"train_00002\.npy .*sha256"),
     "truncated shard": (truncate, r"train_00002\.npy .*sha256"),
     "missing shard": (remove_shard, r"train_00002\.npy is missing"),
     "swapped shards": (swap_shards, r"train_00001\.npy .*sha256.*\n.*train_00002\.npy .*sha256"),
     "tokens of a shard": (edit_shard(tokens=49), r"train_00002\.npy holds 50 tokens, the manifest says 49"),
     "documents of a shard": (edit_shard(documents=77), r"train_00002\.npy: \d documents start there.* says 77"),
-    "edited manifest": (
-        edit_manifest(lambda manifest: manifest.update(corpus="another"), sealed=False),
-        r"manifest\.json was changed after it was written",
-    ),
-    "removed seal": (edit_manifest(lambda manifest: manifest.pop("sha256"), sealed=False), "was changed after"),
     "tokens of the split": (edit_split(tokens=1), "train .*tokens"),
     "documents of the split": (edit_split(documents=1), "train .*documents"),
     "dropped shard": (edit_manifest(lambda manifest: manifest["splits"]["train"]["shards"].pop()), "train .*tokens"),
     "vocabulary": (edit_manifest(lambda manifest: manifest["tokenizer"].update(vocab_size=EOT)), "token 99, above"),
-    "other tokenizer": (change_tokenizer, r"tokenizer\.json"),
     "a folder for a shard": (
         lambda d: ((d / "train_00001.npy").unlink(), (d / "train_00001.npy").mkdir()),
         "train_00001.npy is missing",
     ),
-    "missing tokenizer": (lambda directory: shutil.rmtree(directory / "tokenizer"), r"tokenizer\.json"),
 }
 
 
@@ -318,6 +346,11 @@ def test_verify_reports_every_damaged_file(tmp_path):
 
 
 UNREADABLE = {
+    **CHANGES,
+    **NOT_TOKENS,
+    "a pipe for a shard": (pipe_for_a_shard, "train_00002.npy cannot be opened .it is not a file"),
+    "a shard elsewhere": (edit_shard(file="../train_00002.npy"), "the shard '../train_00002.npy' is not in the dir"),
+    "an absolute path": (edit_shard(file="/train_00002.npy"), "the shard '/train_00002.npy' is not in the directory"),
     "truncated shard": (truncate, "cannot be opened.*delete .* and repeat the `python prepare_data.py` command"),
     "missing shard": (remove_shard, "cannot be opened"),
     "tokens of a shard": (edit_shard(tokens=49), "holds 50 tokens, the manifest says 49"),
@@ -343,6 +376,18 @@ def test_open_refuses(tmp_path, damage, complaint):
     damage(write_prepared(directory))
     with pytest.raises(UserError, match=complaint):
         TokenStream.open(directory, "train")
+
+
+def test_what_has_changed_is_verified_again_whatever_its_time_says(tmp_path):
+    manifest = Manifest.read(write_prepared(tmp_path))
+    verified = manifest.verify_changed(tmp_path, {})
+    assert manifest.verify_changed(tmp_path, verified) == verified
+    path = tmp_path / "train_00002.npy"
+    times = path.stat().st_atime_ns, path.stat().st_mtime_ns
+    flip_byte(tmp_path)
+    os.utime(path, ns=times)
+    with pytest.raises(UserError, match="train_00002.npy is damaged"):
+        manifest.verify_changed(tmp_path, verified)
 
 
 def test_more_shards_than_a_process_may_open(tmp_path):
