@@ -116,23 +116,28 @@ class GPT2ReproConfig(PreTrainedConfig):
     tie_word_embeddings: bool = True
 
     def __post_init__(self, **kwargs):
-        for name in ("n_positions", "n_embd", "n_layer", "n_head"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        problems = []
+        least = dict.fromkeys(("n_positions", "n_embd", "n_layer", "n_head", "n_inner"), 1)
+        for name, bound in {**least, "layer_norm_epsilon": 0, "initializer_range": 0}.items():
+            value = getattr(self, name)
+            if value is not None and not value >= bound:  # nor is NaN
+                problems.append(f"{name}={value} must be at least {bound}")
         for name in ("resid_pdrop", "embd_pdrop", "attn_pdrop"):
             if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 0 and below 1")
+                problems.append(f"{name}={getattr(self, name)} must be at least 0 and below 1")
         if self.activation_function not in ACT2FN:
-            raise ValueError(f"activation_function={self.activation_function!r} is unknown; GPT-2's is gelu_new")
-        if self.n_embd % self.n_head:
-            raise ValueError(f"n_embd={self.n_embd} is not a multiple of n_head={self.n_head}")
+            problems.append(f"activation_function={self.activation_function!r} is unknown; GPT-2's is gelu_new")
+        if self.n_head > 0 and self.n_embd % self.n_head:
+            problems.append(f"n_embd={self.n_embd} is not a multiple of n_head={self.n_head}")
         if self.unpadded_vocab_size is None:
             self.unpadded_vocab_size = 50257 if self.vocab_size == 50304 else self.vocab_size
         if not 0 < self.unpadded_vocab_size <= self.vocab_size:
-            raise ValueError(
+            problems.append(
                 f"unpadded_vocab_size={self.unpadded_vocab_size} must lie between 1 and vocab_size={self.vocab_size}, "
                 "the number of embedding rows"
             )
+        if problems:
+            raise ValueError("\n".join(problems))
         # register_for_auto_class, at the end of this file, records only the class being saved; Hub users need all.
         kwargs.setdefault(
             "auto_map",

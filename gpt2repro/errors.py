@@ -94,17 +94,18 @@ class Parser(argparse.ArgumentParser):
 
 def run_script(main: Callable[[list[str]], None], save_memory: str = SAVE_MEMORY) -> None:
     """Run `main(argv)` as a script. A UserError is printed, by one process if all have it, and exits with code 2; so is
-    a GPU that is too small.
+    a GPU or a memory that is too small.
 
     Args:
-        save_memory: the remedy when the GPU's memory is used up.
+        save_memory: the remedy when torch finds no memory.
     """
     try:
         main(sys.argv[1:])
     except UserError as error:
         _exit_with(error)
     except RuntimeError as error:
-        if type(error).__name__ != "OutOfMemoryError":  # torch's; this module does not import torch
+        is_full = type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator: can't" in str(error)
+        if not is_full:  # torch's, of a GPU and of the CPU; this module does not import torch
             raise
         _exit_with(UserError(f"{first_sentences(error, 3)}; {save_memory}"))
     except KeyboardInterrupt:

@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import functools
+import math
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -79,7 +80,7 @@ class Recipe:
     option = options_of("batch and run length")
     max_steps: int = option(19_073, "optimizer steps", overridable=True, at_least=1)
     global_batch_tokens: int = option(
-        524_288, "tokens per optimizer step, over all ranks and micro-batches", at_least=1
+        524_288, "tokens per optimizer step, over all ranks and micro-batches", at_least=1, at_most=2**40
     )
     batch_ramp_start: int = option(0, "tokens in the first step of a batch-size ramp; 0: no ramp", at_least=0)
     batch_ramp_tokens: int = option(0, "tokens over which the batch ramps up linearly", at_least=0)
@@ -221,7 +222,7 @@ class Recipe:
 
     def problems(self, num_processes: int) -> list[str]:
         """Everything wrong with the values: one line each, with the value, the rule and the remedy."""
-        problems = self._bound_problems()
+        problems = self.bound_problems()
         if not problems:  # the batch arithmetic divides by sizes that must be positive
             problems += self._batch_problems(num_processes)
         problems += self._schedule_problems()
@@ -229,7 +230,8 @@ class Recipe:
         problems += self._publishing_problems()
         return problems
 
-    def _bound_problems(self) -> list[str]:
+    def bound_problems(self) -> list[str]:
+        """One line for each value outside its bounds; with one, nothing may be computed from the others."""
         problems = []
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
@@ -334,4 +336,6 @@ def ramp_tokens_before(start: int, full: int, length: int) -> tuple[int, ...]:
 
 
 def divisors(number: int) -> list[int]:
-    return [size for size in range(1, number + 1) if number % size == 0]
+    """In ascending order."""
+    small = [size for size in range(1, math.isqrt(number) + 1) if number % size == 0]
+    return sorted({*small, *(number // size for size in small)})

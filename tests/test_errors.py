@@ -57,6 +57,12 @@ def test_a_full_gpu_is_one_line(printed):
     )
 
 
+def test_a_full_memory_is_one_line(printed):
+    with pytest.raises(RuntimeError) as error:
+        torch.empty(2**60, dtype=torch.uint8)
+    assert printed(error.value, rank=0).count("\n") == 1
+
+
 def test_an_error_begins_on_a_line_of_its_own(printed):
     stderr = io.StringIO()
     with tqdm(total=9, file=stderr):

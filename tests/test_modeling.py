@@ -788,9 +788,12 @@ def test_new_tokens_start_at_the_mean_embedding_as_in_gpt2(model):
         ({"n_embd": 30}, "n_embd=30 is not a multiple of n_head=4"),
         ({"unpadded_vocab_size": 193}, "unpadded_vocab_size=193 .* vocab_size=192"),
         ({"unpadded_vocab_size": 0}, "unpadded_vocab_size=0 .* vocab_size=192"),
+        ({"n_inner": 0, "n_embd": 33}, "n_inner=0 must be at least 1\nn_embd=33 is not a multiple of n_head=4"),
+        ({"initializer_range": -3}, "initializer_range=-3 must be at least 0"),
+        ({"layer_norm_epsilon": -1}, "layer_norm_epsilon=-1 must be at least 0"),
     ],
 )
-def test_errors_for_inconsistent_sizes_name_them(fields, message):
+def test_errors_for_impossible_values_name_them_all(fields, message):
     with pytest.raises(ValueError, match=message):
         GPT2ReproConfig(**TINY | fields)
 

@@ -27,9 +27,9 @@ from modeling_gpt2repro import GPT2ReproConfig, GPT2ReproForCausalLM
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
 NUMBERS = (int, float, int | None, float | None)
 BOUNDARIES = [  # fields, the last values accepted, the first ones refused, the rule
+    ("global_batch_tokens", [1, 2**40], [0, 2**40 + 1], f"at least 1 and at most {2**40}"),
     (
-        "max_steps global_batch_tokens micro_batch_size sequence_length log_every checkpoint_every keep_last "
-        "sample_tokens max_bad_steps",
+        "max_steps micro_batch_size sequence_length log_every checkpoint_every keep_last sample_tokens max_bad_steps",
         [1],
         [0],
         "at least 1",

@@ -600,6 +600,20 @@ def test_a_vocabulary_other_than_the_datas_is_refused(refused):
     assert "unpadded_vocab_size=50" in refused("--model.unpadded_vocab_size", 50)
 
 
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--sequence_length", 0), "sequence_length=0 must be at least 1"),
+        (("--global_batch_tokens", 10**15), f"global_batch_tokens={10**15} must be at least 1 and at most {2**40}"),
+        (("--global_batch_tokens", 2**40 - 2**5), "or micro_batch_size=1"),
+        (("--model.n_layer", 10**9), "GB of memory; lower n_layer=1000000000, n_embd=32 or n_positions=32"),
+        (("--model.n_positions", 10**12), "lower n_layer=2, n_embd=32 or n_positions=1000000000000"),
+    ],
+)
+def test_sizes_are_checked_before_anything_is_computed_or_built(refused, flags, message):
+    assert message in refused(*flags) and "\n" not in refused(*flags)
+
+
 def test_a_split_shorter_than_a_window_is_refused(refused):
     message = refused("--sequence_length", 2**20, "--model.n_positions", 2**20, "--global_batch_tokens", 2**23)
     assert "fewer than a window" in message

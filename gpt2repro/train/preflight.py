@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 from accelerate import PartialState
 from accelerate.tracking import get_available_trackers
 from transformers import PreTrainedTokenizerBase
@@ -74,7 +75,7 @@ def resolve_and_check(argv: list[str]) -> Plan:
     except (UserError, ValueError) as error:
         problems += [str(error), *init_from_problems(recipe, folder)]
     try:
-        if data is not None:
+        if data is not None and not recipe.bound_problems():
             plan = make_plan(recipe, data, folder, flags)
             recipe = plan.recipe
             problems += plan_problems(plan)
@@ -323,7 +324,7 @@ def output_problems(recipe: Recipe, folder: RunFolder, data: RunData | None) -> 
 def plan_problems(plan: Plan) -> list[str]:
     """Contradictions between recipe, data, tokenizer and model."""
     recipe, config, tokenized = plan.recipe, plan.config, plan.data.tokenizer
-    problems = []
+    problems = memory_problems(config)
     model_tokens = config.unpadded_vocab_size or config.vocab_size
     if model_tokens < tokenized.vocab_size:
         problems.append(
@@ -343,6 +344,19 @@ def plan_problems(plan: Plan) -> list[str]:
     if plan.pretrained is not None:
         problems += tokenizer_problems(recipe, plan.tokenizer, plan.pretrained.source)
     return problems
+
+
+def memory_problems(config: GPT2ReproConfig) -> list[str]:
+    """One line if the matrices alone do not fit this machine, where every process builds the whole model in float32."""
+    embeddings = config.n_embd * (config.vocab_size + config.n_positions)
+    block = config.n_embd * (4 * config.n_embd + 2 * (config.n_inner or 4 * config.n_embd))
+    needed, memory = 4 * (embeddings + config.n_layer * block), psutil.virtual_memory().total
+    if needed <= memory:
+        return []
+    return [
+        f"the model has {needed / 1e9:,.0f} GB of weights in float32, this machine {memory / 1e9:,.0f} GB of "
+        f"memory; lower n_layer={config.n_layer}, n_embd={config.n_embd} or n_positions={config.n_positions}"
+    ]
 
 
 def prompt_problems(prompt: str, tokenizer: PreTrainedTokenizerBase, n_positions: int) -> list[str]:
