@@ -8,7 +8,8 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
-from collections.abc import Callable, Iterable, Sequence
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from hashlib import sha256
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 
 END_OF_TEXT = "<|endoftext|>"
 ENCODER_SHA256 = "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783"  # tiktoken_ext/openai_public.py
+PIECE_CHARACTERS = 2**20
 KEEP, AS_TEXT = "keep", "text"
 SPECIAL_TOKEN_CHOICES = (KEEP, AS_TEXT)
 CONTROL_ROLES = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
@@ -280,6 +282,7 @@ def _fast_encode_batch(backend: tokenizers.Tokenizer, as_text: Sequence[str] = (
     model = json.loads(backend.to_str())["model"]
     unknown_token = model.get("unk_token") or _unknown_piece(model)
     reserved = {backend.token_to_id(token): token for token in as_text if token != unknown_token}
+    is_character_tokenizer = not backend.pre_tokenizer and model.get("merges") == []
 
     def encode(batch: list[str]) -> list[Sequence[int] | np.ndarray]:
         ids: list[Sequence[int] | np.ndarray] = []
@@ -294,9 +297,8 @@ def _fast_encode_batch(backend: tokenizers.Tokenizer, as_text: Sequence[str] = (
                 )
         return ids
 
-    is_character_tokenizer = not backend.pre_tokenizer and model.get("merges") == []
     if not is_character_tokenizer:
-        return encode
+        return _in_pieces(encode, _pieces_between_words) if _is_byte_level_bpe(backend) else encode
 
     def encode_characters(batch: list[str]) -> list[Sequence[int] | np.ndarray]:
         """One id per character; without this check, characters missing from the vocabulary would be dropped."""
@@ -310,7 +312,53 @@ def _fast_encode_batch(backend: tokenizers.Tokenizer, as_text: Sequence[str] = (
                 )
         return ids
 
-    return encode_characters
+    return _in_pieces(encode_characters, _pieces_of_characters)
+
+
+# ---- long documents ----
+
+
+def _in_pieces(encode: EncodeBatch, cut: Callable[[str], Iterator[str]]) -> EncodeBatch:
+    """An encoder that gives a long text to `encode` piece by piece: `tokenizers` needs some 150 bytes of memory a byte.
+
+    Args:
+        cut: cuts a text where tokens begin anyway.
+    """
+
+    def encode_long(text: str) -> np.ndarray:
+        return np.concatenate([np.asarray(encode([piece])[0], np.uint32) for piece in cut(text)])
+
+    def encode_batch(batch: list[str]) -> list[Sequence[int] | np.ndarray]:
+        if max(map(len, batch), default=0) <= PIECE_CHARACTERS:
+            return encode(batch)
+        return [encode_long(text) for text in batch]
+
+    return encode_batch
+
+
+def _pieces_of_characters(text: str) -> Iterator[str]:
+    for start in range(0, max(1, len(text)), PIECE_CHARACTERS):
+        yield text[start : start + PIECE_CHARACTERS]
+
+
+def _pieces_between_words(text: str) -> Iterator[str]:
+    """Cut a text before single blanks between two letters, where GPT-2's pattern always begins a token."""
+    start = 0
+    for blank in re.finditer(r"(?<=\S)[ \n](?=\S)", text):
+        here = blank.start()
+        if here - start >= PIECE_CHARACTERS and text[here - 1].isalpha() and text[here + 1].isalpha():
+            yield text[start:here]
+            start = here
+    yield text[start:]
+
+
+def _is_byte_level_bpe(backend: tokenizers.Tokenizer) -> bool:
+    """Whether a tokenizer splits text as GPT-2's, and keeps no special tokens, which a cut could split."""
+    content = json.loads(backend.to_str())
+    splitter = content["pre_tokenizer"] or {}
+    splits_as_gpt2 = splitter.get("type") == "ByteLevel" and splitter["use_regex"] and not splitter["add_prefix_space"]
+    keeps_tokens = any(not token["special"] for token in content["added_tokens"])
+    return splits_as_gpt2 and not keeps_tokens and not content["normalizer"]
 
 
 def _unknown_piece(model: dict) -> str | None:
@@ -426,7 +474,8 @@ def _train_bpe(name: str, texts: Iterable[str]) -> PreTrainedTokenizerFast:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    backend.train_from_iterator(texts, trainer)
+    pieces = (piece for text in texts for piece in _pieces_between_words(text))
+    backend.train_from_iterator(pieces, trainer)
     trained = json.loads(backend.to_str())["model"]
     learned = len(trained["vocab"])
     if learned < size - 1:

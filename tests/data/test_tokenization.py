@@ -330,6 +330,22 @@ def test_mistakes_are_one_line(monkeypatch, name, complaint):
     assert len(str(caught.value).splitlines()) == 1
 
 
+@pytest.mark.parametrize("name", ["char", "bpe:400"])
+def test_a_long_document_is_encoded_and_learned_from_in_pieces(monkeypatch, topics, name):
+    """With the same result: pieces begin where tokens do."""
+    blanks = (
+        "a  b\n\nc \n d\te \u00a0f\u3000g don't it's 12 34 a1 b2 _x y_ é è 漢 字\n漢 \u0301a b\u0301 c <|endoftext|> d"
+    )
+    text = "\n".join([*topics[:3], *NASTY.values(), blanks, blanks * 50])
+    whole = build_tokenizer(name, [text])
+    monkeypatch.setattr(tokenization, "PIECE_CHARACTERS", 7)
+    in_pieces = build_tokenizer(name, [text])
+    assert in_pieces.fast.get_vocab() == whole.fast.get_vocab()
+    (ids,) = in_pieces.encode_batch([text])
+    assert ids.tolist() == whole.fast(text, split_special_tokens=True, add_special_tokens=False)["input_ids"]
+    assert in_pieces.encode_batch(["", "a b"])[0] == []
+
+
 def test_without_a_network_the_hub_is_asked_once(monkeypatch, tmp_path):
     """transformers would ask for every file of a tokenizer, again and again."""
     asked = []
