@@ -5,6 +5,7 @@ To add one, enter it in LOCAL_CORPORA or HUB_CORPORA, at the end of this file.
 
 import difflib
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -213,7 +214,12 @@ def _open_hub(query: CorpusQuery, default_split: ValidationSplit, boundary: Boun
     with reading(hub_id, HUB_REMEDY):
         if not local:  # pin the commit, so that the manifest says exactly what was read
             revision = HfApi().dataset_info(hub_id, revision=revision).sha
-        builder = datasets.load_dataset_builder(hub_id, query.hub_config, revision=revision)
+        try:
+            builder = datasets.load_dataset_builder(hub_id, query.hub_config, revision=revision)
+        except ValueError as error:  # which names the configurations on a later line
+            if not (found := re.search(r"available configs: \[(.+)\]", str(error))):
+                raise
+            raise UserError(f"{hub_id} has the configurations {found[1]}; choose one with --hub_config") from error
     files = builder.config.data_files or {}
     if query.split not in files:
         part = ", and a part of it with --max_documents" if "[" in query.split else ""

@@ -197,8 +197,8 @@ def check_columns(pieces: list[Piece]) -> None:
     if not piece.has_columns:
         print("note: text files have no URLs, so all their documents pass --dedup url", flush=True)
         return
-    row = next(piece.rows(), None)
-    if isinstance(row, dict) and piece.url_column not in row:
+    row = next((row for row in piece.rows() if isinstance(row, dict) and piece.column in row), None)
+    if row is not None and piece.url_column not in row:
         names = ", ".join(sorted(row))
         raise UserError(f"{piece.path} has no column {piece.url_column!r} but {names}; choose with {URL_FLAG}")
 

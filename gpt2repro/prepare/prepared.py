@@ -27,6 +27,7 @@ from gpt2repro.errors import UserError, first_line, os_error_number, refuse
 from gpt2repro.files import acquire_lock, file_problem, holds_only, write_json
 from gpt2repro.prepare.corpora import Corpus, open_corpus
 from gpt2repro.prepare.plan import PartRecord
+from gpt2repro.prepare.readers import SKIP_REASONS
 from gpt2repro.prepare.request import Request, refuse_other_settings
 from gpt2repro.prepare.validation import ValidationSplit, fitting_fraction, fitting_tokens
 
@@ -297,7 +298,9 @@ def refuse_empty_splits(
         if not any(record.splits[name].tokens for record in records):
             directory.discard_parts()
             remedy = _fitting_remedy(records, val_split, corpus, request)
-            raise UserError(f"the {name} split got no document with {val_split}; {remedy}")
+            skipped = sum(record.notes[reason] for record in records for reason in SKIP_REASONS)
+            also = f", and {_skipped_rows(skipped)}" if skipped else ""
+            raise UserError(f"the {name} split got no document with {val_split}{also}; {remedy}")
 
 
 def _fitting_remedy(records: list[PartRecord], val_split: ValidationSplit, corpus: Corpus, request: Request) -> str:
@@ -329,6 +332,10 @@ def summary(directory: str | Path, manifest: Manifest) -> str:
     ]
     skipped = sum(manifest.preparation.get("skipped_documents", {}).values())
     if skipped:
-        sentences.append(f"{skipped:,} rows skipped (no text or not JSON)")
+        sentences.append(_skipped_rows(skipped))
     tokenizer = manifest.tokenizer
     return f"{directory}: {'; '.join(sentences)}; tokenizer {tokenizer.name}, {tokenizer.vocab_size:,} ids"
+
+
+def _skipped_rows(number: int) -> str:
+    return f"{number:,} rows skipped (no text or not JSON)"

@@ -14,11 +14,12 @@ import io
 import json
 import lzma
 import math
+import re
 import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from itertools import pairwise
+from itertools import chain, islice, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -42,6 +43,7 @@ BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 UTF_16_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 SKIP_REASONS = ("no text", "no JSON")  # of rows that are skipped and counted: the text is null, the line is not JSON
 DOCUMENT_NOTES = ("repaired", *SKIP_REASONS)  # what is counted
+HEAD_ROWS = 100  # one of which must have the column of the texts; later rows without it are skipped
 URL_FLAG = "--url_column, or leave url out of --dedup"
 FIELDS_DROPPED = "Length of header or names does not match length of data"  # pandas' warning
 NOT_JSON = object()  # a row that could not be parsed; None is the row `null`
@@ -98,10 +100,24 @@ class Piece:
         """One document for each row, or for the rows between two boundaries; one without text for each skipped row.
 
         Raises:
-            UserError: a row is not an object or lacks the column, the column is not text, or most lines are not JSON.
+            UserError: a row is not an object, the file has no such column, the column is not text, or most lines are
+                not JSON.
         """
-        rows = (self._document(number, row) for number, row in enumerate(self.rows(), start=1))
+        rows = (self._document(number, row) for number, row in enumerate(self._checked_rows(), start=1))
         return rows if self.boundary is None else self._joined(rows, self.boundary)
+
+    def _checked_rows(self) -> Iterator[object]:
+        """The rows, of which one of the first HEAD_ROWS of the file has the column."""
+        rows = self.rows()
+        head: list[object] = []
+        for row in islice(rows, HEAD_ROWS):
+            head.append(row)
+            if isinstance(row, dict) and self.column in row:
+                return chain(head, rows)
+        objects = [row for row in head if isinstance(row, dict)]
+        if objects and not self.start:
+            raise UserError(self._why_no_column(objects))
+        return chain(head, rows)
 
     def texts(self) -> Iterator[str]:
         return (document.text for document in self.documents() if document.text is not None)
@@ -125,6 +141,8 @@ class Piece:
     def _document(self, number: int, row: object) -> Document:
         if row is NOT_JSON:
             return Document(None, note="no JSON")
+        if row is None:
+            return Document(None, note="no text")
         if not isinstance(row, dict):
             raise UserError(
                 f"{self._place(number)}: {json.dumps(row):.40} is not an object with a column {self.column!r}; fix the "
@@ -133,17 +151,36 @@ class Piece:
         first = number == 1 and not self.start  # then it is the flag that is wrong, not the row
         remedy = "choose with --text_column" if first else "fix the row, or leave the file out"
         place = self.path if first else self._place(number)
-        if self.column not in row:
-            raise UserError(f"{place} has no column {self.column!r} but {', '.join(row)}; {remedy}")
-        text = row[self.column]
+        text = row.get(self.column)
         if text is None or (isinstance(text, float) and math.isnan(text)):
             return Document(None, note="no text")
+        if isinstance(text, list):
+            remedy = f"write each text as a row of its own, or {remedy}"
         if not isinstance(text, str):
             raise UserError(f"{place}: column {self.column!r} holds {type(text).__name__}, not text; {remedy}")
         url = row.get(self.url_column)
         has_url = isinstance(url, str) and url.strip()
         repaired = encodable(text)
         return Document(repaired, url if has_url else None, "" if repaired is text else "repaired")
+
+    def _why_no_column(self, rows: list[dict]) -> str:
+        """The message for a file that begins with these rows."""
+        names = list(dict.fromkeys(name for row in rows for name in row))
+        if not names:
+            return f"{self.path} has rows without any column; fix the file, or leave it out"
+        if len(rows) == 1:
+            for name, value in rows[0].items():
+                if isinstance(value, list) and value and isinstance(value[0], dict):
+                    return (
+                        f"{self.path} is one object whose {name!r} holds the rows; write them one a line, or prepare "
+                        f"its folder as a dataset whose README says `field: {name}`"
+                    )
+        if self.column in re.split(r"[,;|\t]", names[0]):
+            return (
+                f"{self.path} is read as one column, {names[0]!r}, by another separator than its own; prepare it as a "
+                "dataset whose README says `sep`, or a mixture of .csv and .tsv as `files`"
+            )
+        return f"{self.path} has no column {self.column!r} but {', '.join(names)}; choose with --text_column"
 
     def _place(self, number: int) -> str:
         """Where a row is, for messages."""
@@ -194,7 +231,9 @@ def cut_file(path: Path, column: str) -> list[Piece]:
         return cut_tables(open_tables(path), "train", column) if size else []
     if suffix in TEXT_SUFFIXES:
         return [Piece("text", str(path), text_bytes)]
-    if suffix == ".json" and not _has_json_lines(path):
+    first = _first_line(path)
+    has_lines = _has_json_lines(first) if suffix == ".json" else not re.match(rb"\[\s*(\{|$)", first)
+    if not has_lines:
         return [Piece("json", str(path), text_bytes, column=column)]
     if is_compressed(path):
         return [Piece("json lines", str(path), text_bytes, column=column)]
@@ -290,11 +329,15 @@ def _row_group_sizes(path: str, column: str) -> list[int]:
         return [group.column(index).total_uncompressed_size for group in groups]
 
 
-def _has_json_lines(path: Path) -> bool:
-    """Whether a .json file has a value on each line, rather than one list or object that fills it."""
+def _first_line(path: Path) -> bytes:
+    """The first line of a file that is not blank; b"" if there is none."""
     with reading(str(path)), _open_bytes(path) as file:
         lines = (line.strip() for line in _without_byte_order_mark(file))
-        first = next(filter(None, lines), b"")
+        return next(filter(None, lines), b"")
+
+
+def _has_json_lines(first: bytes) -> bool:
+    """Whether a .json file of this first line has a value on each, rather than one list or object that fills it."""
     if not first or first.startswith(b"["):
         return not first
     try:

@@ -172,19 +172,44 @@ def test_the_text_column_is_chosen(tmp_path):
     assert read("files", str(tmp_path), text_column="content") == ["yes", "yes"]
 
 
-@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.jsonl.gz", "list.json", "list.json.gz"])
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.jsonl.gz", "list.json", "list.json.gz", "list.jsonl"])
 def test_rows_without_text(tmp_path, name):
-    """Null and broken lines are skipped, lone surrogates are repaired, and all are counted."""
-    rows = [{"text": None}, {"text": "half \ud83d"}, {"text": ""}, {"text": "two"}]
+    """Null, rows without the column and broken lines are skipped, lone surrogates are repaired, and all are counted."""
+    rows = [
+        {},
+        {"id": 1},
+        None,
+        {"text": None},
+        {"text": "half \ud83d"},
+        {"text": ""},
+        {"id": 2},
+        {"text": "two"},
+        None,
+    ]
     content = "\n".join(map(json.dumps, rows)) + '\n{"text": "broken\n'
-    notes = ["no text", "repaired", "", "", "no JSON"]
+    notes = ["no text"] * 4 + ["repaired", "", "no text", "", "no text", "no JSON"]
     if name.startswith("list"):
-        content, notes = json.dumps(rows), notes[:4]
+        content, notes = json.dumps(rows), notes[:-1]
     content = b"\xef\xbb\xbf" + content.encode()
     write_files(tmp_path, {name: gzip.compress(content) if name.endswith(".gz") else content})
     corpus = open_corpus("files", str(tmp_path / name))
     assert list(corpus.texts()) == ["half \ufffd", "", "two"]
     assert [document.note for piece in corpus.pieces for document in piece.documents()] == notes
+
+
+def test_rows_without_the_column_at_the_start_of_a_piece(tmp_path, monkeypatch):
+    """The file has the column, so the flag is right."""
+    monkeypatch.setattr(readers, "PART_BYTES", 40)
+    rows = [{"text": "one"}, *({"id": number} for number in range(200)), {"text": "two"}]
+    write_files(tmp_path, {"a.jsonl": "".join(json.dumps(row) + "\n" for row in rows).encode()})
+    corpus = open_corpus("files", str(tmp_path))
+    assert list(corpus.texts()) == ["one", "two"] and len(corpus.pieces) > 30
+
+
+@pytest.mark.parametrize("rows", [["a list"], [["x"], ["y"]]])
+def test_lines_that_are_lists_are_not_one_list(tmp_path, rows):
+    write_files(tmp_path, {"a.jsonl": "".join(json.dumps(row) + "\n" for row in rows).encode()})
+    assert "a.jsonl, row 1: " in mistake("files", str(tmp_path))
 
 
 def test_separators_at_the_ends_of_lines(tmp_path):
@@ -223,13 +248,23 @@ UNREADABLE = {
         parquet([{"content": "x", "id": 1}]),
         ["a.parquet", "content, id", "--text_column"],
     ),
-    "null": ("a.jsonl", b'{"text": "x"}\nnull\n', ["a.jsonl, row 2: null is not an object with a column 'text'"]),
-    "null in a list": ("a.json", b'[{"text": "x"}, null]', ["a.json, row 2: null is not an object"]),
     "lists": (
         "a.jsonl",
         b'["x"]\n',
         ['a.jsonl, row 1: ["x"] is not an object', "fix the row, or leave the file out"],
     ),
+    "rows inside an object": (
+        "a.json",
+        b'{"version": 1, "data": [{"text": "x"}, {"text": "y"}]}',
+        ["a.json is one object whose 'data' holds the rows; write them one a line, or", "README says `field: data`"],
+    ),
+    "columns of an object": (
+        "a.json",
+        b'{"text": ["x", "y"], "id": [1, 2]}',
+        ["'text' holds list, not text; write each text as a row of its own"],
+    ),
+    "no columns": ("a.jsonl", b"{}\n{}\n", ["a.jsonl has rows without any column; fix the file"]),
+    "another separator": ("a.csv", b"id;text\n1;x\n", ["a.csv is read as one column, 'id;text'", "README says `sep`"]),
     "numbers": ("a.jsonl", b'{"text": 3}\n', ["a.jsonl", "'text' holds int, not text"]),
     "mostly broken lines": (
         "a.jsonl",
@@ -259,11 +294,6 @@ UNREADABLE = {
         "a.jsonl",
         b'{"text": "x"}\n{"text": 3}\n',
         ["a.jsonl, row 2: column 'text' holds int, not text; fix the row, or leave the file out"],
-    ),
-    "a later row of other columns": (
-        "a.jsonl",
-        b'{"text": "x"}\n{"content": "y"}\n',
-        ["a.jsonl, row 2 has no column 'text' but content; fix the row, or leave the file out"],
     ),
     "zstd cut short": ("a.txt.zst", compressed(b"x" * 10**5, "zst")[:-4], ["a.txt.zst", "Truncated"]),
     "xz cut short": ("a.txt.xz", compressed(b"x" * 10**5, "xz")[:-4], ["a.txt.xz", "ended before"]),
@@ -344,6 +374,12 @@ def test_a_dataset_in_the_hubs_format(dataset):
 )
 def test_a_missing_part_of_a_dataset_is_named(dataset, options, complaint):
     assert complaint in mistake(dataset, **options)
+
+
+def test_configurations_of_which_none_is_the_default(tmp_path):
+    configs = "".join(f"- config_name: {name}\n  data_files: {name}.jsonl\n" for name in "ab")
+    write_files(tmp_path, {"README.md": f"---\nconfigs:\n{configs}---\n".encode(), "a.jsonl": LINES, "b.jsonl": LINES})
+    assert mistake(str(tmp_path)) == f"{tmp_path} has the configurations 'a', 'b'; choose one with --hub_config"
 
 
 @pytest.mark.parametrize("split", ["nosuch", "train+test", "all"])

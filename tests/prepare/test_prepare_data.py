@@ -377,6 +377,12 @@ def test_one_document_cannot_be_split(tmp_path):
     assert line.endswith("two different documents are needed: add some, or split texts with --document_separator")
 
 
+def test_rows_without_text_explain_an_empty_split(tmp_path):
+    write_jsonl(tmp_path / "a.jsonl", [{"text": None}] * 3)
+    line = refusal("files", "--source", tmp_path / "a.jsonl", "--output_dir", tmp_path / "out")
+    assert "got no document with --val_fraction 0.005, and 3 rows skipped (no text or not JSON); " in line
+
+
 def test_verify_needs_a_prepared_directory(tmp_path):
     assert "is empty; fill it with `python prepare_data.py CORPUS" in refusal("--verify", tmp_path)
     (tmp_path / "train_00000.npy").write_bytes(b"")
