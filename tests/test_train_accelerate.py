@@ -735,6 +735,40 @@ def test_init_from_a_model_with_another_tokenizer_is_refused(refused, trained, g
     assert "has another tokenizer than" in message and f"--tokenizer {tmp_path / 'model'}" in message
 
 
+def fresh_gpt2(folder, tokenizer, **fields):
+    """A GPT-2 of some tokenizer, which is saved with it."""
+    sizes = dict(n_positions=48, n_layer=1, n_head=2, n_embd=16, bos_token_id=None, eos_token_id=None) | fields
+    GPT2LMHeadModel(GPT2Config(**{"vocab_size": len(tokenizer)} | sizes)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def test_init_from_a_model_whose_tokenizer_has_a_token_without_row_is_refused(refused, data_dir, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(data_dir / "tokenizer")
+    rows = len(tokenizer)
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    fresh_gpt2(tmp_path / "model", tokenizer, vocab_size=rows)
+    for flags in ((), ("--eval_only",)):
+        assert "[PAD] was added without a row; add it with" in refused("--init_from", tmp_path / "model", *flags)
+
+
+def test_init_from_a_model_with_a_damaged_tokenizer_is_refused(refused, data_dir, tmp_path):
+    fresh_gpt2(tmp_path / "model", AutoTokenizer.from_pretrained(data_dir / "tokenizer"))
+    os.truncate(tmp_path / "model" / "tokenizer.json", 100)
+    assert f"{tmp_path / 'model'}: no tokenizer can be loaded" in refused("--init_from", tmp_path / "model")
+
+
+def test_the_tokenizer_of_a_chat_model_keeps_its_end_of_text_and_that_is_said(data_dir, recipe_file, tmp_path, capsys):
+    tokenizer = AutoTokenizer.from_pretrained(data_dir / "tokenizer")
+    tokenizer.add_special_tokens({"eos_token": "<|im_end|>", "additional_special_tokens": ["<|im_start|>"]})
+    fresh_gpt2(tmp_path / "chat", tokenizer, eos_token_id=tokenizer.eos_token_id)
+    argv = ["--config", recipe_file, "--data_dir", data_dir, "--output_dir", tmp_path / "run"]
+    plan = preflight.resolve_and_check(list(map(str, [*argv, "--init_from", tmp_path / "chat"])))
+    assert plan.tokenizer.eos_token_id == tokenizer.eos_token_id == plan.config.eos_token_id
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert f"keeps the tokenizer of {tmp_path / 'chat'}: the data's lacks " in line
+    assert line.endswith("; its end of text is <|im_end|>") and "<|im_start|>" in line
+
+
 def test_init_from_a_model_of_another_size_is_refused(refused, trained):
     assert "model.n_layer=3" in refused("--init_from", trained[0], "--model.n_layer", 3)
 

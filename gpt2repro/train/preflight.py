@@ -16,15 +16,16 @@ from transformers import PreTrainedTokenizerBase
 
 from gpt2repro.data.manifest import MANIFEST
 from gpt2repro.data.mixture import RunData
-from gpt2repro.data.tokenization import build_tokenizer, padded_vocab_size
+from gpt2repro.data.tokenization import TOKENIZER_FILES, build_tokenizer, padded_vocab_size
 from gpt2repro.errors import UserError, refuse
 from gpt2repro.evaluation.hellaswag import download_problems
 from gpt2repro.files import CHECKOUT, append_problem, write_problem
-from gpt2repro.models.folder import find_model, load_tokenizer
+from gpt2repro.models.folder import check_tokenizer, find_model, load_tokenizer
+from gpt2repro.models.foreign_checkpoints import first_three
 from gpt2repro.models.openai_weights import StoredGPT2, open_gpt2
 from gpt2repro.models.padding import padded
 from gpt2repro.models.sampling import prompt_text
-from gpt2repro.processes import cpu_asked, missing_gpu, on_main, world_size
+from gpt2repro.processes import cpu_asked, missing_gpu, note, on_main, world_size
 from gpt2repro.recipe import Recipe
 from gpt2repro.recipe_file import parse_recipe
 from gpt2repro.run_folder import RunFolder
@@ -162,14 +163,31 @@ def run_tokenizer(
         return ours
     checkpoint = folder.latest_checkpoint() if folder is not None else None
     source = pretrained.source if pretrained is not None else checkpoint
-    try:
-        theirs = load_tokenizer(source) if source is not None else ours
-    except UserError:  # some models have no tokenizer
+    theirs = model_tokenizer(source) if source is not None else None
+    if theirs is None:
         return ours
     our_ids, their_ids = ours.get_vocab(), theirs.get_vocab()
     has_more = our_ids.items() < their_ids.items()
     has_rows = max(their_ids.values()) < (config.unpadded_vocab_size or config.vocab_size)
-    return theirs if has_more and has_rows else ours
+    if not (has_more and has_rows):
+        return ours
+    more = first_three([token for token in their_ids if token not in our_ids])
+    note(f"the run keeps the tokenizer of {source}: the data's lacks {more}; its end of text is {theirs.eos_token}")
+    return theirs
+
+
+def model_tokenizer(source: str | Path) -> PreTrainedTokenizerBase | None:
+    """The tokenizer of a model's folder, file or Hub id; None if it has none.
+
+    Raises:
+        UserError: the folder's is damaged.
+    """
+    try:
+        return load_tokenizer(source)
+    except UserError:
+        if any((Path(source) / name).exists() for name in TOKENIZER_FILES):
+            raise
+        return None
 
 
 # ---- model ----
@@ -342,7 +360,7 @@ def plan_problems(plan: Plan) -> list[str]:
     for source in plan.data.sources:
         problems += source.windows_problems(recipe.sequence_length)
     if plan.pretrained is not None:
-        problems += tokenizer_problems(recipe, plan.tokenizer, plan.pretrained.source)
+        problems += tokenizer_problems(recipe, plan.tokenizer, plan.pretrained)
     return problems
 
 
@@ -368,14 +386,17 @@ def prompt_problems(prompt: str, tokenizer: PreTrainedTokenizerBase, n_positions
     ]
 
 
-def tokenizer_problems(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, source: str | Path) -> list[str]:
-    """One line if the pretrained model's tokenizer gives the data's tokens other ids."""
-    try:
-        theirs = load_tokenizer(source).get_vocab()
-    except UserError:  # some models have no tokenizer
+def tokenizer_problems(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, pretrained: StoredGPT2) -> list[str]:
+    """One line if the pretrained model's tokenizer gives the data's tokens other ids, or has tokens without a row."""
+    theirs = model_tokenizer(pretrained.source)
+    if theirs is None:
         return []
-    ours = tokenizer.get_vocab()
-    if all(theirs.get(token) == id for token, id in ours.items()):
+    their_ids = theirs.get_vocab()
+    if all(their_ids.get(token) == id for token, id in tokenizer.get_vocab().items()):
+        try:
+            check_tokenizer(str(pretrained.source), theirs, pretrained.config)
+        except UserError as error:
+            return [str(error)]
         return []
     return [
         f"init_from={recipe.init_from} has another tokenizer than {', '.join(recipe.sources)}; prepare the data with "
