@@ -1,7 +1,9 @@
 """Model folders: what `from_pretrained` opens and what is pushed to the Hub."""
 
 import contextlib
+import functools
 import json
+import logging
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -15,6 +17,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    GPT2Config,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -40,7 +43,7 @@ from gpt2repro.models.openai_weights import (
 from gpt2repro.models.padding import unpadded, without_padding
 from gpt2repro.processes import note
 from gpt2repro.run_folder import RunFolder
-from modeling_gpt2repro import GPT2ReproForCausalLM, register_auto_classes
+from modeling_gpt2repro import GPT2ReproConfig, GPT2ReproForCausalLM, register_auto_classes
 
 
 def find_model(name: str) -> str:
@@ -234,8 +237,9 @@ def open_model(
     """
     register_auto_classes()
     path = find_model(name)
+    as_gpt2 = functools.partial(from_gpt2, path, dtype=None if dtype == "auto" else dtype)
     if Path(path).is_file():
-        model = from_gpt2(path, dtype=None if dtype == "auto" else dtype)
+        model = as_gpt2()
         return model, tokenizer_for(path, model)
     with (
         _remote_code_lock() if trust_remote_code else contextlib.nullcontext(),
@@ -245,7 +249,10 @@ def open_model(
     tokenizer = load_tokenizer(path, trust_remote_code)  # before the weights, so that mistakes show early
     check_tokenizer(path, tokenizer, config)
     check_torch_files(Path(path))
-    with explained(f"{name}: not a causal language model with weights", "give one that AutoModelForCausalLM can load"):
+    with (
+        explained(f"{name}: not a causal language model with weights", "give one that AutoModelForCausalLM can load"),
+        _without_warnings(),
+    ):
         model, loading_info = AutoModelForCausalLM.from_pretrained(
             path,
             dtype=dtype,
@@ -255,6 +262,8 @@ def open_model(
             output_loading_info=True,
             ignore_mismatched_sizes=True,
         )
+    if _random_weights(loading_info) and config.model_type in (GPT2Config.model_type, GPT2ReproConfig.model_type):
+        return as_gpt2(), tokenizer  # it knows more names of a tensor, and says which are missing
     _refuse_random_weights(name, loading_info)
     refuse_not_finite(name, dict(model.named_parameters()))
     unused = sorted(key for key in loading_info["unexpected_keys"] if not key.endswith(MASK_BUFFERS))
@@ -265,14 +274,34 @@ def open_model(
 
 def _refuse_random_weights(name: str, loading_info: dict) -> None:
     """Refuse missing or misshapen tensors: transformers only warns, and initializes them at random."""
-    missing = sorted(loading_info["missing_keys"])
-    misshapen = sorted(key for key, *_ in loading_info["mismatched_keys"])
-    random = missing + misshapen
+    random = _random_weights(loading_info)
+    unused = sorted(loading_info["unexpected_keys"])
     if random:
+        instead = f" and holds {first_three(unused)} instead" if unused else ""
         raise UserError(
-            f"{name} lacks {len(random)} of the model's tensors, or has them in other shapes ({first_three(random)}); "
-            "save it again"
+            f"{name} lacks {len(random)} of the model's tensors, or has them in other shapes ({first_three(random)})"
+            f"{instead}; save it again"
         )
+
+
+def _random_weights(loading_info: dict) -> list[str]:
+    misshapen = sorted(key for key, *_ in loading_info["mismatched_keys"])
+    return sorted(loading_info["missing_keys"]) + misshapen
+
+
+@contextlib.contextmanager
+def _without_warnings() -> Iterator[None]:
+    """Keep transformers from printing a table of missing and unexpected tensors; we say it in a line."""
+
+    def is_error(record: logging.LogRecord) -> bool:
+        return record.levelno >= logging.ERROR
+
+    logger = logging.getLogger(PreTrainedModel.__module__)
+    logger.addFilter(is_error)
+    try:
+        yield
+    finally:
+        logger.removeFilter(is_error)
 
 
 @contextlib.contextmanager

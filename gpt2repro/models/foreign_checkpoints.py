@@ -33,6 +33,7 @@ GPT2_VOCAB = 50257  # the last token, 50256, is <|endoftext|>
 GPT2_VOCAB_PADDED = 50304  # nanoGPT's default and build-nanogpt's choice
 # What DistributedDataParallel, torch.compile, FSDP and activation checkpointing put before or into a parameter's name.
 WRAPPERS = r"(?<![^.])(?:(?:module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.)+"
+EMBEDDING = "wte.weight"
 BASE_MODEL = ("wte.", "wpe.", "h.", "ln_f.")  # of GPT2Model, which is saved without the prefix `transformer.`
 LANGUAGE_MODEL = ("transformer.", "lm_head.")
 DROPOUTS = ("resid_pdrop", "embd_pdrop", "attn_pdrop")  # nanoGPT has one rate for all three
@@ -91,10 +92,20 @@ def read_checkpoint_file(path: str | Path, drop_heads: bool = False) -> tuple[di
 # ---- names and shapes ----
 
 
-def parameter_name(key: str) -> str:
-    """Our name of the parameter that a checkpoint calls `key`."""
-    name = re.sub(WRAPPERS, "", key)
-    return f"transformer.{name}" if name.startswith(BASE_MODEL) else name
+def parameter_names(keys: Iterable[str]) -> dict[str, str]:
+    """Our names of a checkpoint's parameters -> its keys.
+
+    What stands before the name of the token embedding, such as Lightning's `model.` or TRL's `pretrained_model.`, is
+    left out of every key, if there is one token embedding only.
+    """
+    plain = {re.sub(WRAPPERS, "", key): key for key in keys}
+    embeddings = [name for name in plain if re.search(rf"(?<![^.]){EMBEDDING}$", name)]
+    prefix = embeddings[0].removesuffix(EMBEDDING).removesuffix("transformer.") if len(embeddings) == 1 else ""
+    names = {}
+    for name, key in plain.items():
+        name = name.removeprefix(prefix)
+        names[f"transformer.{name}" if name.startswith(BASE_MODEL) else name] = key
+    return names
 
 
 def expected_shapes(fields: dict) -> dict[str, tuple[int, ...]]:
@@ -127,16 +138,22 @@ def check_tensors(fields: dict, shapes: dict[str, tuple[int, ...]], keys: dict[s
     expected = expected_shapes(fields)
     if "lm_head.weight" in shapes:
         expected["lm_head.weight"] = expected["transformer.wte.weight"]
+    problems = _tensor_problems(shapes, expected, keys)
+    if not problems:
+        return
+    remedy = "give the complete checkpoint of an unmodified GPT-2"
+    without_heads = {name: shape for name, shape in shapes.items() if name.startswith(LANGUAGE_MODEL)}
+    if not _tensor_problems(without_heads, expected, keys):
+        remedy = f"`python publish.py {where} --drop_heads --to ./FOLDER` leaves out what is not a language model's"
+    raise UserError(f"{where}: {first_three(problems)}; {remedy}")
+
+
+def _tensor_problems(shapes: dict, expected: dict[str, tuple[int, ...]], keys: dict[str, str]) -> list[str]:
     problems = _name_problems(shapes, expected, keys)
     for name, shape in expected.items():
         if name in shapes and tuple(shapes[name]) != shape:
             problems.append(f"{keys.get(name, name)} has the shape {tuple(shapes[name])} instead of {shape}")
-    if not problems:
-        return
-    remedy = "give the complete checkpoint of an unmodified GPT-2"
-    if any(not name.startswith(LANGUAGE_MODEL) for name in shapes):
-        remedy = f"`python publish.py {where} --drop_heads --to ./FOLDER` leaves out what is not a language model's"
-    raise UserError(f"{where}: {first_three(problems)}; {remedy}")
+    return problems
 
 
 def _block_shapes(fields: dict) -> dict[str, tuple[int, ...]]:
@@ -166,7 +183,7 @@ def _read_torch(path: str | Path, mmap: bool, drop_heads: bool) -> tuple[dict, d
     checkpoint = load_pickle(path, mmap)
     fields = _torch_fields(path, checkpoint)
     state = _state_dict(path, checkpoint["model"])
-    keys = {parameter_name(key): key for key in state}
+    keys = parameter_names(state)
     if drop_heads:
         keys = {name: key for name, key in keys.items() if name.startswith(LANGUAGE_MODEL)}
     tensors = {name: state[key] for name, key in keys.items()}

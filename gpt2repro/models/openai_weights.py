@@ -32,7 +32,7 @@ from gpt2repro.models.foreign_checkpoints import (
     check_tensors,
     first_three,
     load_pickle,
-    parameter_name,
+    parameter_names,
     read_checkpoint_file,
 )
 from gpt2repro.models.generation_defaults import load_generation_defaults
@@ -289,18 +289,19 @@ def _open_folder(
     """The tensors of a model folder or Hub repository by our parameter names; `config` as the folder has it.
 
     Any release of transformers may have saved a GPT2LMHeadModel: with or without the `transformer.` prefix, the mask
-    buffers and the head. Whoever trained it may have left the prefixes of torch.compile or DistributedDataParallel.
+    buffers and the head. Whoever trained it may have left the prefixes of torch.compile, Lightning and the like.
     """
-    tensors, keys = {}, {}
+    stored: dict[str, StoredTensor] = {}
     for file in _weight_files(source, revision):
-        for key, tensor in _open_weight_file(file).items():
-            name = parameter_name(key)
-            is_head = not name.startswith(LANGUAGE_MODEL)
-            if key.endswith(MASK_BUFFERS) or (is_head and drop_heads):
-                continue
-            is_conv1d = not is_ours and name.endswith(PROJECTIONS)
-            tensors[name] = tensor.transposed() if is_conv1d else tensor
-            keys[name] = key
+        stored |= _open_weight_file(file)
+    keys = parameter_names(stored)
+    tensors = {}
+    for name, key in keys.items():
+        is_head = not name.startswith(LANGUAGE_MODEL)
+        if key.endswith(MASK_BUFFERS) or (is_head and drop_heads):
+            continue
+        is_conv1d = not is_ours and name.endswith(PROJECTIONS)
+        tensors[name] = stored[key].transposed() if is_conv1d else stored[key]
     if not config.tie_word_embeddings and "lm_head.weight" not in tensors:
         raise UserError(
             f"{source} lacks lm_head.weight, but its config.json says tie_word_embeddings=false; correct one of them"

@@ -8,6 +8,7 @@ import pytest
 import torch
 from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from gpt2repro.data.tokenization import build_tokenizer
 from gpt2repro.errors import UserError
@@ -66,6 +67,19 @@ def test_damaged_weights_are_refused_and_never_initialized_at_random(folder, dam
     with pytest.raises(UserError, match="not a causal language model" if damage == "truncated" else TENSOR) as caught:
         open_model(str(folder))
     assert len(str(caught.value).splitlines()) == 1
+
+
+def test_another_architectures_missing_and_unexpected_tensors_are_one_line(folder, capfd):
+    """Without transformers' table of them."""
+    sizes = dict(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, vocab_size=4)
+    model = LlamaForCausalLM(LlamaConfig(**sizes, bos_token_id=None, eos_token_id=None))
+    model.save_pretrained(folder)
+    tensors = load_file(folder / "model.safetensors")
+    tensors["strange.weight"] = tensors.pop("model.norm.weight")
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match="lacks 1 .*model.norm.weight.* and holds strange.weight instead; save"):
+        open_model(str(folder))
+    assert "LOAD REPORT" not in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])

@@ -157,6 +157,10 @@ FORMS = {
     "compiled block by block": lambda tensors: {
         name.replace("h.1.", "h.1._orig_mod."): tensor for name, tensor in tensors.items()
     },
+    "under Lightning's model.": lambda tensors: {f"model.{name}": tensor for name, tensor in tensors.items()},
+    "under PEFT's prefix": lambda tensors: {
+        f"base_model.model.{name.removeprefix('transformer.')}": tensor for name, tensor in tensors.items()
+    },
     "with a copy of the head": lambda tensors: tensors | {"lm_head.weight": tensors["transformer.wte.weight"].clone()},
 }
 
@@ -169,7 +173,7 @@ def test_every_form_of_the_keys_loads(gpt2, folder, form):
     same_tensors(to_gpt2(ours), gpt2)
     build_tokenizer("char", ["".join(map(chr, range(40, 40 + V)))]).fast.save_pretrained(folder)
     opened, _ = open_model(str(folder))
-    same_tensors(opened, gpt2)
+    same_tensors(to_gpt2(opened) if isinstance(opened, GPT2ReproForCausalLM) else opened, gpt2)
 
 
 HEADS = {
@@ -186,6 +190,26 @@ def test_heads_of_other_trainers_are_named_as_in_the_file_and_dropped_when_asked
     with pytest.raises(UserError, match=f"holds unknown {names}; .*--drop_heads"):
         from_gpt2(folder)
     same_tensors(to_gpt2(from_gpt2(folder, drop_heads=True)), gpt2)
+
+
+@pytest.mark.parametrize("prefix", ["", "pretrained_model."])
+def test_dropping_heads_is_advised_only_where_that_leaves_a_whole_model(gpt2, folder, prefix):
+    """TRL's prefix for a model with a value head is left out by itself."""
+    rewrite(folder, lambda tensors: {f"{prefix}{k}": t for k, t in tensors.items()} | HEADS["a value head"])
+    with pytest.raises(UserError, match="--drop_heads"):
+        from_gpt2(folder)
+    same_tensors(to_gpt2(from_gpt2(folder, drop_heads=True)), gpt2)
+    rewrite(folder, lambda tensors: {k: t for k, t in tensors.items() if "h.1.ln_1" not in k})
+    with pytest.raises(UserError, match="lacks transformer.h.1.ln_1.weight.*holds unknown v_head.*give the complete"):
+        from_gpt2(folder)
+
+
+def test_two_models_in_one_file_are_not_mixed(folder):
+    rewrite(
+        folder, lambda tensors: {f"{who}.{k}": t.clone() for who in ("policy", "critic") for k, t in tensors.items()}
+    )
+    with pytest.raises(UserError, match="lacks transformer.wte.weight.*holds unknown critic.*give the complete"):
+        from_gpt2(folder)
 
 
 def test_messages_name_the_keys_of_the_file(folder):
