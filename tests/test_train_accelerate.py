@@ -587,11 +587,12 @@ def test_a_model_field_out_of_range_is_refused(refused, field):
 
 
 def test_a_diverged_model_is_rolled_back_until_the_run_gives_up(train, tmp_path):
-    """The first update breaks the weights; every checkpoint after it is broken too."""
-    flags = ("--max_steps", 50, "--learning_rate", "1e30", "--validate_every", 0, "--sample_every", 0)
-    done = train(tmp_path / "run", *flags, "--checkpoint_every", 2, "--max_bad_steps", 3, check=False)
+    """The first update breaks the weights; every checkpoint after it is broken too, and no token can be drawn."""
+    flags = ("--max_steps", 50, "--learning_rate", "1e30", "--validate_every", 0, "--sample_every", 2)
+    done = train(tmp_path / "run", *flags, "--checkpoint_every", 1, "--max_bad_steps", 3, check=False)
     assert done.returncode == 2
-    assert done.stdout.count("rolled back to step") == 3
+    assert done.stdout.count("rolled back to step 1,") == 3
+    assert "step 2: no sample, as the model's predictions are not finite" in done.stdout
     assert "error: 3 bad steps in a row" in done.stderr and "Traceback" not in done.stderr
     assert "after 3 rollbacks; start another run with a lower learning_rate" in done.stderr
     done = train(tmp_path / "none", *flags, "--max_bad_steps", 3, check=False)

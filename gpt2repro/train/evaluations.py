@@ -6,7 +6,7 @@ from transformers import PreTrainedModel
 
 from gpt2repro.evaluation.hellaswag import ENDINGS, EncodedItem, encode_item, evaluate_hellaswag, load_items
 from gpt2repro.evaluation.validation import validation_losses
-from gpt2repro.models.sampling import generate
+from gpt2repro.models.sampling import encode_prompt, generate
 from gpt2repro.processes import on_main
 from gpt2repro.train.checkpoint import Checkpoints
 from gpt2repro.train.preflight import Plan
@@ -67,6 +67,9 @@ class Evaluations:
     def sample(self, step: int) -> None:
         """Continue each of the recipe's prompts. The seed is fixed, so samples of different steps can be compared."""
         recipe = self.recipe
+        if not self.predicts:
+            self.telemetry.say(f"step {step:,}: no sample, as the model's predictions are not finite")
+            return
         with self.accelerator.autocast():
             samples = [
                 generate(
@@ -80,6 +83,13 @@ class Evaluations:
                 for prompt in recipe.sample_prompts
             ]
         self.telemetry.log(step, samples=samples)
+
+    @property
+    def predicts(self) -> bool:
+        """Whether tokens can be drawn from what follows the prompts; an update may have broken the weights."""
+        prompts = [encode_prompt(prompt, self.raw_model, self.tokenizer) for prompt in self.recipe.sample_prompts]
+        with torch.no_grad(), self.accelerator.autocast():
+            return all(self.raw_model(ids).logits[0, -1].max().isfinite() for ids in prompts)
 
 
 def load_hellaswag(plan: Plan) -> list[EncodedItem]:
