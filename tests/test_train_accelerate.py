@@ -510,12 +510,18 @@ def test_missing_data_model_and_network_are_said_together(refused, tmp_path, mon
     assert "--hellaswag_data FILE" in about_hellaswag
 
 
-def test_missing_data_names_the_command_that_prepares_it(refused, tmp_path):
-    message = refused("--data_dir", tmp_path / "none", "--corpus", "fineweb-edu")
-    assert (
-        "does not exist" in message
-        and f"`python prepare_data.py fineweb-edu --output_dir {tmp_path / 'none'}`" in message
-    )
+@pytest.mark.parametrize(
+    ("corpus", "remedy"),
+    [
+        ("fineweb-edu", "`python prepare_data.py fineweb-edu --output_dir {}` prepares this recipe's data"),
+        ("files", "`python prepare_data.py files --source FOLDER --output_dir {}` prepares this recipe's data"),
+        ("50% a + 50% b", "{} does not exist; make it with `python prepare_data.py`"),
+        ("mine (nanoGPT's tokens)", "{} does not exist; make it with `python prepare_data.py`"),
+    ],
+)
+def test_missing_data_names_the_command_that_prepares_it(refused, tmp_path, corpus, remedy):
+    message = refused("--data_dir", tmp_path / "none", "--corpus", corpus)
+    assert message.endswith(remedy.format(tmp_path / "none"))
 
 
 def test_unfinished_data_is_refused(refused, data_dir, tmp_path):

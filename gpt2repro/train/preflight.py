@@ -132,13 +132,15 @@ def prepare_demo(recipe: Recipe) -> None:
 
 
 def open_data(recipe: Recipe) -> RunData:
-    """The recipe's data. If it does not exist, the error names the command that prepares it."""
+    """The recipe's data. If it does not exist, the error names the command that prepares it, if there is one."""
     try:
         return RunData.open(recipe.sources)
     except UserError as error:
-        if recipe.data or Path(recipe.data_dir).exists():
+        is_description = " " in recipe.corpus  # of a mixture or another trainer's tokens, in the record of a run
+        if recipe.data or Path(recipe.data_dir).exists() or is_description:
             raise
-        command = f"python prepare_data.py {recipe.corpus} --output_dir {recipe.data_dir}"
+        corpus = "files --source FOLDER" if recipe.corpus == "files" else recipe.corpus
+        command = f"python prepare_data.py {corpus} --output_dir {recipe.data_dir}"
         raise UserError(f"{error}; `{command}` prepares this recipe's data") from error
 
 
