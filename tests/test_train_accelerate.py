@@ -23,6 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 import train_accelerate
 from gpt2repro.data.batches import MicroBatches
 from gpt2repro.data.manifest import Manifest
+from gpt2repro.data.mixture import RunData
 from gpt2repro.data.token_stream import TokenStream, unigram_entropy
 from gpt2repro.data.tokenization import padded_vocab_size
 from gpt2repro.errors import UserError
@@ -30,7 +31,7 @@ from gpt2repro.evaluation import hellaswag
 from gpt2repro.files import file_sha256
 from gpt2repro.recipe import Recipe
 from gpt2repro.run_folder import RunFolder
-from gpt2repro.train import preflight
+from gpt2repro.train import launch, preflight
 from gpt2repro.train.evaluations import load_hellaswag
 from gpt2repro.train.optimizers import build_optimizers, set_lr
 from gpt2repro.train.schedule import lr_at
@@ -659,7 +660,14 @@ def test_a_start_that_ended_before_its_first_step_takes_another_recipe(refused, 
 
 def test_a_run_is_not_overwritten_without_resume(refused, trained):
     flags = ("--max_steps", 60, "--checkpoint_every", 20, "--resume", "false")
-    assert "resume is off" in refused("--output_dir", trained[0], *flags)
+    assert "resume is off; pass --resume true, or choose" in refused("--output_dir", trained[0], *flags)
+
+
+def test_what_concerns_one_start_is_not_recorded(data_dir, monkeypatch):
+    monkeypatch.setattr(launch, "provenance", dict)
+    recipe = Recipe(resume=False, extend=True, override_recipe=True)
+    record = launch.run_record(recipe, RunData.open({str(data_dir): 1.0}), hardware="")
+    assert (record["resume"], record["extend"], record["override_recipe"]) == (True, False, False)
 
 
 def test_a_model_whose_checkpoints_were_deleted_is_not_replaced(refused, tmp_path):

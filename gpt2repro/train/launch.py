@@ -100,7 +100,8 @@ def run_record(recipe: Recipe, data: RunData, hardware: str) -> dict:
     plain_name = re.sub(r"[^\w.-]", "-", output_dir.name)
     return {
         **dataclasses.asdict(recipe),
-        "extend": False,  # not a setting but a consent to one start
+        "resume": True,  # these three are not settings but concern one start
+        "extend": False,
         "override_recipe": False,
         "corpus": data.name,  # the recipe's may be another one's, if --data_dir was given
         "base_model": None if is_local else recipe.init_from,  # a Hub id

@@ -322,7 +322,7 @@ def output_problems(recipe: Recipe, folder: RunFolder, data: RunData | None) -> 
     if not folder.recipe.is_file():
         return [f"output_dir={folder.path} exists and is not a run; {elsewhere}"]
     if not recipe.resume:
-        return [f"output_dir={folder.path} holds a run, and resume is off; {elsewhere}"]
+        return [f"output_dir={folder.path} holds a run, and resume is off; pass --resume true, or {elsewhere}"]
     if folder.model.exists() and folder.latest_checkpoint() is None:
         return [
             f"output_dir={folder.path} holds a trained model, but no checkpoint to resume from, so this would train "
