@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
-from gpt2repro.errors import Parser, UserError, refuse, run_script
+from gpt2repro.errors import Parser, UserError, problems_of, refuse, run_script
 from gpt2repro.evaluation.hellaswag import (
     FULL_SET,
     HUB_ID,
@@ -28,6 +28,7 @@ from gpt2repro.evaluation.hellaswag import (
     evaluate_hellaswag,
     load_items,
     predict,
+    read_items,
     with_error,
 )
 from gpt2repro.files import write_problem
@@ -108,6 +109,8 @@ def check_arguments(args: argparse.Namespace) -> None:
             problems.append(f"--{name} {value}: must be 1 or more")
     if args.data and not Path(args.data).is_file():
         problems.append(f"--data {args.data}: no such file; without --data, HellaSwag comes from the Hub")
+    elif args.data:
+        problems += problems_of(read_items, args.data, args.limit)
     if args.output and Path(args.output).exists():
         problems.append(f"--output {args.output}: exists and is not overwritten; remove it or choose another name")
     if args.output and not Path(args.output).parent.is_dir():
@@ -117,11 +120,7 @@ def check_arguments(args: argparse.Namespace) -> None:
         problems += [f"--output {args.output}: {unwritable}; choose another folder"] if unwritable else []
     if args.data is None:
         problems += download_problems("--data")
-    try:
-        find_model(args.model)
-    except UserError as error:
-        problems.append(str(error))
-    refuse(problems)
+    refuse(problems + problems_of(find_model, args.model))
 
 
 def score_table(model: str, metrics: dict) -> str:

@@ -11,8 +11,8 @@ import argparse
 from accelerate import Accelerator
 from transformers import TextStreamer
 
-from gpt2repro.errors import Parser, refuse, run_script
-from gpt2repro.models.folder import open_model
+from gpt2repro.errors import Parser, problems_of, refuse, run_script
+from gpt2repro.models.folder import find_model, open_model
 from gpt2repro.models.sampling import generate
 from gpt2repro.processes import cpu_asked
 
@@ -58,7 +58,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
             problems.append(f"--{name} {value} must be at least {minimum}")
     if args.temperature <= 0:
         problems.append(f"--temperature {args.temperature} must be above 0")
-    refuse(problems)
+    refuse(problems + problems_of(find_model, args.model))
     return args
 
 

@@ -16,10 +16,10 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
-from gpt2repro.errors import Parser, UserError, run_script
+from gpt2repro.errors import Parser, UserError, problems_of, refuse, run_script
 from gpt2repro.evaluation.compare import as_table, compare_models
 from gpt2repro.files import write_problem
-from gpt2repro.models.folder import open_model
+from gpt2repro.models.folder import find_model, open_model
 from gpt2repro.prepare.built_in import python_docs
 from gpt2repro.processes import cpu_asked
 
@@ -89,17 +89,22 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--trust_remote_code", action="store_true", help="run the model code that comes with A or B")
     args = parser.parse_args(argv)
     args.models = args.weights_only or args.models
+    problems = []
     if len(args.models) != 2:
-        raise UserError(f"{len(args.models)} models given, 2 are compared: `python scorecard.py A B`")
+        problems.append(f"{len(args.models)} models given, 2 are compared: `python scorecard.py A B`")
+    for model in args.models:
+        problems += problems_of(find_model, model)
     args.text = args.text and args.text.expanduser()
     args.output = args.output and args.output.expanduser()
+    if args.text:
+        problems += problems_of(read_text, args.text, args.tokens)
     if args.tokens < 1:
-        raise UserError(f"--tokens {args.tokens} must be at least 1")
+        problems.append(f"--tokens {args.tokens} must be at least 1")
     if args.output and (args.output.exists() or not args.output.parent.is_dir()):
-        raise UserError(f"--output {args.output} must be a new file in an existing folder; choose another name")
-    unwritable = write_problem(args.output.parent) if args.output else None
-    if unwritable:
-        raise UserError(f"--output {args.output}: {unwritable}; choose another folder")
+        problems.append(f"--output {args.output} must be a new file in an existing folder; choose another name")
+    elif args.output and (unwritable := write_problem(args.output.parent)):
+        problems.append(f"--output {args.output}: {unwritable}; choose another folder")
+    refuse(problems)
     return args
 
 

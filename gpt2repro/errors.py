@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 
 FREE_SPACE = "free some space and repeat the command: it resumes from the newest checkpoint"
@@ -34,6 +34,15 @@ def refuse(problems: list[str]) -> None:
     """Raise a UserError with all problems, if there are any."""
     if problems:
         raise UserError("\n".join(problems))
+
+
+def problems_of(check: Callable[..., object], *arguments: Any) -> list[str]:
+    """The lines of the UserError that `check(*arguments)` raises, to be reported with others; empty: it raises none."""
+    try:
+        check(*arguments)
+    except UserError as error:
+        return str(error).splitlines()
+    return []
 
 
 def first_line(error: Exception) -> str:

@@ -1,6 +1,7 @@
 """How a user's mistake ends: which processes print it, and with which remedy."""
 
 import errno
+import importlib
 import io
 
 import pytest
@@ -55,6 +56,26 @@ def test_a_full_gpu_is_one_line(printed):
         "error: CUDA out of memory. Tried to allocate 512.00 MiB. GPU 0 has a total capacity of 23.65 GiB of which "
         "211.62 MiB is free; use a smaller batch, or hide the GPU with CUDA_VISIBLE_DEVICES=-1\n"
     )
+
+
+@pytest.mark.parametrize(
+    ("script", "words", "mistakes"),
+    [
+        ("sample", "./nope --num_samples 0 --temperature 0", ["--num_samples 0", "--temperature 0", "./nope does not"]),
+        (
+            "scorecard",
+            "./nope ./no --text missing --tokens 0 --output no/such/folder",
+            ["./nope does not exist", "./no does not exist", "--text missing", "--tokens 0", "--output no/such/folder"],
+        ),
+        ("scorecard", "./nope --tokens 0", ["1 models given", "./nope does not exist", "--tokens 0"]),
+        ("eval_hellaswag", f"./nope --data {__file__}", ["line 1: not JSON", "./nope does not exist"]),
+    ],
+)
+def test_all_mistakes_of_a_command_come_at_once(script, words, mistakes):
+    with pytest.raises(UserError) as error:
+        importlib.import_module(script).main(words.split())
+    lines = str(error.value).splitlines()
+    assert len(lines) == len(mistakes) and all(mistake in line for mistake, line in zip(mistakes, lines))
 
 
 def test_a_full_memory_is_one_line(printed):

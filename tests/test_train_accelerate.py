@@ -624,6 +624,12 @@ def test_sizes_are_checked_before_anything_is_computed_or_built(refused, flags, 
     assert message in refused(*flags) and "\n" not in refused(*flags)
 
 
+def test_mistakes_of_model_data_and_hellaswag_are_said_together(refused, recipe_file):
+    about_model = ("--model.n_positions", 0, "--model.n_embd", 33)
+    lines = refused(*about_model, "--hellaswag_every", 1, "--hellaswag_data", recipe_file).splitlines()
+    assert len(lines) == 3 and "n_positions=0" in lines[0] and "n_embd=33" in lines[1] and "not JSON" in lines[2]
+
+
 def test_a_split_shorter_than_a_window_is_refused(refused):
     message = refused("--sequence_length", 2**20, "--model.n_positions", 2**20, "--global_batch_tokens", 2**23)
     assert "fewer than a window" in message

@@ -17,8 +17,8 @@ from transformers import PreTrainedTokenizerBase
 from gpt2repro.data.manifest import MANIFEST
 from gpt2repro.data.mixture import RunData
 from gpt2repro.data.tokenization import TOKENIZER_FILES, build_tokenizer, padded_vocab_size
-from gpt2repro.errors import UserError, refuse
-from gpt2repro.evaluation.hellaswag import download_problems
+from gpt2repro.errors import UserError, problems_of, refuse
+from gpt2repro.evaluation.hellaswag import download_problems, read_items
 from gpt2repro.files import CHECKOUT, append_problem, write_problem
 from gpt2repro.models.folder import check_tokenizer, find_model, load_tokenizer
 from gpt2repro.models.foreign_checkpoints import first_three
@@ -84,8 +84,8 @@ def resolve_and_check(argv: list[str]) -> Plan:
         problems.append(str(error))
     if folder is not None:
         problems += output_problems(recipe, folder, data)
-    if folder is not None and recipe.hellaswag_every and recipe.hellaswag_data is None:
-        problems += download_problems("--hellaswag_data")
+    if folder is not None and recipe.hellaswag_every:
+        problems += hellaswag_problems(recipe.hellaswag_data)
     if problems or plan is None:
         raise UserError("\n".join(problems))
     return plan
@@ -239,11 +239,7 @@ def init_from_problems(recipe: Recipe, folder: RunFolder | None) -> list[str]:
     resumes = folder is not None and folder.latest_checkpoint() is not None
     if recipe.init_from == "scratch" or resumes:
         return []
-    try:
-        find_model(recipe.init_from)
-    except UserError as error:
-        return [str(error)]
-    return []
+    return problems_of(find_model, recipe.init_from)
 
 
 def drop_other_sizes(recipe: Recipe, stored: GPT2ReproConfig, flags: set[str]) -> Recipe:
@@ -295,6 +291,14 @@ def adapt_config(stored: GPT2ReproConfig, recipe: Recipe) -> GPT2ReproConfig:
 
 
 # ---- checks ----
+
+
+def hellaswag_problems(path: str | None) -> list[str]:
+    """Why HellaSwag, of a file or from the Hub, cannot be read. A missing file is among the recipe's own problems."""
+    flag = "--hellaswag_data"
+    if path is None:
+        return download_problems(flag)
+    return problems_of(read_items, path, None, flag) if Path(path).is_file() else []
 
 
 def tracker_problems(recipe: Recipe) -> list[str]:
