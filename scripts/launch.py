@@ -1,5 +1,5 @@
 """`accelerate launch` that exits with the launched script's exit code, ends with the script's own error lines, and lets
-its processes save and stop when it gets SIGTERM or Ctrl-C.
+its processes save and stop when it gets SIGTERM or Ctrl-C, or its terminal is closed.
 
 By itself, `accelerate launch` exits with 1 on every failure and ends with a traceback of its own; when it is signalled,
 it is gone before its process has saved, or with several processes sends SIGKILL after 30 seconds.
@@ -17,7 +17,7 @@ from accelerate.commands.launch import launch_command, launch_command_parser
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 
-FORWARDED = (signal.SIGTERM, signal.SIGINT)
+FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 def forward(number: int, frame: FrameType | None) -> None:
@@ -41,9 +41,11 @@ def exit_code(failures: list[ProcessFailure]) -> int:
 def main() -> None:
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "3600")  # seconds; since torch 2.12
     arguments = launch_command_parser().parse_args()
-    arguments.signals_to_handle = "SIGHUP,SIGQUIT"  # torchrun would also take FORWARDED, and forget the exit codes
+    arguments.signals_to_handle = "SIGQUIT"  # torchrun would also take FORWARDED, and forget the exit codes
     for number in FORWARDED:
-        signal.signal(number, forward)
+        outlives_terminal = number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN  # nohup
+        if not outlives_terminal:
+            signal.signal(number, forward)
     try:
         launch_command(arguments)
     except subprocess.CalledProcessError as error:  # one process

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from gpt2repro.processes import note_missing_processes
+from gpt2repro.train.stopping import SIGNALS, StopRequest
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -62,7 +63,7 @@ def launch(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("processes, number", [(1, signal.SIGTERM), (2, signal.SIGTERM), (2, signal.SIGINT)])
+@pytest.mark.parametrize("processes, number", [(1, signal.SIGTERM), (2, signal.SIGHUP), (2, signal.SIGINT)])
 def test_a_signal_to_the_launcher_keeps_exit_code_75_and_every_report(launch, tmp_path, processes, number):
     process = launch(SAVES, processes, ROOT / "scripts" / "launch.py")
     deadline = time.monotonic() + 60
@@ -90,6 +91,19 @@ def test_plain_accelerate_launch_repeats_the_error_at_the_end_of_its_report(laun
     _, stderr = process.communicate(timeout=60)
     report = stderr[stderr.index("Root Cause") :]
     assert "error: --x 1: must be 2" in report and "error: --y: is missing" in report
+
+
+def test_a_closed_terminal_stops_a_run_unless_nohup_is_there():
+    handlers = {number: signal.getsignal(number) for number in SIGNALS}
+    try:
+        for handler, reason in ((signal.SIG_DFL, "SIGHUP"), (signal.SIG_IGN, None)):
+            signal.signal(signal.SIGHUP, handler)
+            stop = StopRequest(max_hours=0)
+            signal.raise_signal(signal.SIGHUP)
+            assert stop.reason == reason
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 def test_one_process_instead_of_several_is_said(monkeypatch, capsys):

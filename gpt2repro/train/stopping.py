@@ -9,7 +9,7 @@ from gpt2repro.launcher import launcher
 
 
 EXIT_CODE = 75  # EX_TEMPFAIL in sysexits.h: unfinished but saved; the same command resumes
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 FORWARDING_SECONDS = 2.0  # a repeated signal within this time may be the launcher forwarding the first one
 
 
@@ -29,7 +29,9 @@ class StopRequest:
         self.deadline = time.monotonic() + max_hours * 3600 if max_hours else math.inf
         launcher.hand_over()
         for number in SIGNALS:
-            signal.signal(number, self._handle)
+            outlives_terminal = number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN  # nohup
+            if not outlives_terminal:
+                signal.signal(number, self._handle)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if time.monotonic() > self.signalled_at + FORWARDING_SECONDS:

@@ -158,7 +158,7 @@ def assert_same(result, undisturbed) -> None:
 # ---- told to stop ----
 
 
-@pytest.mark.parametrize("name, step", [("SIGTERM", 1), ("SIGINT", 10), ("SIGUSR1", 11)])
+@pytest.mark.parametrize("name, step", [("SIGTERM", 1), ("SIGINT", 10), ("SIGHUP", 11)])
 def test_a_signal_finishes_the_step_saves_and_exits_with_the_documented_code(
     data_dir, undisturbed, tmp_path, name, step
 ):
