@@ -168,7 +168,7 @@ class Recipe:
     skip_spikes: bool = option(False, "skip the update when the loss spikes", overridable=True)
 
     option = options_of("speed and memory")
-    compile: bool = option(False, "torch.compile the model", changeable=True)
+    compile: bool = option(False, "torch.compile the model; its dropout drops other units", overridable=True)
     gradient_checkpointing: bool = option(False, "recompute activations instead of storing them", changeable=True)
     num_workers: int = option(1, "processes that prefetch batches; 0: none", changeable=True, at_least=0)
 

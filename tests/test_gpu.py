@@ -168,7 +168,7 @@ def test_a_stopped_run_resumes_as_if_it_had_not_stopped(new_run, name):
 def test_a_run_changes_between_cpu_and_gpu_and_between_ddp_and_fsdp2(new_run, on_cpu):
     run = new_run()
     stop = {"name": "SIGTERM"}
-    for number, name in enumerate(("bf16", "fsdp2", "ddp_compile"), start=1):
+    for number, name in enumerate(("bf16", "fsdp2", "ddp"), start=1):
         config, launcher_flags, flags = LAUNCHES[name]
         arguments = stop | {"step": 10 * number - 1}
         done = run.start(config, *launcher_flags, flags=flags, fault="signal_after_step", fault_arguments=arguments)
