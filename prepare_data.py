@@ -127,6 +127,8 @@ def prepare(directory: OutputDirectory, request: Request, execution: Execution) 
     with Progress(corpus, num_workers) as progress:
         records = workers.prepare_parts(corpus.parts(), job, quota, num_workers, progress.show)
     refuse_empty_splits(directory, records, val_split, corpus, request)
+    if corpus.modified:
+        directory.open_corpus(request)  # refuses a source that changed while it was read
 
     preparation = {
         "tokenizer_files": tokenizer.files,

@@ -601,3 +601,13 @@ def test_a_worker_process_imports_neither_torch_nor_transformers():
     code = "import sys, prepare_data; print({'torch', 'transformers', 'datasets'} & sys.modules.keys())"
     printed = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert printed.stdout == "set()\n"
+
+
+@pytest.mark.parametrize("change", [lambda path: path.write_text("other\n" * 99), lambda path: os.utime(path, (1, 1))])
+def test_a_source_that_changes_while_it_is_read_is_refused(tmp_path, texts, monkeypatch, change):
+    """Neither the manifest's sizes nor its tokens would be those of the source."""
+    source = write_jsonl(tmp_path / "source.jsonl", texts)
+    check = prepare_data.refuse_empty_splits
+    monkeypatch.setattr(prepare_data, "refuse_empty_splits", lambda *args: (check(*args), change(source)))
+    flags = ("files", "--source", source, "--tokenizer", "char", "--output_dir", tmp_path / "data")
+    assert "is not the one that" in refusal(*flags) and not (tmp_path / "data" / "manifest.json").exists()
