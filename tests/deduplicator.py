@@ -15,6 +15,7 @@ from datatrove.io import DataFolder
 
 from gpt2repro.prepare.corpora import CorpusQuery, open_corpus
 from gpt2repro.prepare.deduplication import METHODS, DedupOptions, deduplicate
+from gpt2repro.prepare.readers import Piece
 from gpt2repro.prepare.request import Execution
 
 
@@ -36,6 +37,12 @@ def die_writing(suffix: str, times: int) -> None:
     DataFolder.open = open_and_die
 
 
+def pieces_of(source: str) -> list[Piece]:
+    if Path(source).is_fifo():  # a file without an end, which open_corpus refuses
+        return [Piece("json lines", source)]
+    return open_corpus(CorpusQuery("files", source)).pieces
+
+
 if __name__ == "__main__":
     _, output_dir, options, *sources = sys.argv
     options = json.loads(options)
@@ -44,5 +51,5 @@ if __name__ == "__main__":
     options["methods"] = tuple(options.get("methods", METHODS))
     execution = {field.name for field in dataclasses.fields(Execution)} & options.keys()
     execution = Execution(**{name: options.pop(name) for name in execution})
-    pieces = [piece for source in sources for piece in open_corpus(CorpusQuery("files", source)).pieces]
+    pieces = [piece for source in sources for piece in pieces_of(source)]
     deduplicate(pieces, Path(output_dir), DedupOptions(**options), execution)
