@@ -46,6 +46,7 @@ from gpt2repro.prepare.prepared import (
     explain_disk_errors,
     refuse_empty_splits,
     summary,
+    uneven_split,
 )
 from gpt2repro.prepare.readers import DOCUMENT_NOTES, SKIP_REASONS
 from gpt2repro.prepare.request import EXECUTORS, Execution, Request
@@ -129,6 +130,8 @@ def prepare(directory: OutputDirectory, request: Request, execution: Execution) 
     refuse_empty_splits(directory, records, val_split, corpus, request)
     if corpus.modified:
         directory.open_corpus(request)  # refuses a source that changed while it was read
+    if note := uneven_split(records, val_split):
+        print(note, flush=True)
 
     preparation = {
         "tokenizer_files": tokenizer.files,

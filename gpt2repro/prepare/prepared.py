@@ -324,6 +324,19 @@ def _fitting_remedy(records: list[PartRecord], val_split: ValidationSplit, corpu
     return f"two different documents are needed: {more}"
 
 
+def uneven_split(records: list[PartRecord], val_split: ValidationSplit) -> str | None:
+    """A note if validation has more than twice or less than half the tokens that it was asked for."""
+    train, val = (sum(record.splits[name].tokens for record in records) for name in SPLITS)
+    asked = val_split.tokens or val_split.fraction * (train + val)
+    if asked / 2 <= val <= asked * 2:
+        return None
+    share = f"{val / (train + val):.1%} of the tokens" if val_split.fraction else f"{val:,} tokens"
+    return (
+        f"note: validation has {share}, where {val_split} was asked for, as it takes whole documents; choose another "
+        "number, or cut large texts with --document_separator, in another --output_dir"
+    )
+
+
 def summary(directory: str | Path, manifest: Manifest) -> str:
     """One line about a prepared directory."""
     sentences = [

@@ -196,7 +196,7 @@ def test_a_path_may_begin_at_the_home_directory(tmp_path, monkeypatch):
     prepare("--verify=~/out")
     prepare("--describe=~/out")
     prepare("~/source", "--output_dir=~/other", "--tokenizer=~/out", "--val_tokens", 1)
-    assert {path.name for path in tmp_path.iterdir()} == {"source", "out", "other"}
+    assert {path.name for path in tmp_path.iterdir()} - {".cache"} == {"source", "out", "other"}
 
 
 # ---- nothing is overwritten ----
@@ -368,6 +368,25 @@ def test_a_tokenizer_without_end_of_text_is_said(tmp_path, capsys):
     prepare(*command, "--tokenizer", tmp_path / "char", "--output_dir", tmp_path / "again")
     prepare(*command, "--tokenizer", "gpt2", "--output_dir", tmp_path / "gpt2")
     assert capsys.readouterr().out.count("end-of-text") == 1
+
+
+@pytest.mark.parametrize(
+    "lengths, option, said",
+    [
+        ([999, 9], ["--val_tokens", 9], "note: validation has 1,000 tokens, where --val_tokens 9 was asked for"),
+        ([9] * 9, ["--val_tokens", 19], None),
+        ([9, 9, 999], ["--val_fraction", 0.7], "note: validation has 2.0% of the tokens, where --val_fraction 0.7"),
+        ([9, 9, 9], ["--val_fraction", 0.7], None),
+    ],
+)
+def test_a_split_that_differs_from_what_was_asked_for_is_said(tmp_path, monkeypatch, capsys, lengths, option, said):
+    monkeypatch.setattr(parts, "takes_document", lambda fraction, text: not text.startswith("2"))
+    write_jsonl(tmp_path / "a.jsonl", [f"{number}" * length for number, length in enumerate(lengths)])
+    build_tokenizer("bpe:257", [""]).fast.save_pretrained(tmp_path / "tokenizer")
+    command = ["files", "--source", tmp_path / "a.jsonl", "--tokenizer", tmp_path / "tokenizer"]
+    prepare(*command, "--output_dir", tmp_path / "out", *option)
+    printed = capsys.readouterr().out
+    assert said in printed if said else "note: validation" not in printed
 
 
 def test_one_document_cannot_be_split(tmp_path):
