@@ -4,19 +4,23 @@ and exports.
 generation_config.json is kept as it is, except that sampling settings beside do_sample=false are dropped: transformers
 ignores them, and some releases refuse to save them; and so are fields that transformers does not know, as
 custom_generate and auto_map would name code to run. If transformers would not save the rest either, or if there is no
-such file, the model gets `our_generation_defaults`. Legacy settings in config.json are dropped. sample.py and the
-samples of a run do not use them at all, see `gpt2repro.models.sampling.generate`.
+such file, the model gets `our_generation_defaults`, with the file's ids of the special tokens. Legacy settings in
+config.json are dropped. sample.py and the samples of a run use only the ids, see `gpt2repro.models.sampling.generate`.
 """
 
+import json
 from pathlib import Path
 
 from transformers import GenerationConfig, PreTrainedConfig
+from transformers.utils import cached_file
 
 from gpt2repro.errors import first_line
+from gpt2repro.models.errors import LIBRARY_ERRORS
 from gpt2repro.processes import note
 
 
 FILE = "generation_config.json"
+TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 # What transformers uses only when it samples, with the values that mean "not set".
 SAMPLING_SETTINGS = {
     "temperature": 1.0,
@@ -49,30 +53,48 @@ def load_generation_defaults(
     Args:
         config: the model's, for the ids of the special tokens.
     """
+    ours = our_generation_defaults(config)
     try:
-        defaults = GenerationConfig.from_pretrained(source, revision=revision)
-        if defaults._from_model_config:  # derived from config.json, nobody has chosen them
-            return our_generation_defaults(config)
-        _drop_unknown(defaults, source)
+        file = cached_file(source, FILE, revision=revision)
+    except OSError:  # there is none
+        return ours
+    try:
+        stored = dict(json.loads(Path(file).read_text()))
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        note(f"{source}: {FILE} cannot be read ({first_line(error)}); using top_k sampling instead")
+        return ours
+    if stored.get("_from_model_config"):  # derived from config.json, nobody has chosen them
+        return ours
+    _drop_unknown(stored, source)
+    ids = {name: stored[name] for name in TOKEN_IDS if name in stored}
+    try:
+        for name, value in ids.items():
+            if not _is_id(value):
+                raise ValueError(f"{name}={value!r} is no token id")
+        defaults = GenerationConfig.from_dict(stored)
         _drop_unused(defaults, source)
         defaults.validate(strict=True)
-    except OSError as error:
-        if (Path(source) / FILE).is_file():
-            note(f"{source}: {FILE} cannot be read ({first_line(error)}); using top_k sampling instead")
-        return our_generation_defaults(config)
-    except (ValueError, TypeError) as error:
+    except LIBRARY_ERRORS as error:
         reason = " ".join(str(error).split())
-        note(f"{source}: {FILE} contradicts itself ({reason}); using top_k sampling instead")
-        return our_generation_defaults(config)
+        note(f"{source}: {FILE} contradicts itself ({reason}); using top_k sampling instead, with its token ids")
+        for name, value in ids.items():
+            if _is_id(value):
+                setattr(ours, name, value)
+        return ours
     return defaults
 
 
-def _drop_unknown(defaults: GenerationConfig, source: str | Path) -> None:
-    unknown = vars(defaults).keys() - vars(GenerationConfig()).keys() - {"_original_object_hash"}  # from_pretrained's
+def _is_id(value: object) -> bool:
+    ids = value if isinstance(value, list) and value else [value]
+    return value is None or all(type(id) is int and id >= 0 for id in ids)
+
+
+def _drop_unknown(stored: dict, source: str | Path) -> None:
+    unknown = sorted(stored.keys() - vars(GenerationConfig()).keys())
     for name in unknown:
-        delattr(defaults, name)
+        del stored[name]
     if unknown:
-        note(f"{source}: {FILE} sets {', '.join(sorted(unknown))}, which transformers does not read there; dropped")
+        note(f"{source}: {FILE} sets {', '.join(unknown)}, which transformers does not read there; dropped")
 
 
 def _drop_unused(defaults: GenerationConfig, source: str | Path) -> None:
@@ -80,7 +102,10 @@ def _drop_unused(defaults: GenerationConfig, source: str | Path) -> None:
         return
     dropped = []
     for name, unset in SAMPLING_SETTINGS.items():
-        if getattr(defaults, name, None) not in (None, unset):
+        is_contrastive = (
+            name == "top_k" and defaults.penalty_alpha
+        )  # contrastive search reads it: without, it is another
+        if getattr(defaults, name, None) not in (None, unset) and not is_contrastive:
             setattr(defaults, name, unset)
             dropped.append(name)
     if dropped:
