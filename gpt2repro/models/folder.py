@@ -28,7 +28,7 @@ from gpt2repro.data.hub import hub_failure
 from gpt2repro.data.tokenization import build_tokenizer, save_tokenizer
 from gpt2repro.errors import UserError, first_line
 from gpt2repro.files import new_folder
-from gpt2repro.models.errors import ACCESS_DENIED, LOG_IN, explained
+from gpt2repro.models.errors import ACCESS_DENIED, LIBRARY_ERRORS, LOG_IN, explained
 from gpt2repro.models.foreign_checkpoints import WRAPPERS, first_three
 from gpt2repro.models.generation_defaults import load_generation_defaults, our_generation_defaults
 from gpt2repro.models.openai_weights import (
@@ -238,9 +238,11 @@ def open_model(
     register_auto_classes()
     path = find_model(name)
     as_gpt2 = functools.partial(from_gpt2, path, dtype=None if dtype == "auto" else dtype)
-    if Path(path).is_file():
+    if Path(path).is_file() or _is_of_2019(path):
         model = as_gpt2()
-        return model, tokenizer_for(path, model)
+        tokenizer = tokenizer_for(path, model)
+        check_tokenizer(path, tokenizer, model.config)
+        return model, tokenizer
     with (
         _remote_code_lock() if trust_remote_code else contextlib.nullcontext(),
         explained(f"{name}: no model can be loaded from there", "give a folder of save_pretrained or a Hub id"),
@@ -270,6 +272,15 @@ def open_model(
     if unused:
         note(f"{name} also holds {first_three(unused)}, which the language model does not use")
     return model, tokenizer
+
+
+def _is_of_2019(path: str) -> bool:
+    """Whether config.json is from before it named the type of the model; AutoConfig refuses it, from_gpt2 tries."""
+    try:
+        fields, _ = PreTrainedConfig.get_config_dict(path)
+    except LIBRARY_ERRORS:  # AutoConfig says why
+        return False
+    return not fields.keys() & {"model_type", "auto_map"}
 
 
 def _refuse_random_weights(name: str, loading_info: dict) -> None:

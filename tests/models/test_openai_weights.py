@@ -176,6 +176,18 @@ def test_every_form_of_the_keys_loads(gpt2, folder, form):
     same_tensors(to_gpt2(opened) if isinstance(opened, GPT2ReproForCausalLM) else opened, gpt2)
 
 
+def test_a_folder_of_2019_loads(gpt2, folder):
+    """Its config.json does not say that it is a GPT-2."""
+    tokenizer = build_tokenizer("char", ["".join(map(chr, range(40, 40 + V)))]).fast
+    tokenizer.save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text())
+    del config["model_type"]
+    (folder / "config.json").write_text(json.dumps(config))
+    opened, opened_tokenizer = open_model(str(folder))
+    same_tensors(to_gpt2(opened), gpt2)
+    assert opened_tokenizer.get_vocab() == tokenizer.get_vocab()
+
+
 HEADS = {
     "a value head": {"v_head.summary.weight": torch.zeros(1, 32), "v_head.summary.bias": torch.zeros(1)},
     "double heads": {"multiple_choice_head.summary.weight": torch.zeros(1, 32)},
