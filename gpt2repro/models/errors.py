@@ -3,6 +3,7 @@
 import contextlib
 import pickle
 import re
+import shlex
 from collections.abc import Iterator
 
 from huggingface_hub.errors import HfHubHTTPError, StrictDataclassError
@@ -43,6 +44,11 @@ def explained(problem: str, remedy: str) -> Iterator[None]:
         if code:
             raise UserError(f"{problem}: its weights are a pickle that {code}") from error
         raise UserError(f"{problem} ({first_line(error)}); {remedy}") from error
+
+
+def python_command(code: str) -> str:
+    """A command that runs one line of Python, to paste into a shell."""
+    return shlex.join(["python", "-c", code])
 
 
 def named_code(error: Exception) -> str | None:

@@ -28,7 +28,7 @@ from gpt2repro.data.hub import hub_failure
 from gpt2repro.data.tokenization import build_tokenizer, save_tokenizer
 from gpt2repro.errors import UserError, first_line
 from gpt2repro.files import new_folder
-from gpt2repro.models.errors import ACCESS_DENIED, LIBRARY_ERRORS, LOG_IN, explained
+from gpt2repro.models.errors import ACCESS_DENIED, LIBRARY_ERRORS, LOG_IN, explained, python_command
 from gpt2repro.models.foreign_checkpoints import WRAPPERS, first_three
 from gpt2repro.models.generation_defaults import load_generation_defaults, our_generation_defaults
 from gpt2repro.models.openai_weights import (
@@ -44,6 +44,10 @@ from gpt2repro.models.padding import unpadded, without_padding
 from gpt2repro.processes import note
 from gpt2repro.run_folder import RunFolder
 from modeling_gpt2repro import GPT2ReproConfig, GPT2ReproForCausalLM, register_auto_classes
+
+
+# Parts of PEFT's names of what learns a prompt, not a change of the weights.
+PROMPT_LEARNING = ("PROMPT", "P_TUNING", "PREFIX", "CPT", "CARTRIDGE")
 
 
 def find_model(name: str) -> str:
@@ -100,16 +104,19 @@ def _has_weights(folder: Path) -> bool:
 def _merge_first(folder: Path) -> str:
     """The message about a folder that holds an adapter instead of a model."""
     with explained(f"{folder / ADAPTER_CONFIG} is damaged", "save the adapter again"):
-        base = json.loads((folder / ADAPTER_CONFIG).read_text()).get("base_model_name_or_path")
-    merge = (
+        settings = dict(json.loads((folder / ADAPTER_CONFIG).read_text()))
+        kind, base = str(settings.get("peft_type")), settings.get("base_model_name_or_path")
+    problem = f"{folder} is an adapter ({kind} in {ADAPTER_CONFIG}), not a model"
+    if any(word in kind for word in PROMPT_LEARNING):
+        return f"{problem}, and of a kind that cannot be merged into one; give the model that it was trained for"
+    if not base:
+        return f"{problem}; write the name of its base model to base_model_name_or_path there"
+    code = (
         "from transformers import AutoModelForCausalLM as M; from peft import PeftModel as P; "
-        f"m = M.from_pretrained('{base}', trust_remote_code=True); "
-        f"P.from_pretrained(m, '{folder}').merge_and_unload().save_pretrained('{folder}-merged')"
+        f"m = M.from_pretrained({base!r}, trust_remote_code=True); "
+        f"P.from_pretrained(m, {str(folder)!r}).merge_and_unload().save_pretrained({f'{folder}-merged'!r})"
     )
-    return (
-        f"{folder} is a LoRA adapter of {base} ({ADAPTER_CONFIG}), not a model; merge the two with "
-        f'`python -c "{merge}"` and copy the tokenizer there'
-    )
+    return f"{problem}; merge it into {base} with `{python_command(code)}` and copy the tokenizer there"
 
 
 def save_model_folder(
@@ -213,14 +220,14 @@ def check_tokenizer(name: str, tokenizer: PreTrainedTokenizerBase, config: PreTr
     problem = f"{name}: the tokenizer has {len(tokenizer)} tokens, the model {rows}"
     if not set(without_row) <= tokenizer.get_added_vocab().keys():
         raise UserError(f"{problem}: it belongs to another model; give the one that the model was trained with")
-    resize = (
+    code = (
         "from transformers import AutoModelForCausalLM as M; "
-        f"m = M.from_pretrained('{name}', trust_remote_code=True); "
-        f"m.resize_token_embeddings({len(tokenizer)}); m.save_pretrained('{name}')"
+        f"m = M.from_pretrained({name!r}, trust_remote_code=True); "
+        f"m.resize_token_embeddings({len(tokenizer)}); m.save_pretrained({name!r})"
     )
     raise UserError(
         f"{problem}: {', '.join(without_row[:3])} was added without a row; add it with "
-        f'`python -c "{resize}"`, or save the tokenizer without it'
+        f"`{python_command(code)}`, or save the tokenizer without it"
     )
 
 

@@ -14,7 +14,6 @@ import functools
 import inspect
 import json
 import math
-import shlex
 import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -26,7 +25,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedConfig, PreTrainedModel
 
 from gpt2repro.errors import UserError, first_line
-from gpt2repro.models.errors import explained
+from gpt2repro.models.errors import explained, python_command
 from gpt2repro.models.foreign_checkpoints import (
     LANGUAGE_MODEL,
     check_tensors,
@@ -378,5 +377,5 @@ def _refuse_other_values(file: Path, tensors: dict) -> None:
     code = f"import torch; x = torch.load({str(file)!r}); torch.save({kept}, {str(file)!r})"
     raise UserError(
         f"{file} holds {first_three([str(key) for key in others])}, which is no tensor; save the tensors alone with "
-        f"`{shlex.join(['python', '-c', code])}`"
+        f"`{python_command(code)}`"
     )

@@ -118,17 +118,35 @@ def test_a_lora_adapter_is_refused_by_name_until_the_advice_is_followed(folder, 
     peft = pytest.importorskip("peft")
     model, tokenizer = open_model(str(folder))
     adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=["c_attn"], init_lora_weights=False))
-    adapted.save_pretrained(tmp_path / "adapter")
-    tokenizer.save_pretrained(tmp_path / "adapter")
-    with pytest.raises(UserError, match="is a LoRA adapter of .*model") as caught:
-        find_model(str(tmp_path / "adapter"))
+    adapter = tmp_path / "Ada's adapter"
+    adapted.save_pretrained(adapter)
+    tokenizer.save_pretrained(adapter)
+    with pytest.raises(UserError, match="is an adapter .LORA in .*, not a model; merge it into .*model") as caught:
+        find_model(str(adapter))
     assert len(str(caught.value).splitlines()) == 1
 
     follow_advice(caught.value)
-    tokenizer.save_pretrained(tmp_path / "adapter-merged")
-    merged, _ = open_model(str(tmp_path / "adapter-merged"))
+    merged_folder = adapter.with_name(f"{adapter.name}-merged")
+    tokenizer.save_pretrained(merged_folder)
+    merged, _ = open_model(str(merged_folder))
     ids = torch.tensor([[0, 1, 2, 3]])
     torch.testing.assert_close(merged(ids).logits, adapted.eval()(ids).logits)
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ('{"peft_ty', "adapter_config.json is damaged .*; save the adapter again"),
+        ("[1, 2]", "adapter_config.json is damaged .*; save the adapter again"),
+        ('{"peft_type": "LORA", "base_model_name_or_path": null}', "write the name of its base model"),
+        ('{"peft_type": "PREFIX_TUNING", "base_model_name_or_path": "gpt2"}', "PREFIX_TUNING .* cannot be merged"),
+    ],
+)
+def test_an_adapter_that_cannot_be_merged_is_one_line(tmp_path, settings, message):
+    (tmp_path / "adapter_config.json").write_text(settings)
+    with pytest.raises(UserError, match=message) as caught:
+        find_model(str(tmp_path))
+    assert str(tmp_path) in str(caught.value)
 
 
 def test_an_adapter_beside_full_weights_is_refused_everywhere(folder):
