@@ -16,6 +16,7 @@ import yaml
 
 from gpt2repro.errors import Parser, UserError, first_line
 from gpt2repro.recipe import Recipe
+from gpt2repro.run_folder import MODEL_FOLDER
 
 
 # What a run's recipe.yaml records besides its recipe; `data` there describes the data.
@@ -80,7 +81,7 @@ def parse_recipe(argv: list[str], default_config: Path, config_class: type) -> t
     return Recipe(**fields), problems + value_problems
 
 
-def changed_fields(recipe: Recipe, recorded: dict) -> dict[str, tuple[Any, Any]]:
+def changed_fields(recipe: dict, recorded: dict) -> dict[str, tuple[Any, Any]]:
     """The fields in which a recorded recipe, as read from recipe.yaml, would train another model than `recipe`.
 
     Returns:
@@ -88,15 +89,21 @@ def changed_fields(recipe: Recipe, recorded: dict) -> dict[str, tuple[Any, Any]]
     """
     changed = {}
     for field in dataclasses.fields(Recipe):
-        there, here = recorded.get(field.name, default_of(field)), getattr(recipe, field.name)
-        if not field.metadata["changeable"] and there != here:
+        there, here = (values.get(field.name, default_of(field)) for values in (recorded, recipe))
+        is_same = there == here or (field.name == "init_from" and plain_path(there) == plain_path(here))
+        if not field.metadata["changeable"] and not is_same:
             changed[field.name] = (there, here)
     return changed
 
 
+def plain_path(init_from: str) -> str:
+    """One name for `runs/a`, `./runs/a/` and `runs/a/model`, which are the same model."""
+    return os.path.normpath(init_from).removesuffix(f"/{MODEL_FOLDER}")
+
+
 def differences(recipe: Recipe, recorded: dict) -> list[str]:
     """`changed_fields` for an error message."""
-    changed = changed_fields(recipe, recorded)
+    changed = changed_fields(vars(recipe), recorded)
     return [f"{name}={there} there, {here} here" for name, (there, here) in changed.items()]
 
 

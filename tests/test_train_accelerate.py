@@ -676,6 +676,16 @@ def test_what_concerns_one_start_is_not_recorded(data_dir, monkeypatch):
     assert (record["resume"], record["extend"], record["override_recipe"]) == (True, False, False)
 
 
+def test_a_record_that_was_edited_is_refused(refused, trained, tmp_path):
+    run = shutil.copytree(trained[0], tmp_path / "run")
+    (run / "model").rename(tmp_path / "model")
+    flags = ("--config", run / "recipe.yaml", "--hellaswag_every", 1, "--hellaswag_data", "nowhere")
+    assert "edited" not in refused(*flags)
+    record = yaml.safe_load((run / "recipe.yaml").read_text())
+    (run / "recipe.yaml").write_text(yaml.safe_dump(record | {"adam_beta2": 0.9}))
+    assert "recipe.yaml was edited by hand (adam_beta2=0.9, not 0.95)" in refused(*flags)
+
+
 def test_a_model_whose_checkpoints_were_deleted_is_not_replaced(refused, tmp_path):
     run = RunFolder(tmp_path / "run")
     run.checkpoints.mkdir(parents=True)

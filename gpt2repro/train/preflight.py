@@ -31,7 +31,7 @@ from gpt2repro.recipe_file import parse_recipe
 from gpt2repro.run_folder import RunFolder
 from gpt2repro.train import checkpoint
 from gpt2repro.train.optimizers import optimizer_problems
-from gpt2repro.train.recipe_change import RecipeChange
+from gpt2repro.train.recipe_change import RecipeChange, edit_problems
 from modeling_gpt2repro import GPT2ReproConfig
 
 
@@ -336,7 +336,8 @@ def output_problems(recipe: Recipe, folder: RunFolder, data: RunData | None) -> 
         recorded = folder.read_record()
     except UserError as error:
         return [str(error)]
-    problems = RecipeChange.between(recorded, recipe, folder).problems(recipe, recorded)
+    problems = edit_problems(recorded, folder)
+    problems = problems or RecipeChange.between(recorded, recipe, folder).problems(recipe, recorded)
     if problems:
         return problems
     if data is not None and recorded.get("data", {}).get("manifest_sha256") != data.fingerprint:

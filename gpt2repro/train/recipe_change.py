@@ -14,6 +14,7 @@ from gpt2repro.files import delete
 from gpt2repro.recipe import Recipe
 from gpt2repro.recipe_file import changed_fields, differences
 from gpt2repro.run_folder import RunFolder, checkpoint_step
+from gpt2repro.train.checkpoint import read_state
 from gpt2repro.train.schedule import lr_at, steps_of_equal_rates
 
 
@@ -35,7 +36,7 @@ class RecipeChange:
 
     @classmethod
     def between(cls, recorded: dict[str, Any], recipe: Recipe, folder: RunFolder) -> "RecipeChange":
-        fields = changed_fields(recipe, recorded)
+        fields = changed_fields(vars(recipe), recorded)
         steps = [checkpoint_step(path) for path in folder.complete_checkpoints()]
         newest = max(steps, default=0)
         if not _is_extension(fields):
@@ -91,6 +92,25 @@ class RecipeChange:
             override[name] = {"from": old, "to": new}
         record["overrides"] = [*record.get("overrides", []), override]
         folder.write_record(record)
+
+
+def edit_problems(recorded: dict[str, Any], folder: RunFolder) -> list[str]:
+    """One line if recipe.yaml has been edited by hand: it says then what the newest checkpoint's steps did not have."""
+    newest = folder.latest_checkpoint()
+    try:
+        expected = read_state(newest)["recipe"] if newest else recorded
+    except (OSError, ValueError, KeyError, TypeError):  # damaged, or of a version that did not record it
+        return []
+    for override in recorded.get("overrides", []):
+        if newest and override["step"] >= checkpoint_step(newest):  # made after that checkpoint
+            expected |= {name: change["to"] for name, change in override.items() if name != "step"}
+    edited = [f"{name}={there}, not {own}" for name, (own, there) in changed_fields(recorded, expected).items()]
+    if not edited:
+        return []
+    return [
+        f"{folder.recipe} was edited by hand ({'; '.join(edited)}); undo that, and to change the run pass the field as "
+        "a flag"
+    ]
 
 
 def _is_extension(fields: dict[str, tuple[Any, Any]]) -> bool:

@@ -1,5 +1,6 @@
 """The state of a run: everything that a checkpoint holds besides weights and optimizer states."""
 
+import dataclasses
 from typing import Any
 
 from gpt2repro.errors import SharedError
@@ -88,6 +89,7 @@ class RunState:
             "guard": self.guard.state_dict(),
             "best": self.best.state_dict(),
             "telemetry": self.telemetry.state_dict(),
+            "recipe": dataclasses.asdict(self.recipe),  # by which an edited recipe.yaml is found out
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

@@ -1,12 +1,13 @@
 """Resuming a run with another recipe: what is accepted, from which checkpoint, and what is recorded."""
 
 import dataclasses
+import json
 
 import pytest
 
 from gpt2repro.recipe import Recipe
 from gpt2repro.run_folder import RunFolder
-from gpt2repro.train.recipe_change import RecipeChange
+from gpt2repro.train.recipe_change import RecipeChange, edit_problems
 from gpt2repro.train.schedule import steps_of_equal_rates
 
 
@@ -21,6 +22,11 @@ def run_folder(tmp_path, steps, **fields):
         folder.checkpoint(step).mkdir(parents=True)
     folder.write_record(dataclasses.asdict(recipe))
     return folder, recipe
+
+
+def write_state(folder, step, recipe):
+    state = json.dumps({"step": step, "recipe": dataclasses.asdict(recipe)})
+    (folder.checkpoint(step) / "trainer_state.json").write_text(state)
 
 
 def change(folder, recipe):
@@ -115,3 +121,27 @@ def test_a_run_does_not_end_before_the_step_that_it_has_reached(tmp_path):
     (problem,) = problems(folder, dataclasses.replace(recipe, max_steps=40, override_recipe=True))
     assert "has done 50 steps, more than max_steps=40" in problem
     assert problems(folder, dataclasses.replace(recipe, max_steps=60, override_recipe=True)) == []
+
+
+def test_an_edit_of_the_record_is_found_and_a_recorded_change_is_none(tmp_path):
+    folder, recipe = run_folder(tmp_path, [50])
+    assert edit_problems(folder.read_record(), folder) == []  # a checkpoint of an older version
+    write_state(folder, 50, recipe)
+    assert edit_problems(folder.read_record(), folder) == []
+    changed = dataclasses.replace(recipe, learning_rate=2e-3, override_recipe=True)
+    change(folder, changed).apply(folder)
+    assert edit_problems(folder.read_record(), folder) == []  # there is no checkpoint with it yet
+    folder.checkpoint(60).mkdir()
+    write_state(folder, 60, changed)
+    record = folder.read_record()
+    assert edit_problems(record, folder) == []
+    folder.write_record(record | {"learning_rate": 5e-3, "log_every": 7, "init_from": "./scratch/"})
+    (problem,) = edit_problems(folder.read_record(), folder)
+    assert "recipe.yaml was edited by hand (learning_rate=0.005, not 0.002); undo" in problem
+
+
+@pytest.mark.parametrize(("there", "here"), [("runs/a", "runs/a/"), ("./runs/a/model", "runs/a"), ("gpt2", "gpt2")])
+def test_a_model_has_many_paths(tmp_path, there, here):
+    folder, recipe = run_folder(tmp_path, [50], init_from=there)
+    assert problems(folder, dataclasses.replace(recipe, init_from=here)) == []
+    assert problems(folder, dataclasses.replace(recipe, init_from="runs/b"))
