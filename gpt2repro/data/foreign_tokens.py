@@ -126,10 +126,15 @@ def _fingerprint(files: list[TokenFile]) -> str:
         if largest >= GPT2_VOCAB_SIZE:
             raise UserError(
                 f"{path} holds token {largest}, GPT-2's largest is {GPT2_VOCAB_SIZE - 1}: these are not GPT-2's "
-                "tokens; prepare the text with `python prepare_data.py --tokenizer NAME`"
+                f"tokens; prepare the text with {prepare_text('NAME')}"
             )
         digest.update(f"{path.name} {path.stat().st_size}\n".encode() + ends)
     return digest.hexdigest()
+
+
+def prepare_text(tokenizer: str) -> str:
+    """The command that tokenizes a text with another tokenizer."""
+    return f"`python prepare_data.py files --source TEXT --tokenizer {tokenizer} --output_dir DIR`"
 
 
 # ---- one file of each ----
@@ -140,7 +145,7 @@ def _nanogpt(path: Path) -> TokenFile:
     if meta.exists():
         raise UserError(
             f"{meta} holds the vocabulary of {path.name}, which is not GPT-2's, and a pickle is not opened; prepare "
-            "the text with `python prepare_data.py files --tokenizer char`"
+            f"the text with {prepare_text('char')}"
         )
     if size % 2:
         raise UserError(f"{path} has {size:,} bytes, an odd number, and each token is two; copy it again")
@@ -194,8 +199,8 @@ def _datatrove(path: Path) -> TokenFile:
         tokenizer, token_bytes = written, "2"
     if not DATATROVE_GPT2.fullmatch(tokenizer) or token_bytes != "2":
         raise UserError(
-            f"{path} holds tokens of {tokenizer}, not GPT-2's; prepare the text with `python prepare_data.py "
-            f"--tokenizer NAME`, or if that is GPT-2's tokenizer, write gpt2|2 into the first line of {metadata.name}"
+            f"{path} holds tokens of {tokenizer}, not GPT-2's; prepare the text with {prepare_text('NAME')}, or if "
+            f"that is GPT-2's tokenizer, write gpt2|2 into the first line of {metadata.name}"
         )
     if size != 2 * tokens:
         raise UserError(f"{path} has {size:,} bytes, {metadata.name} says {tokens:,} tokens of 2; copy it again")

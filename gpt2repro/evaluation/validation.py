@@ -11,6 +11,7 @@ from gpt2repro.data.order import count_windows
 from gpt2repro.data.token_stream import TokenStream
 from gpt2repro.errors import SharedError
 from gpt2repro.recipe import Recipe
+from gpt2repro.run_folder import RunFolder
 
 
 def validation_losses(
@@ -26,14 +27,21 @@ def validation_losses(
     """
     losses = [validation_loss(model, stream, recipe, accelerator) for stream in data.streams]
     if not all(map(math.isfinite, losses)):
-        raise SharedError(
-            f"the validation loss is {sum(losses)}: the weights are broken; go back to an older checkpoint in "
-            f"{recipe.output_dir} by deleting the newer ones, or start over with a lower learning_rate"
-        )
+        raise SharedError(f"the validation loss is {sum(losses)}: the weights are broken; {_remedy(recipe)}")
     metrics = {"val_loss": sum(share * loss for share, loss in zip(data.shares, losses))}
     if len(losses) > 1:
         metrics |= {f"val_loss_{name}": loss for name, loss in zip(data.names, losses)}
     return metrics
+
+
+def _remedy(recipe: Recipe) -> str:
+    """What to do about weights that are broken."""
+    if recipe.eval_only:
+        return "choose another --init_from"
+    start_over = "start over with a lower learning_rate"
+    if RunFolder(recipe.output_dir).latest_checkpoint() is None:
+        return start_over
+    return f"go back to an older checkpoint in {recipe.output_dir} by deleting the newer ones, or {start_over}"
 
 
 @torch.no_grad()

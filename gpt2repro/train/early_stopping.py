@@ -6,14 +6,14 @@ from typing import Any
 
 
 def best_first(val_losses: Mapping[int, float]) -> list[int]:
-    """The steps of these validations, best first: lowest loss, NaN last, and the earlier step if two are equal.
+    """The steps of these validations, best first: lowest loss, and the earlier step if two are equal.
 
     The one definition of "best": early stopping, the checkpoint that is kept and the model that is exported all use it.
 
     Args:
         val_losses: nats per token, by step.
     """
-    return sorted(val_losses, key=lambda step: (math.isnan(val_losses[step]), val_losses[step], step))
+    return sorted(val_losses, key=lambda step: (val_losses[step], step))
 
 
 class BestValidation:

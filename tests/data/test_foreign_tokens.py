@@ -204,7 +204,9 @@ def test_empty_files_are_no_split(tmp_path):
 def test_a_character_vocabulary_is_refused_without_unpickling_it(tmp_path):
     write_nanogpt(tmp_path)
     (tmp_path / "meta.pkl").write_bytes(b"cos\nsystem\n(S'touch " + str(tmp_path / "executed").encode() + b"'\ntR.")
-    assert "meta.pkl holds the vocabulary" in refused(tmp_path)
+    message = refused(tmp_path)
+    assert "meta.pkl holds the vocabulary" in message
+    assert "`python prepare_data.py files --source TEXT --tokenizer char --output_dir DIR`" in message
     assert not (tmp_path / "executed").exists()
 
 

@@ -2,7 +2,6 @@
 
 import copy
 import json
-import math
 from threading import Event
 from types import SimpleNamespace
 
@@ -18,7 +17,6 @@ from gpt2repro.errors import UserError
 from gpt2repro.recipe import Recipe
 from gpt2repro.train import checkpoint
 from gpt2repro.train.checkpoint import Checkpoints, find_damage
-from gpt2repro.train.early_stopping import best_first
 from gpt2repro.train.optimizers import build_optimizers
 
 
@@ -56,10 +54,6 @@ def save(checkpoints, step, val_loss=None):
     checkpoints.save({"step": step, "val_loss": val_loss})
     checkpoints.wait()
     return checkpoints.folder.checkpoints / f"step_{step:08d}"
-
-
-def test_the_best_validation_is_the_lowest_and_the_earlier_of_two_and_never_nan():
-    assert best_first({1: math.nan, 2: 3.0, 3: math.nan, 4: 2.0, 5: 2.0}) == [4, 5, 2, 1, 3]
 
 
 def names(checkpoints):
