@@ -76,8 +76,8 @@ def parse_recipe(argv: list[str], default_config: Path, config_class: type) -> t
         in_file.pop("data", None)  # the flag replaces the file's mixture
     fields, value_problems = convert_fields(in_file | flags, types)
     expand_home(fields)
-    if fields.get("data"):
-        fields["data_dir"] = ""  # a mixture does not read it
+    if in_file.get("data") or flags.get("data"):
+        fields["data_dir"] = ""  # a mixture does not read it, nor does one that is refused here
     return Recipe(**fields), problems + value_problems
 
 
@@ -282,7 +282,9 @@ def convert_fields(values: dict, types: dict[str, Any]) -> tuple[dict[str, Any],
         try:
             converted = convert(value, types[name])
         except (AttributeError, TypeError, ValueError, OverflowError):
-            problems.append(f"{name}={value!r} is not {describe(types[name])}")
+            is_flag_of_table = name == "data" and isinstance(value, list)
+            kind = "a list of DIR=WEIGHT" if is_flag_of_table else describe(types[name])
+            problems.append(f"{name}={value!r} is not {kind}")
             continue
         if name.startswith("model."):
             fields["model"][name.removeprefix("model.")] = converted

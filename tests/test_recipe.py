@@ -228,9 +228,9 @@ def test_sources_are_data_or_data_dir_and_flags_replace_the_files(tmp_path, text
     [
         ("data_dir: x\ndata: {y: 1}", "", "data and data_dir are both given; list every directory in data"),
         ("", "--data_dir x --data y=1", "data and data_dir are both given; list every directory in data"),
-        ("", "--data x y", "data=['x', 'y'] is not a table of name: number"),
-        ("", "--data x=much", "data=['x=much'] is not a table of name: number"),
-        ("", "--data x=0.5 x=0.5", "data=['x=0.5', 'x=0.5'] is not a table of name: number"),
+        ("", "--data x y", "data=['x', 'y'] is not a list of DIR=WEIGHT"),
+        ("", "--data x=much", "data=['x=much'] is not a list of DIR=WEIGHT"),
+        ("", "--data x=0.5 x=0.5", "data=['x=0.5', 'x=0.5'] is not a list of DIR=WEIGHT"),
         ("data: x", "", "data='x' is not a table of name: number"),
     ],
 )

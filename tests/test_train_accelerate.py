@@ -624,6 +624,24 @@ def test_sizes_are_checked_before_anything_is_computed_or_built(refused, flags, 
     assert message in refused(*flags) and "\n" not in refused(*flags)
 
 
+@pytest.mark.parametrize(
+    ("flags", "line"),
+    [
+        (("--max_steps", "six"), "max_steps='six' is not a whole number"),  # and not "19073 here"
+        (("--max_stepz", 60), "unknown recipe field --max_stepz; did you mean --max_steps?"),
+    ],
+)
+def test_what_could_not_be_read_is_not_compared_with_the_run(refused, trained, flags, line):
+    assert refused("--output_dir", trained[0], "--seed", 5, *flags) == line
+
+
+def test_a_mixture_that_could_not_be_read_is_not_opened(recipe_file, tmp_path):
+    argv = ["--config", recipe_file, "--output_dir", tmp_path / "run", "--data", "a", "b"]
+    with pytest.raises(UserError) as error:
+        preflight.resolve_and_check(list(map(str, argv)))
+    assert str(error.value) == "data=['a', 'b'] is not a list of DIR=WEIGHT"
+
+
 def test_mistakes_of_model_data_and_hellaswag_are_said_together(refused, recipe_file):
     about_model = ("--model.n_positions", 0, "--model.n_embd", 33)
     lines = refused(*about_model, "--hellaswag_every", 1, "--hellaswag_data", recipe_file).splitlines()

@@ -64,6 +64,8 @@ def resolve_and_check(argv: list[str]) -> Plan:
         UserError: one line for each mistake.
     """
     recipe, problems = parse_recipe(argv, DEMO, GPT2ReproConfig)
+    is_read = not problems
+    has_data = is_read or any(recipe.sources)  # otherwise what was given as data is refused
     flags = {word.split("=")[0] for word in argv}
     if not problems and not flags & {"--config", "--data_dir", "--data"}:
         prepare_demo(recipe)
@@ -72,7 +74,7 @@ def resolve_and_check(argv: list[str]) -> Plan:
     folder = None if recipe.eval_only else RunFolder(recipe.output_dir)
     data = plan = None
     try:
-        data = open_data(recipe)
+        data = open_data(recipe) if has_data else None
     except (UserError, ValueError) as error:
         problems += [str(error), *init_from_problems(recipe, folder)]
     try:
@@ -83,7 +85,7 @@ def resolve_and_check(argv: list[str]) -> Plan:
     except (UserError, ValueError) as error:
         problems.append(str(error))
     if folder is not None:
-        problems += output_problems(recipe, folder, data)
+        problems += output_problems(recipe if is_read else None, folder, data)
     if folder is not None and recipe.hellaswag_every:
         problems += hellaswag_problems(recipe.hellaswag_data)
     if problems or plan is None:
@@ -308,10 +310,11 @@ def tracker_problems(recipe: Recipe) -> list[str]:
     return [f"report_to={recipe.report_to} is not installed; run `pip install {recipe.report_to}`"]
 
 
-def output_problems(recipe: Recipe, folder: RunFolder, data: RunData | None) -> list[str]:
+def output_problems(recipe: Recipe | None, folder: RunFolder, data: RunData | None) -> list[str]:
     """Why the run must not write to its output directory: it never overwrites another run's files.
 
     Args:
+        recipe: None if it cannot be read as it was meant, and so not be compared with the directory's.
         data: None if it cannot be opened, which is reported elsewhere.
     """
     elsewhere = "choose another --output_dir, or delete it"
@@ -325,6 +328,8 @@ def output_problems(recipe: Recipe, folder: RunFolder, data: RunData | None) -> 
         return []
     if not folder.recipe.is_file():
         return [f"output_dir={folder.path} exists and is not a run; {elsewhere}"]
+    if recipe is None:
+        return []
     if not recipe.resume:
         return [f"output_dir={folder.path} holds a run, and resume is off; pass --resume true, or {elsewhere}"]
     if folder.model.exists() and folder.latest_checkpoint() is None:
