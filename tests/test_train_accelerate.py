@@ -762,6 +762,11 @@ def test_hellaswag_without_the_hub_names_the_recipes_field(monkeypatch):
         load_hellaswag(plan)
 
 
+def test_a_name_that_the_hub_would_not_accept_is_refused(refused):
+    message = refused("--push_to_hub", "--hub_model_id", "me/my model")
+    assert message.startswith("hub_model_id='me/my model' is no name of a repository") and "\n" not in message
+
+
 def test_a_missing_tracker_names_its_pip_install(refused, monkeypatch):
     monkeypatch.setattr(preflight, "get_available_trackers", list)
     assert "pip install trackio" in refused("--report_to", "trackio")

@@ -12,12 +12,14 @@ from typing import Any
 import psutil
 from accelerate import PartialState
 from accelerate.tracking import get_available_trackers
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 from transformers import PreTrainedTokenizerBase
 
 from gpt2repro.data.manifest import MANIFEST
 from gpt2repro.data.mixture import RunData
 from gpt2repro.data.tokenization import TOKENIZER_FILES, build_tokenizer, padded_vocab_size
-from gpt2repro.errors import UserError, problems_of, refuse
+from gpt2repro.errors import UserError, first_line, problems_of, refuse
 from gpt2repro.evaluation.hellaswag import download_problems, read_items
 from gpt2repro.files import CHECKOUT, append_problem, write_problem
 from gpt2repro.models.folder import check_tokenizer, find_model, load_tokenizer
@@ -69,7 +71,8 @@ def resolve_and_check(argv: list[str]) -> Plan:
     flags = {word.split("=")[0] for word in argv}
     if not problems and not flags & {"--config", "--data_dir", "--data"}:
         prepare_demo(recipe)
-    problems += recipe.problems(world_size()) + optimizer_problems(recipe) + missing_gpu() + tracker_problems(recipe)
+    problems += recipe.problems(world_size()) + optimizer_problems(recipe) + missing_gpu()
+    problems += tracker_problems(recipe) + hub_problems(recipe)
     # --eval_only has neither an output directory nor checkpoints of its own.
     folder = None if recipe.eval_only else RunFolder(recipe.output_dir)
     data = plan = None
@@ -308,6 +311,17 @@ def tracker_problems(recipe: Recipe) -> list[str]:
     if recipe.report_to in available:
         return []
     return [f"report_to={recipe.report_to} is not installed; run `pip install {recipe.report_to}`"]
+
+
+def hub_problems(recipe: Recipe) -> list[str]:
+    """One line if the Hub would not accept the repository's name."""
+    if not recipe.push_to_hub:
+        return []
+    try:
+        validate_repo_id(recipe.hub_model_id)
+    except HFValidationError as error:
+        return [f"hub_model_id={recipe.hub_model_id!r} is no name of a repository ({first_line(error)}); change it"]
+    return []
 
 
 def output_problems(recipe: Recipe | None, folder: RunFolder, data: RunData | None) -> list[str]:
