@@ -15,6 +15,7 @@ train_accelerate.py reads it through `data_dir`.
 import argparse
 import os
 import time
+from collections.abc import Callable
 from dataclasses import fields, replace
 from itertools import islice
 from pathlib import Path
@@ -34,7 +35,7 @@ from gpt2repro.errors import Parser, UserError, refuse, run_script
 from gpt2repro.files import file_sha256, new_folder
 from gpt2repro.prepare import parts, workers
 from gpt2repro.prepare.corpora import HUB_CORPORA, LOCAL_CORPORA, Corpus, CorpusQuery, open_corpus
-from gpt2repro.prepare.deduplication import DedupOptions, deduplicate
+from gpt2repro.prepare.deduplication import DedupOptions, check_methods, deduplicate
 from gpt2repro.prepare.describe import describe
 from gpt2repro.prepare.local_files import describe_left_out
 from gpt2repro.prepare.plan import PartRecord, Quota
@@ -291,7 +292,8 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--verify", metavar="DIR", type=path, help="check a prepared directory against its manifest")
     parser.add_argument("--describe", metavar="DIR", type=path, help="show what a prepared directory holds")
     args = parser.parse_args(argv)
-    refuse(argument_problems(args))
+    given = {name for name, value in vars(args).items() if value != parser.get_default(name)}
+    refuse(argument_problems(args) + ignored_flags(args, given))
     return args
 
 
@@ -308,6 +310,10 @@ def argument_problems(args: argparse.Namespace) -> list[str]:
     problems = []
     if not (args.verify or args.describe or (args.corpus and args.output_dir)):
         problems.append("give a CORPUS and --output_dir DIR, or --verify DIR, or --describe DIR")
+    if sum(map(bool, (args.corpus or args.output_dir, args.verify, args.describe))) > 1:
+        problems.append("CORPUS, --verify and --describe exclude each other; give one")
+    if args.source and not os.path.exists(args.source):
+        problems.append(f"--source {args.source} does not exist; choose another")
     if args.source and args.output_dir and _lies_inside(args.output_dir, args.source):
         problems.append(
             f"--output_dir {args.output_dir} lies inside --source {args.source}, where its files would be taken for "
@@ -321,7 +327,41 @@ def argument_problems(args: argparse.Namespace) -> list[str]:
         problems.append("--val_tokens and --val_fraction exclude each other; give one")
     if args.val_fraction is not None and not 0 < args.val_fraction < 1:
         problems.append(f"--val_fraction {args.val_fraction} must lie between 0 and 1")
+    if args.tokenizer and args.tokenizer.startswith("bpe:"):
+        problems += _problem_of(expected_vocab_size, args.tokenizer)
+    if args.dedup:
+        problems += _problem_of(check_methods, tuple(args.dedup.split(",")))
     return problems
+
+
+def _problem_of(check: Callable, *args) -> list[str]:
+    try:
+        check(*args)
+    except UserError as error:
+        return [str(error)]
+    return []
+
+
+def ignored_flags(args: argparse.Namespace, given: set[str]) -> list[str]:
+    """One line for each flag that is given and would change nothing."""
+    has_source = args.corpus in ("files", "shakespeare", "shakespeare-char")
+    is_dataset = args.corpus not in LOCAL_CORPORA
+    by_url = "url" in (args.dedup or "").split(",")
+    uses = {
+        "source": (has_source, "for the corpora `files` and shakespeare"),
+        "hub_config": (is_dataset, "for a dataset"),
+        "split": (is_dataset, "for a dataset"),
+        "revision": (is_dataset, "for a dataset"),
+        "url_column": (by_url, "with --dedup url"),
+        "executor": (args.dedup, "with --dedup"),
+        "slurm_partition": (args.executor == "slurm", "with --executor slurm"),
+        "slurm_time": (args.executor == "slurm", "with --executor slurm"),
+    }
+    return [
+        f"--{name} {getattr(args, name)} is only used {use}; leave it out"
+        for name, (is_used, use) in uses.items()
+        if name in given and not is_used
+    ]
 
 
 if __name__ == "__main__":

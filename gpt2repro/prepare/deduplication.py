@@ -120,7 +120,7 @@ def deduplicate(pieces: list[Piece], output_dir: Path, options: DedupOptions, ex
 def check_methods(methods: tuple[str, ...]) -> None:
     """Raise UserError for a method that is not one of METHODS."""
     if not set(methods) <= set(METHODS):
-        raise UserError(f"deduplication by {', '.join(methods)}: use some of {', '.join(METHODS)}")
+        raise UserError(f"--dedup {','.join(methods)}: use url, minhash, or url,minhash")
 
 
 def check_packages(methods: tuple[str, ...], executor: str) -> None:

@@ -417,7 +417,7 @@ def test_missing_packages_are_named(source, tmp_path, monkeypatch):
 
 
 def test_an_unknown_method(source, tmp_path):
-    with pytest.raises(UserError, match="deduplication by urls, minhash: use some of url, minhash"):
+    with pytest.raises(UserError, match="--dedup urls,minhash: use url, minhash, or url,minhash"):
         deduplicate(source, tmp_path / "out", ["urls", "minhash"])
 
 

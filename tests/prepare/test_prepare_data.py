@@ -204,7 +204,7 @@ def test_a_path_may_begin_at_the_home_directory(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("finished", [True, False])
 @pytest.mark.parametrize(
-    "change", [["--tokenizer", "gpt2"], ["--shard_tokens", "501"], ["--val_fraction", "0.2"], ["--source", "elsewhere"]]
+    "change", [["--tokenizer", "gpt2"], ["--shard_tokens", "501"], ["--val_fraction", "0.2"], ["--source", "."]]
 )
 def test_other_settings_are_refused(command, uninterrupted, tmp_path, change, finished):
     for path in uninterrupted.rglob("*.*"):
@@ -254,15 +254,19 @@ def test_a_file_is_no_output_directory(command, tmp_path):
 def test_all_bad_flags_are_reported_at_once(run_script, tmp_path):
     process = run_script(
         *("prepare_data.py", "files", "--output_dir", tmp_path / "out", "--shard_tokens", 0, "--num_workers", -1),
-        *("--val_tokens", 0, "--val_fraction", 1.5),
+        *("--val_tokens", 0, "--val_fraction", 1.5, "--source", tmp_path / "none", "--tokenizer", "bpe:1"),
+        *("--dedup", "url,foo"),
     )
     assert process.returncode == 2
     assert process.stderr.splitlines() == [
+        f"error: --source {tmp_path / 'none'} does not exist; choose another",
         "error: --shard_tokens 0 must be at least 1",
         "error: --num_workers -1 must be at least 1",
         "error: --val_tokens 0 must be at least 1",
         "error: --val_tokens and --val_fraction exclude each other; give one",
         "error: --val_fraction 1.5 must lie between 0 and 1",
+        "error: --tokenizer bpe:1: bpe:N needs a number of token ids N above 256, one for each byte, and up to 2^31",
+        "error: --dedup url,foo: use url, minhash, or url,minhash",
     ]
     assert not (tmp_path / "out").exists()
 
@@ -270,6 +274,31 @@ def test_all_bad_flags_are_reported_at_once(run_script, tmp_path):
 @pytest.mark.parametrize("args", [[], ["files"], ["--output_dir", "x"]])
 def test_corpus_and_output_directory_are_needed(args):
     assert refusal(*args) == "give a CORPUS and --output_dir DIR, or --verify DIR, or --describe DIR"
+
+
+@pytest.mark.parametrize(
+    "args, use",
+    [
+        (["x/y", "--source", "."], "--source . is only used for the corpora `files`"),
+        (["python-docs", "--source", "."], "--source . is only used for the corpora `files`"),
+        (["files", "--hub_config", "x"], "--hub_config x is only used for a dataset"),
+        (["files", "--split", "test"], "--split test is only used for a dataset"),
+        (["shakespeare", "--revision", "y"], "--revision y is only used for a dataset"),
+        (["x/y", "--executor", "slurm"], "--executor slurm is only used with --dedup"),
+        (["x/y", "--dedup", "minhash", "--url_column", "link"], "--url_column link is only used with --dedup url"),
+        (["x/y", "--dedup", "url", "--slurm_partition", "z"], "--slurm_partition z is only used with --executor slurm"),
+        (["x/y", "--dedup", "url", "--slurm_time", "1:0"], "--slurm_time 1:0 is only used with --executor slurm"),
+        (["x/y", "--verify", "z"], "CORPUS, --verify and --describe exclude each other"),
+    ],
+)
+def test_a_flag_that_would_be_ignored_is_refused(tmp_path, args, use):
+    (line,) = refusal(*args, "--output_dir", tmp_path / "out").splitlines()
+    assert line.startswith(use)
+    assert not (tmp_path / "out").exists()
+
+
+def test_two_directories_are_not_checked_at_once():
+    assert "exclude each other; give one" in refusal("--verify", "x", "--describe", "y")
 
 
 @pytest.mark.parametrize("fraction", ["0", "1", "-0.1", "nan"])
