@@ -48,6 +48,7 @@ from gpt2repro.prepare.prepared import (
     refuse_empty_splits,
     summary,
     uneven_split,
+    unused_separator,
 )
 from gpt2repro.prepare.readers import DOCUMENT_NOTES, SKIP_REASONS
 from gpt2repro.prepare.request import EXECUTORS, Execution, Request
@@ -131,8 +132,9 @@ def prepare(directory: OutputDirectory, request: Request, execution: Execution) 
     refuse_empty_splits(directory, records, val_split, corpus, request)
     if corpus.modified:
         directory.open_corpus(request)  # refuses a source that changed while it was read
-    if note := uneven_split(records, val_split):
-        print(note, flush=True)
+    for note in (unused_separator(records, corpus, request), uneven_split(records, val_split)):
+        if note:
+            print(note, flush=True)
 
     preparation = {
         "tokenizer_files": tokenizer.files,
@@ -153,8 +155,8 @@ def prepare(directory: OutputDirectory, request: Request, execution: Execution) 
 def print_corpus_notes(corpus: Corpus) -> None:
     if corpus.left_out:
         print(describe_left_out(corpus.left_out), flush=True)
-    if corpus.hint:
-        print(corpus.hint, flush=True)
+    for note in corpus.notes:
+        print(note, flush=True)
 
 
 def print_tokenizer_notes(tokenizer: SavedTokenizer, special_tokens: SpecialTokens, corpus: Corpus) -> None:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from gpt2repro.errors import UserError
 from gpt2repro.prepare import built_in, readers
 from gpt2repro.prepare.boundaries import WIKITEXT_TITLE, Boundary
-from gpt2repro.prepare.local_files import Listing, describe_left_out, list_files
+from gpt2repro.prepare.local_files import Listing, describe_left_out, first_names, list_files
 from gpt2repro.prepare.readers import Piece
 from gpt2repro.prepare.retries import HUB_REMEDY, reading, with_retries
 from gpt2repro.prepare.validation import DEFAULT_SPLIT, SMALL_CORPUS_SPLIT, ValidationSplit
@@ -27,7 +27,8 @@ if TYPE_CHECKING:
     from datasets import DatasetBuilder
 
 READABLE = ".txt, .jsonl, .json or .parquet (or .md, .ndjson, .csv, .tsv, .arrow)"
-LINES_HINT = (
+OTHER_SPLITS = {"test", "val", "valid", "validation", "dev", "eval"}  # words of file names
+LINES_NOTE = (
     "note: each line of its text files is a document, as `datasets` reads them; for one document per file use "
     "`files --source {name}`, for several lines per document --document_separator"
 )
@@ -69,7 +70,7 @@ class Corpus:
     modified: modification times of its local files, in nanoseconds since 1970. A preparation resumes only with the same
         ones; they are not part of the facts, because a copy of the data has others.
     left_out: reason -> names of the files in its folder that are not read.
-    hint: a line to print if its rows may not be what the user takes for documents.
+    notes: lines to print if its documents may not be what the user takes for them.
     """
 
     pieces: list[Piece]
@@ -79,7 +80,7 @@ class Corpus:
     default_tokenizer: str = "gpt2"
     modified: list[int] = field(default_factory=list)
     left_out: dict[str, list[str]] = field(default_factory=dict)
-    hint: str = ""
+    notes: list[str] = field(default_factory=list)
 
     def texts(self) -> Iterator[str]:
         """All texts, in order; every call starts a fresh pass."""
@@ -177,8 +178,19 @@ def _open_files(query: CorpusQuery) -> Corpus:
         )
 
     pieces = list(chain.from_iterable(readers.cut_file(path, query.text_column) for path in files))
+    notes = _notes_about_splits(files, listing.root)
     if query.boundary:
         pieces = [readers.separated(piece, query.boundary) for piece in pieces]
+        tables = [piece.path for piece in pieces if piece.boundary is None]
+        if tables and len(tables) == len(pieces):
+            raise UserError(
+                f"--document_separator {query.document_separator!r} is for text files, and {query.source} holds none: "
+                "a row of a table is a document; leave it out"
+            )
+        if tables:
+            notes.append(
+                f"note: --document_separator leaves {len(set(tables)):,} tables as they are: a row is a document"
+            )
     single_text = len(files) == 1 and bool(pieces) and pieces[0].reader == "text"
     return Corpus(
         pieces=pieces,
@@ -187,7 +199,19 @@ def _open_files(query: CorpusQuery) -> Corpus:
         default_split=SMALL_CORPUS_SPLIT if single_text else DEFAULT_SPLIT,
         modified=_modification_times(files),
         left_out=listing.left_out,
+        notes=notes,
     )
+
+
+def _notes_about_splits(files: list[Path], root: Path) -> list[str]:
+    """A note if files beside those for training look like those of other splits."""
+    words = {path: set(re.split(r"[^a-z]+", path.relative_to(root).as_posix().lower())) for path in files}
+    others = [path.relative_to(root).as_posix() for path in files if words[path] & OTHER_SPLITS]
+    if not others or not any("train" in words[path] for path in files):
+        return []
+    is_saved = (root / "dataset_dict.json").exists()  # by save_to_disk, which load_dataset does not read
+    alone = f"use --source {root / 'train'}" if is_saved else f"use the dataset {root} instead of `files`"
+    return [f"note: {first_names(others)} of another split become part of the corpus; to leave them out, {alone}"]
 
 
 def _file_facts(files: list[Path], root: Path) -> dict:
@@ -238,7 +262,7 @@ def _open_hub(query: CorpusQuery, default_split: ValidationSplit, boundary: Boun
     pieces = [replace(piece, boundary=boundary) for piece in pieces]
     corpus = Corpus(pieces, facts, default_split=default_split)
     if boundary is None and _is_read_line_by_line(builder):
-        corpus = replace(corpus, hint=LINES_HINT.format(name=query.name))
+        corpus = replace(corpus, notes=[LINES_NOTE.format(name=query.name)])
     if not local:
         return corpus
     paths = [Path(path) for path in files[query.split]]

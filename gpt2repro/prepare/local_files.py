@@ -97,11 +97,11 @@ def _files_of(path: Path) -> Iterator[Path]:
 
 def describe_left_out(left_out: dict[str, list[str]]) -> str:
     """One line: how many files, why, and the first names."""
-    reasons = [f"{len(names):,} {reason} ({_first_names(names)})" for reason, names in left_out.items()]
+    reasons = [f"{len(names):,} {reason} ({first_names(names)})" for reason, names in left_out.items()]
     total = sum(map(len, left_out.values()))
     return f"left out {total:,} file{'s' if total > 1 else ''}: {'; '.join(reasons)}"
 
 
-def _first_names(names: list[str]) -> str:
+def first_names(names: list[str]) -> str:
     more = ", ..." if len(names) > SHOWN_NAMES else ""
     return ", ".join(names[:SHOWN_NAMES]) + more

@@ -324,6 +324,15 @@ def _fitting_remedy(records: list[PartRecord], val_split: ValidationSplit, corpu
     return f"two different documents are needed: {more}"
 
 
+def unused_separator(records: list[PartRecord], corpus: Corpus, request: Request) -> str | None:
+    """A note if --document_separator, perhaps misspelt, made no more documents than there are files."""
+    documents = sum(record.total("documents") for record in records)
+    is_whole = all(piece.boundary for piece in corpus.pieces) and all(record.complete for record in records)
+    if request.document_separator is None or not is_whole or documents > len(corpus.pieces):
+        return None
+    return f"note: --document_separator {request.document_separator!r} separates nothing: no file has two documents"
+
+
 def uneven_split(records: list[PartRecord], val_split: ValidationSplit) -> str | None:
     """A note if validation has more than twice or less than half the tokens that it was asked for."""
     train, val = (sum(record.splits[name].tokens for record in records) for name in SPLITS)

@@ -418,6 +418,50 @@ def test_a_split_that_differs_from_what_was_asked_for_is_said(tmp_path, monkeypa
     assert said in printed if said else "note: validation" not in printed
 
 
+@pytest.mark.parametrize(
+    "files, separator, notes",
+    [
+        ({"a.txt": "1##2", "b.txt": "3"}, "##", []),
+        ({"a.txt": "1##2", "b.txt": "3"}, "#*#", ["'#*#' separates nothing: no file has two documents"]),
+        ({"a.txt": "1##2", "b.csv": "text\nthree\n"}, "##", ["leaves 1 tables as they are: a row is a document"]),
+    ],
+)
+def test_what_a_separator_does_not_separate_is_said(tmp_path, capsys, files, separator, notes):
+    (tmp_path / "src").mkdir()
+    for name, text in files.items():
+        (tmp_path / "src" / name).write_text(text)
+    command = ["files", "--source", tmp_path / "src", "--output_dir", tmp_path / "out", "--tokenizer", "char"]
+    prepare(*command, "--val_tokens", 1, f"--document_separator={separator}")
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("note: --document_separator ")]
+    assert [line.endswith(note) for line, note in zip(said, notes, strict=True)] == [True] * len(notes)
+
+
+def test_a_separator_for_tables_alone_is_refused(tmp_path):
+    write_jsonl(tmp_path / "a.jsonl", ["1##2", "3"])
+    command = ["files", "--source", tmp_path, "--output_dir", tmp_path.parent / "out", "--document_separator", "##"]
+    assert "holds none: a row of a table is a document; leave it out" in refusal(*command)
+
+
+@pytest.mark.parametrize(
+    "names, said",
+    [
+        (["train.jsonl", "test.jsonl"], "note: test.jsonl of another split become part of the corpus"),
+        (["data/train-0.jsonl", "dev_0.jsonl", "val/0.jsonl"], "note: dev_0.jsonl, val/0.jsonl of another"),
+        (["train/0.jsonl", "test/0.jsonl", "dataset_dict.json"], "to leave them out, use --source "),
+        (["test.jsonl", "contest.jsonl"], None),
+        (["train.jsonl", "latest.jsonl"], None),
+    ],
+)
+def test_files_of_another_split_are_named(tmp_path, capsys, names, said):
+    for name in names:
+        (tmp_path / "src" / name).parent.mkdir(parents=True, exist_ok=True)
+        write_jsonl(tmp_path / "src" / name, ["one", "two"])
+    command = ["files", "--source", tmp_path / "src", "--output_dir", tmp_path / "out", "--tokenizer", "char"]
+    prepare(*command, "--val_tokens", 1)
+    printed = capsys.readouterr().out
+    assert said in printed if said else "another split" not in printed
+
+
 def test_one_document_cannot_be_split(tmp_path):
     for name in "ab":
         (tmp_path / f"{name}.txt").write_text("the same")
