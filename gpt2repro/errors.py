@@ -17,6 +17,7 @@ from typing import Any, NoReturn
 FREE_SPACE = "free some space and repeat the command: it resumes from the newest checkpoint"
 SAVE_MEMORY = "use a smaller batch, or hide the GPU with CUDA_VISIBLE_DEVICES=-1"
 MAKE_WRITABLE = "make it writable, or choose another directory, and repeat the command"
+CHECK_PERMISSIONS = "check its permissions, and those of the folders above it"
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS)
 GRACE_SECONDS = 10.0  # for which another rank lets rank 0 speak first; ranks start seconds apart on a busy machine
@@ -102,8 +103,8 @@ class Parser(argparse.ArgumentParser):
 
 
 def run_script(main: Callable[[list[str]], None], save_memory: str = SAVE_MEMORY) -> None:
-    """Run `main(argv)` as a script. A UserError is printed, by one process if all have it, and exits with code 2; so is
-    a GPU or a memory that is too small.
+    """Run `main(argv)` as a script. A UserError is printed, by one process if all have it, and exits with code 2; so
+    are a GPU or a memory that is too small and a file that the user may not touch.
 
     Args:
         save_memory: the remedy when torch finds no memory.
@@ -112,6 +113,8 @@ def run_script(main: Callable[[list[str]], None], save_memory: str = SAVE_MEMORY
         main(sys.argv[1:])
     except UserError as error:
         _exit_with(error)
+    except PermissionError as error:
+        _exit_with(UserError(f"{first_line(error)}; {CHECK_PERMISSIONS}"))
     except RuntimeError as error:
         is_full = type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator: can't" in str(error)
         if not is_full:  # torch's, of a GPU and of the CPU; this module does not import torch

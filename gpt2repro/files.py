@@ -11,7 +11,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from gpt2repro.errors import UserError, first_line
+from gpt2repro.errors import CHECK_PERMISSIONS, UserError, first_line
 
 
 CHECKOUT = Path(__file__).resolve().parents[1]  # the root of the checkout, if this is one
@@ -160,11 +160,15 @@ def file_problem(path: Path, sha256: str | None, recorded: str = "the manifest's
 
     Args:
         recorded: how the message refers to that hash.
+    Raises:
+        UserError: the file may not be read, which is no damage.
     """
     if not path.is_file():
         return f"{path} is missing"
     try:
         found = file_sha256(path)
+    except PermissionError as error:
+        raise UserError(f"{path} cannot be read ({first_line(error)}); {CHECK_PERMISSIONS}") from error
     except OSError as error:
         return f"{path} cannot be read ({first_line(error)})"
     return None if found == sha256 else f"{path} is damaged: its sha256 differs from {recorded}"

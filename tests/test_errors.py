@@ -84,6 +84,13 @@ def test_a_full_memory_is_one_line(printed):
     assert printed(error.value, rank=0).count("\n") == 1
 
 
+def test_what_the_user_may_not_touch_is_one_line(printed):
+    error = PermissionError(errno.EACCES, "Permission denied", "/theirs")
+    assert printed(error, rank=0) == (
+        "error: [Errno 13] Permission denied: '/theirs'; check its permissions, and those of the folders above it\n"
+    )
+
+
 def test_an_error_begins_on_a_line_of_its_own(printed):
     stderr = io.StringIO()
     with tqdm(total=9, file=stderr):

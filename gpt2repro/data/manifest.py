@@ -17,7 +17,7 @@ import numpy as np
 
 from gpt2repro.data.foreign_tokens import GPT2_VOCAB_SIZE, ForeignTokens, TokenFile, foreign_format, read_foreign_tokens
 from gpt2repro.data.shards import SPLITS, Shard, Split, checked_value, has_tokens, map_npy, token_dtype
-from gpt2repro.errors import UserError, first_line, refuse
+from gpt2repro.errors import CHECK_PERMISSIONS, UserError, first_line, refuse
 from gpt2repro.files import file_problem, write_json
 
 
@@ -155,6 +155,8 @@ class Manifest:
             version = content.get("format_version")
             if version == FORMAT_VERSION:
                 return cls.from_dict(content, fingerprint=hashlib.sha256(data).hexdigest())
+        except PermissionError as error:
+            raise UserError(f"{path} cannot be read ({first_line(error)}); {CHECK_PERMISSIONS}") from error
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{path} is damaged ({first_line(error)}); {remedy(data_dir)}") from error
         raise UserError(f"{path} has format version {version}, this program reads {FORMAT_VERSION}; {remedy(data_dir)}")

@@ -13,7 +13,7 @@ import numpy as np
 
 from gpt2repro.data.manifest import Manifest, remedy
 from gpt2repro.data.shards import map_npy
-from gpt2repro.errors import UserError, first_line
+from gpt2repro.errors import CHECK_PERMISSIONS, UserError, first_line
 
 
 MAPPED_SHARDS = 128  # memory maps a process keeps: each holds a file open, and processes are usually limited to 1024
@@ -123,6 +123,8 @@ def map_shard(path: Path, offset: int | None, tokens: int) -> np.ndarray:
         return map_npy(path) if offset is None else np.memmap(path, "<u2", "r", offset, tokens)
     except (OSError, ValueError, EOFError) as error:
         what_to_do = remedy(path.parent) if offset is None else "copy it again"
+        if isinstance(error, PermissionError):
+            what_to_do = CHECK_PERMISSIONS
         if getattr(error, "errno", None) == errno.EMFILE:
             what_to_do = "raise the limit on open files with `ulimit -n`"
         raise UserError(f"shard {path} cannot be opened ({first_line(error)}); {what_to_do}") from error

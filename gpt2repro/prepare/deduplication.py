@@ -156,6 +156,8 @@ def _read_ours(path: Path) -> dict:
     """The JSON object in a file of this module."""
     try:
         return dict(json.loads(path.read_text()))
+    except PermissionError:
+        raise
     except (OSError, ValueError, TypeError, RecursionError) as error:
         raise UserError(
             f"{path} is damaged ({first_line(error)}); delete {path.parent}, which then is made anew"

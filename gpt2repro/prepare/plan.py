@@ -90,6 +90,8 @@ class PartRecord:
         """None if the file is damaged."""
         try:
             return cls.from_dict(json.loads(path.read_text()))
+        except PermissionError:
+            raise
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
             return None
 

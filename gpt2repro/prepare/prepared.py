@@ -70,6 +70,8 @@ class Unfinished:
             corpus_facts, modified = settings.pop("corpus_facts", {}), settings.pop("modified", None)
             record, files = settings.pop("tokenizer_facts", None), settings.pop("tokenizer_files", None)
             tokenizer = SavedTokenizer(TokenizerRecord.from_dict(record), files) if files else None
+        except PermissionError:  # it may well be ours
+            raise
         except (OSError, ValueError, KeyError, TypeError):
             return None
         return cls(settings, corpus_facts, modified, tokenizer)
@@ -141,6 +143,8 @@ class OutputDirectory:
         """The settings that the manifest records; None if there is no manifest of ours."""
         try:
             return dict(json.loads(self.manifest.read_text())["settings"])
+        except PermissionError:  # it may well be ours
+            raise
         except (OSError, ValueError, KeyError, TypeError):
             return None
 
@@ -254,7 +258,7 @@ def explain_disk_errors(output_dir: Path) -> Iterator[None]:
             ) from error
         if isinstance(error, OSError) and str(getattr(error, "filename", None)).startswith(str(output_dir)):
             raise UserError(
-                f"{output_dir} cannot be written ({first_line(error)}); fix that, or choose another --output_dir"
+                f"{output_dir} cannot be used ({first_line(error)}); fix that, or choose another --output_dir"
             ) from error
         raise
 

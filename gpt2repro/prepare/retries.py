@@ -5,7 +5,7 @@ import itertools
 import time
 from collections.abc import Callable, Iterator
 
-from gpt2repro.errors import UserError, first_line
+from gpt2repro.errors import CHECK_PERMISSIONS, UserError, first_line
 
 
 ATTEMPTS = 6
@@ -34,6 +34,8 @@ def reading(origin: str, remedy: str = "fix the file, or leave it out") -> Itera
     except Exception as error:  # network, Hub, format and configuration errors share no base class
         if "://" in origin:
             raise RemoteError(f"cannot read {origin}: {first_line(error)}; {HUB_REMEDY}") from error
+        if isinstance(error, PermissionError):
+            remedy = CHECK_PERMISSIONS
         raise UserError(f"cannot read {origin}: {first_line(error)}; {remedy}") from error
 
 

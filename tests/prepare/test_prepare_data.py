@@ -1,8 +1,10 @@
 """Data preparation as users run it, compared with its input: nothing is lost, changed or counted twice."""
 
 import contextlib
+import errno
 import gzip
 import hashlib
+import io
 import json
 import os
 import subprocess
@@ -515,6 +517,30 @@ def test_a_damaged_manifest_is_one_line(command, tmp_path, content):
     for args in (["--verify", tmp_path], ["--describe", tmp_path], [*command, "--output_dir", tmp_path]):
         (line,) = refusal(*args).splitlines()
         assert str(tmp_path) in line
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "train_00000.npy", "tokenizer.json", "a.jsonl", "preparing.json"])
+def test_what_may_not_be_read_is_not_damaged(tmp_path, monkeypatch, name):
+    """Root may read everything, so that opening is replaced."""
+    source, out = write_jsonl(tmp_path / "a.jsonl", ["one", "two"]), tmp_path / "out"
+    command = ["files", "--source", source, "--output_dir", out, "--tokenizer", "char", "--val_tokens", 1]
+    prepare(*command)
+    calls = {"manifest.json": [["--verify", out], ["--describe", out], command]}
+    calls |= {"train_00000.npy": [["--verify", out], ["--describe", out]], "tokenizer.json": [["--verify", out]]}
+    if name == "preparing.json":
+        (out / "manifest.json").rename(out / name)
+    open_file = io.open
+
+    def refuse(file, *args, **kwargs):
+        if str(file).endswith(name):
+            raise PermissionError(errno.EACCES, "Permission denied", str(file))
+        return open_file(file, *args, **kwargs)
+
+    monkeypatch.setattr(io, "open", refuse)
+    monkeypatch.setattr("builtins.open", refuse)
+    for args in calls.get(name, [command]):
+        (line,) = refusal(*args).splitlines()
+        assert f"{name}" in line and "Permission denied" in line and "delete" not in line and "damaged" not in line
 
 
 def test_every_file_of_the_tokenizer_is_verified(command, tmp_path):
