@@ -99,6 +99,8 @@ class Parser(argparse.ArgumentParser):
         super().__init__(description=description, formatter_class=formatter, allow_abbrev=False)
 
     def error(self, message: str) -> NoReturn:
+        if flag := re.match(r"argument (--\w+): expected (at least )?one argument", message):
+            message += f" (one that begins with - is given as {flag[1]}=VALUE)"
         raise UserError(f"{message}; `python {self.prog} --help` lists the flags")
 
 

@@ -9,7 +9,7 @@ import torch
 from tqdm import tqdm
 
 from gpt2repro import errors
-from gpt2repro.errors import SharedError, UserError, report_write_errors, run_script
+from gpt2repro.errors import Parser, SharedError, UserError, report_write_errors, run_script
 
 
 @pytest.fixture
@@ -89,6 +89,15 @@ def test_what_the_user_may_not_touch_is_one_line(printed):
     assert printed(error, rank=0) == (
         "error: [Errno 13] Permission denied: '/theirs'; check its permissions, and those of the folders above it\n"
     )
+
+
+@pytest.mark.parametrize("flag, options", [("--separator", {}), ("--separators", {"nargs": "+"})])
+def test_a_value_that_begins_with_a_dash(flag, options):
+    parser = Parser("")
+    parser.add_argument(flag, **options)
+    with pytest.raises(UserError, match=f"one that begins with - is given as {flag}=VALUE"):
+        parser.parse_args([flag, "---"])
+    assert "---" in vars(parser.parse_args([f"{flag}=---"]))[flag[2:]]
 
 
 def test_an_error_begins_on_a_line_of_its_own(printed):

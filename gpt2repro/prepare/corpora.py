@@ -259,8 +259,9 @@ def _open_hub(query: CorpusQuery, default_split: ValidationSplit, boundary: Boun
         "text_column": query.text_column,
     }
     pieces = _cut_hub_files(builder, query.split, query.text_column)
-    pieces = [replace(piece, boundary=boundary) for piece in pieces]
-    corpus = Corpus(pieces, facts, default_split=default_split)
+    empty = [Path(piece.path).name for piece in pieces if piece.reader == "table" and not piece.bytes]
+    pieces = [replace(piece, boundary=boundary) for piece in pieces if piece.reader != "table" or piece.bytes]
+    corpus = Corpus(pieces, facts, default_split=default_split, left_out={"empty": empty} if empty else {})
     if boundary is None and _is_read_line_by_line(builder):
         corpus = replace(corpus, notes=[LINES_NOTE.format(name=query.name)])
     if not local:
@@ -274,7 +275,7 @@ def _open_hub(query: CorpusQuery, default_split: ValidationSplit, boundary: Boun
         corpus,
         facts=facts | _file_facts(paths, Path(hub_id)),
         modified=_modification_times(paths),
-        left_out=listing.left_out,
+        left_out=corpus.left_out | listing.left_out,
     )
 
 

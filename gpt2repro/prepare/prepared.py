@@ -152,7 +152,8 @@ class OutputDirectory:
         """The settings that finished work depends on; the others can still change."""
         if self.part_records():
             return request.settings()
-        return request.deduplication_settings() if self.deduplicated.exists() else {}
+        has_deduplicated = not holds_only(self.deduplicated, set())  # a mistake found at once leaves it empty
+        return request.deduplication_settings() if has_deduplicated else {}
 
     def _finished_manifest(self, request: Request) -> Manifest:
         """The manifest, after a quick check of the files and, if it is local, of the corpus."""

@@ -267,7 +267,7 @@ def cut_tables(builder: "DatasetBuilder", split: str, column: str) -> list[Piece
     with ThreadPoolExecutor(16) as pool:
         sizes = pool.map(lambda path: with_retries(_text_bytes, path), paths)
     return [
-        Piece("table", path, size, column=column, builder=_for_one_file(builder, path))
+        Piece("table", path, size, column=column, builder=_for_one_file(builder, path, column))
         for path, size in zip(paths, sizes)
     ]
 
@@ -277,13 +277,22 @@ def builder_kind(builder: "DatasetBuilder") -> str:
     return type(builder).__module__.split(".")[-1]  # of datasets.packaged_modules
 
 
-def _for_one_file(builder: "DatasetBuilder", path: str) -> "DatasetBuilder":
+def _for_one_file(builder: "DatasetBuilder", path: str, column: str) -> "DatasetBuilder":
     alone = copy.copy(builder)
-    alone.config = copy.copy(builder.config)
-    alone.config.data_files = {"train": [path]}  # names, not patterns
-    if builder_kind(builder) == "csv" and alone.config.index_col is None:
-        alone.config.index_col = False  # or pandas takes the first field of rows that have one too many for an index
+    alone.config = config = copy.copy(builder.config)
+    config.data_files = {"train": [path]}  # names, not patterns
+    if builder_kind(builder) == "csv":
+        if config.index_col is None:
+            config.index_col = False  # or pandas takes the first field of rows that have one too many for an index
+        if not (config.features or config.na_values) and config.keep_default_na:
+            config.converters = {column: _text_or_null}  # or a file of years has numbers for texts
     return alone
+
+
+def _text_or_null(field: str) -> str | None:
+    from pandas._libs.parsers import STR_NA_VALUES
+
+    return None if field in STR_NA_VALUES else field
 
 
 def _text_bytes(path: str) -> int:

@@ -212,6 +212,13 @@ def test_lines_that_are_lists_are_not_one_list(tmp_path, rows):
     assert "a.jsonl, row 1: " in mistake("files", str(tmp_path))
 
 
+def test_texts_of_a_csv_that_look_like_numbers(tmp_path):
+    """A second file of a dataset may hold nothing else; the first decides what load_dataset makes of it."""
+    write_files(tmp_path, {"a.csv": b"text\nhello\nNA\n", "b.csv": b"text,id\n1984,1\n007,2\n,3\nTrue,4\n"})
+    for query in ([str(tmp_path)], ["files", str(tmp_path)]):
+        assert read(*query) == ["hello", "1984", "007", "True"]
+
+
 def test_separators_at_the_ends_of_lines(tmp_path):
     """pandas alone would take the ids for an index and the texts for ids."""
     write_files(tmp_path, {"a.csv": b"id,text\n1,one,\n2,two,\n"})
@@ -374,6 +381,15 @@ def test_a_dataset_in_the_hubs_format(dataset):
 )
 def test_a_missing_part_of_a_dataset_is_named(dataset, options, complaint):
     assert complaint in mistake(dataset, **options)
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "csv"])
+def test_empty_tables_of_a_dataset_are_left_out(tmp_path, suffix):
+    content = {"jsonl": b'{"text": "x"}\n', "csv": b"text\nx\n"}[suffix]
+    write_files(tmp_path, {f"{name}.{suffix}": content if name == "b" else b"" for name in "abc"})
+    corpus = open_corpus(str(tmp_path))
+    assert list(corpus.texts()) == ["x"]
+    assert corpus.left_out == {"empty": [f"a.{suffix}", f"c.{suffix}"]}
 
 
 def test_configurations_of_which_none_is_the_default(tmp_path):

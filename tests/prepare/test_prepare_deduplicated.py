@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 from support import prepare, write_jsonl
 
+import prepare_data
 from gpt2repro.errors import UserError
+from gpt2repro.prepare.prepared import OutputDirectory
 
 
 DATATROVE = importlib.util.find_spec("datatrove") is not None
@@ -67,6 +69,15 @@ def test_without_duplicates_the_result_is_that_without_deduplication(tmp_path, t
         (a, *_), (b, *_) = (plain["splits"][split]["shards"], unique["splits"][split]["shards"])
         tokens = [np.load(tmp_path / name / shard["file"]) for name, shard in (("plain", a), ("unique", b))]
         assert np.array_equal(*tokens)
+
+
+@pytest.mark.skipif(not DATATROVE, reason="datatrove is not installed: pip install gpt2repro[dedup]")
+def test_a_wrong_column_can_be_corrected_in_the_same_directory(source, tmp_path):
+    command = ["files", "--source", str(source), "--output_dir", str(tmp_path / "out"), "--dedup", "url"]
+    with pytest.raises(UserError, match="no column 'link' but text, url"):
+        prepare(*command, "--url_column", "link")
+    request = prepare_data.request_of(prepare_data.parse_arguments(command))
+    assert OutputDirectory(tmp_path / "out").already_prepared(request) is None  # nor refused
 
 
 def test_one_text_has_no_duplicates(tmp_path):
