@@ -525,10 +525,10 @@ def test_missing_data_names_the_command_that_prepares_it(refused, tmp_path, corp
     assert message.endswith(remedy.format(tmp_path / "none"))
 
 
-def test_unfinished_data_is_refused(refused, data_dir, tmp_path):
+def test_data_without_its_manifest_is_refused(refused, data_dir, tmp_path):
     shutil.copytree(data_dir, tmp_path / "half", ignore=shutil.ignore_patterns("manifest.json"))
     message = refused("--data_dir", tmp_path / "half")
-    assert "unfinished" in message and "prepare_data.py" in message
+    assert "has no manifest.json" in message and "copy that file too" in message
 
 
 def not_prepared(folder, kind):

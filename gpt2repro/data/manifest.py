@@ -19,11 +19,13 @@ from gpt2repro.data.foreign_tokens import GPT2_VOCAB_SIZE, ForeignTokens, TokenF
 from gpt2repro.data.shards import SPLITS, Shard, Split, checked_value, has_tokens, map_npy, token_dtype
 from gpt2repro.errors import CHECK_PERMISSIONS, UserError, first_line, refuse
 from gpt2repro.files import file_problem, write_json
+from gpt2repro.run_folder import RunFolder
 
 
 MANIFEST = "manifest.json"
 FORMAT_VERSION = 1
-UNFINISHED = ("preparing.json", "parts", "tokenizer", "deduplicated")  # what prepare_data.py makes before the manifest
+UNFINISHED = ("preparing.json", "parts")  # what prepare_data.py removes when it has written the manifest
+PREPARED = ("tokenizer", "deduplicated")  # and what it leaves
 TEXT_FORMATS = (".txt", ".jsonl", ".json", ".parquet")  # what `prepare_data.py files` reads
 TABLE_FORMATS = (".csv", ".tsv")  # what `prepare_data.py FOLDER` reads, as datasets.load_dataset does
 
@@ -189,15 +191,17 @@ class Manifest:
 
     # ---- checks ----
 
-    def missing_shards(self, data_dir: str | Path) -> list[str]:
-        """One line for each shard that is missing or has another size, without reading it."""
+    def missing_files(self, data_dir: str | Path) -> list[str]:
+        """One line for each shard that is missing or has another size, without reading it, and each file of the
+        tokenizer that is missing."""
         dtype = token_dtype(self.tokenizer.vocab_size)
         problems = []
         for shard in self.shards:
             path = Path(data_dir) / shard.file
             if not has_tokens(path, shard.tokens, dtype):
                 problems.append(f"{path} is missing or has another size")
-        return problems
+        tokenizer = [Path(data_dir) / "tokenizer" / name for name in self._tokenizer_hashes]
+        return problems + [f"{path} is missing" for path in tokenizer if not path.is_file()]
 
     def verify(self, data_dir: str | Path, num_workers: int = 1, progress: Callable = iter) -> None:
         """Compare every shard and the tokenizer with the manifest, and the manifest with itself.
@@ -282,9 +286,13 @@ class Manifest:
                     problems.append(f"{root / MANIFEST}: {name} has {stated:,} {unit}, its shards have {total:,}")
         return problems
 
+    @property
+    def _tokenizer_hashes(self) -> dict[str, str | None]:
+        """The sha256 of each file of the tokenizer, by name."""
+        return self.preparation.get("tokenizer_files", {"tokenizer.json": self.tokenizer.sha256})
+
     def _tokenizer_problems(self, root: Path) -> list[str]:
-        hashes = self.preparation.get("tokenizer_files", {"tokenizer.json": self.tokenizer.sha256})
-        checked = [file_problem(root / "tokenizer" / name, sha256) for name, sha256 in hashes.items()]
+        checked = [file_problem(root / "tokenizer" / name, sha256) for name, sha256 in self._tokenizer_hashes.items()]
         return [problem for problem in checked if problem]
 
 
@@ -300,12 +308,18 @@ def _why_there_is_none(folder: Path) -> str:
             f"{folder} holds {trainer}'s tokens, which have no {MANIFEST} that describes them; train on them as they "
             "are, or prepare the text with `python prepare_data.py`"
         )
-    has_shards = any(folder.glob("train_*.npy"))
-    if has_shards or any((folder / name).exists() for name in UNFINISHED):
+    if any((folder / name).exists() for name in UNFINISHED):
         return (
             f"data directory {folder} has no {MANIFEST}, so its preparation is unfinished; repeat the "
             "`python prepare_data.py` command that started it"
         )
+    if any(folder.glob("train_*.npy")) or any((folder / name).exists() for name in PREPARED):
+        return f"data directory {folder} has no {MANIFEST}, as if not all of it was copied; copy that file too"
+    run = RunFolder.around(folder) or RunFolder(folder)
+    if run.recipe.is_file() and run.metrics.is_file():
+        return f"{folder} belongs to a run, not to its data; give {run.read_record().get('data_dir') or 'its data'}"
+    if (folder / "config.json").exists():
+        return f"{folder} holds a model, not tokens; give the directory that `python prepare_data.py` made"
     names = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
     if not names:
         return f"{folder} is empty; fill it with `python prepare_data.py CORPUS --output_dir {folder}`"
@@ -323,6 +337,8 @@ def _why_there_is_none(folder: Path) -> str:
 
 
 def _why_a_file_is_none(file: Path) -> str:
+    if file.name == MANIFEST:
+        return f"{file} is a file, but prepared data is opened by its folder; give {file.parent}"
     if file.suffix in (".bin", ".npy", ".ds"):
         return f"{file} is a file, but token files are opened by their folder; give {file.parent}"
     if file.name.endswith(TABLE_FORMATS):

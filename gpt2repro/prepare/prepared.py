@@ -160,7 +160,7 @@ class OutputDirectory:
         if request.corpus == "files" or Path(request.corpus).is_dir():
             self.open_corpus(request)
         manifest = Manifest.read(self.path)
-        refuse([f"{problem}; {remedy(self.path)}" for problem in manifest.missing_shards(self.path)])
+        refuse([f"{problem}; {remedy(self.path)}" for problem in manifest.missing_files(self.path)])
         self.tidy()  # in case it was killed just before
         return manifest
 

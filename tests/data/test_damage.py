@@ -7,7 +7,7 @@ import shutil
 
 import numpy as np
 import pytest
-from support import prepare, write_jsonl
+from support import ROOT, prepare, write_jsonl
 
 from gpt2repro.data.manifest import Manifest
 from gpt2repro.data.shards import SPLITS
@@ -101,6 +101,25 @@ def test_a_manifest_that_lies_about_its_shards_is_found_out(prepared, tmp_path):
         Manifest.from_dict(manifest).write(tmp_path / "data")
         with pytest.raises(UserError, match="train_00000.npy"):
             Manifest.read(tmp_path / "data").verify(tmp_path / "data")
+
+
+@pytest.mark.parametrize(
+    "place, why",
+    [
+        ("run", "belongs to a run, not to its data; give data"),
+        ("run/checkpoints/step_00000004", "belongs to a run, not to its data; give data"),
+        ("data/manifest.json", "is a file, but prepared data is opened by its folder; give "),
+    ],
+)
+def test_what_is_taken_for_prepared_data_is_recognised(place, why):
+    with pytest.raises(UserError, match=f"golden/{place} {why}"):
+        Manifest.read(ROOT / "tests" / "golden" / place)
+
+
+def test_a_model_is_not_prepared_data(tmp_path):
+    shutil.copy(ROOT / "tests" / "golden" / "model" / "config.json", tmp_path)
+    with pytest.raises(UserError, match="holds a model, not tokens; give the directory that"):
+        Manifest.read(tmp_path)
 
 
 def test_a_description_counts_what_the_shards_hold(prepared):

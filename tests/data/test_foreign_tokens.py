@@ -319,6 +319,6 @@ def test_a_file_without_read_permission_is_one_line(tmp_path):
 
 
 def test_any_other_folder_is_not_foreign_tokens(tmp_path):
-    np.save(tmp_path / "train_00000.npy", TRAIN.astype(np.uint16))  # ours, unfinished
+    np.save(tmp_path / "train_00000.npy", TRAIN.astype(np.uint16))  # ours, without its manifest
     assert read_foreign_tokens(tmp_path) is None
-    assert "unfinished" in refused(tmp_path)
+    assert "has no manifest.json" in refused(tmp_path)

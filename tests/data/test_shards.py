@@ -354,7 +354,10 @@ UNREADABLE = {
     "truncated shard": (truncate, "cannot be opened.*delete .* and repeat the `python prepare_data.py` command"),
     "missing shard": (remove_shard, "cannot be opened"),
     "tokens of a shard": (edit_shard(tokens=49), "holds 50 tokens, the manifest says 49"),
-    "unfinished": (lambda directory: (directory / "manifest.json").unlink(), "no manifest.json.*unfinished"),
+    "not copied whole": (
+        lambda directory: (directory / "manifest.json").unlink(),
+        "no manifest.json.*copy that file too",
+    ),
     "other version": (edit_manifest(lambda manifest: manifest.update(format_version=0)), "format version 0"),
     "broken manifest": (lambda directory: (directory / "manifest.json").write_text("{"), r"manifest\.json is damaged"),
     "a list": (lambda directory: (directory / "manifest.json").write_text("[]"), r"manifest\.json is damaged"),

@@ -480,6 +480,8 @@ def test_rows_without_text_explain_an_empty_split(tmp_path):
 def test_verify_needs_a_prepared_directory(tmp_path):
     assert "is empty; fill it with `python prepare_data.py CORPUS" in refusal("--verify", tmp_path)
     (tmp_path / "train_00000.npy").write_bytes(b"")
+    assert "no manifest.json, as if not all of it was copied; copy that file too" in refusal("--verify", tmp_path)
+    (tmp_path / "preparing.json").write_text("{}")
     assert "unfinished" in refusal("--verify", tmp_path)
     assert "does not exist" in refusal("--verify", tmp_path / "missing")
 
@@ -509,6 +511,13 @@ def test_a_damaged_directory_does_not_count_as_prepared(command, tmp_path, damag
     assert "train_00001.npy is missing or has another size" in line and f"delete {tmp_path} and repeat" in line
     for flag in ("--verify", "--describe"):
         assert "train_00001.npy" in refusal(flag, tmp_path)
+
+
+def test_a_missing_tokenizer_does_not_count_as_prepared(command, tmp_path):
+    prepare(*command, "--output_dir", tmp_path)
+    (tmp_path / "tokenizer" / "tokenizer.json").unlink()
+    (line,) = refusal(*command, "--output_dir", tmp_path).splitlines()
+    assert "tokenizer.json is missing; prepare the data again" in line
 
 
 @pytest.mark.parametrize("content", ["[]", "null", "{", '{"format_version": 1}', '{"format_version": 1, "splits": []}'])
