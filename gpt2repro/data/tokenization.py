@@ -224,6 +224,13 @@ def _is_vocabulary_alone(folder: Path) -> bool:
 
 def _from_vocabulary(name: str, folder: Path) -> PreTrainedTokenizerFast:
     """GPT-2's tokenizer with the vocabulary of vocab.json and merges.txt."""
+    for record in ("added_tokens.json", "special_tokens_map.json"):
+        if (folder / record).exists():
+            raise UserError(
+                f"--tokenizer {name}: {record} says more than vocab.json and merges.txt, but there is no "
+                f"tokenizer.json; make it with `GPT2TokenizerFast.from_pretrained({str(folder)!r}).save_pretrained("
+                f"{str(folder)!r})` of transformers"
+            )
     try:
         model = models.BPE.from_file(str(folder / "vocab.json"), str(folder / "merges.txt"))
         vocab = json.loads((folder / "vocab.json").read_text())
@@ -238,6 +245,9 @@ def _from_vocabulary(name: str, folder: Path) -> PreTrainedTokenizerFast:
 def _from_fast(name: str, fast: PreTrainedTokenizerBase) -> Tokenizer:
     if not fast.is_fast:
         raise UserError(f"--tokenizer {name}: a slow tokenizer; only tokenizers with a tokenizer.json are supported")
+    special_tokens = [token.content for token in fast.added_tokens_decoder.values() if token.special]
+    if fast.eos_token is None and END_OF_TEXT in special_tokens:  # a tokenizer.json alone does not name its roles
+        fast.eos_token = END_OF_TEXT
     definition = fast.backend_tokenizer.to_str()
     control = {token for role in CONTROL_ROLES if (token := getattr(fast, f"{role}_token"))}
     special = SpecialTokens.of(definition, control, KEEP)

@@ -456,9 +456,22 @@ def test_a_folder_of_vocab_json_and_merges_txt(tmp_path, end_of_text):
     rebuilt = build_tokenizer(str(tmp_path), [])
     assert rebuilt.encode_batch(["hello world <|endoftext|>"]) == tokenizer.encode_batch(["hello world <|endoftext|>"])
     assert (rebuilt.vocab_size, rebuilt.eot_id) == ((266, 265) if end_of_text else (265, None))
+    for name in ("added_tokens.json", "special_tokens_map.json"):
+        (tmp_path / name).write_text('{"<|user|>": 266}')
+        with pytest.raises(UserError, match=f"{name} says more .* `GPT2TokenizerFast.from_pretrained"):
+            build_tokenizer(str(tmp_path), [])
+        (tmp_path / name).unlink()
     (tmp_path / "merges.txt").write_text("x y z")
     with pytest.raises(UserError, match="vocab.json or merges.txt cannot be read"):
         build_tokenizer(str(tmp_path), [])
+
+
+def test_a_tokenizer_json_alone_has_its_end_of_text(tmp_path):
+    tokenizer = build_tokenizer("bpe:266", ["hello world"])
+    tokenizer.fast.backend_tokenizer.save(str(tmp_path / "tokenizer.json"))
+    alone = build_tokenizer(str(tmp_path), [])
+    assert alone.eot_id == alone.fast.eos_token_id == tokenizer.eot_id
+    assert alone.encode_batch(["hello <|endoftext|>"]) == tokenizer.encode_batch(["hello <|endoftext|>"])
 
 
 @pytest.mark.parametrize("definition", [None, "{", '{"version": "1.0"}'])
