@@ -16,7 +16,9 @@ import tempfile
 from pathlib import Path
 
 from huggingface_hub.utils import HFValidationError, validate_repo_id
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from gpt2repro.data.tokenization import tokenizer_folder
 from gpt2repro.errors import Parser, UserError, first_line, os_error_number, run_script
 from gpt2repro.files import write_problem
 from gpt2repro.hub.model_card import model_card
@@ -46,7 +48,7 @@ def main(argv: list[str]) -> None:
         remedy = "choose another --to" if is_folder else "run the command in a folder that can be written"
         raise UserError(f"--to {args.to}: {unwritable}; {remedy}")
     model = from_gpt2(source, drop_heads=args.drop_heads)
-    tokenizer = load_tokenizer(os.path.expanduser(args.tokenizer)) if args.tokenizer else tokenizer_for(source, model)
+    tokenizer = choose_tokenizer(args.tokenizer, source, model)
     check_tokenizer(source, tokenizer, model.config)
     if not is_folder:
         create_repository(args.to, private=args.private or None, revision=args.revision)
@@ -77,6 +79,14 @@ def main(argv: list[str]) -> None:
     else:
         print(f"pushed to {upload(folder, args.to, args.revision, args.overwrite_readme)}")
         shutil.rmtree(folder)
+
+
+def choose_tokenizer(asked: str | None, source: str, model: PreTrainedModel) -> PreTrainedTokenizerBase:
+    """The one that is asked for, in a folder, run or prepared directory or on the Hub; else that of the source."""
+    if asked is None:
+        return tokenizer_for(source, model, "add --tokenizer FOLDER to this command")
+    name = os.path.expanduser(asked)
+    return load_tokenizer(tokenizer_folder(Path(name)) or name)
 
 
 def checkpoint_step_of(source: Path) -> int | None:
@@ -115,7 +125,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
         default="gpt2repro",
         help="gpt2repro: with our model code; gpt2: transformers' own class, loads anywhere (default: %(default)s)",
     )
-    parser.add_argument("--tokenizer", help="folder or Hub id, if SOURCE has none")
+    parser.add_argument("--tokenizer", help="folder, run, prepared directory or Hub id, if SOURCE has none")
     parser.add_argument("--drop_heads", action="store_true", help="leave out value heads and other trainers' extras")
     parser.add_argument("--license", help="license of the weights, for the model card (default: the run's recipe's)")
     parser.add_argument("--private", action="store_true", help="create a private repository")

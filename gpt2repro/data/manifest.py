@@ -7,6 +7,7 @@ tokens has no such file; its manifest is inferred from its files.
 import dataclasses
 import hashlib
 import json
+import shlex
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -322,7 +323,9 @@ def _why_there_is_none(folder: Path) -> str:
         return f"{folder} holds a model, not tokens; give the directory that `python prepare_data.py` made"
     names = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
     if not names:
-        return f"{folder} is empty; fill it with `python prepare_data.py CORPUS --output_dir {folder}`"
+        return (
+            f"{folder} is empty; fill it with `python prepare_data.py CORPUS --output_dir {shlex.quote(str(folder))}`"
+        )
     if (folder / "dataset_info.json").exists() or (folder / "dataset_dict.json").exists():
         return (
             f"{folder} holds a dataset saved by save_to_disk, not tokens; write each split to a file with "
@@ -349,7 +352,7 @@ def _why_a_file_is_none(file: Path) -> str:
 def _prepare(corpus: str, source: Path) -> str:
     """The command that tokenizes a file or folder of text."""
     output_dir = f"data/{source.absolute().stem}-tokens"
-    command = f"python prepare_data.py {corpus}{source} --output_dir {output_dir}"
+    command = f"python prepare_data.py {corpus}{shlex.quote(str(source))} --output_dir {shlex.quote(output_dir)}"
     return f"prepare it with `{command}` and train on {output_dir}"
 
 

@@ -184,7 +184,7 @@ def load_encoder(name: str, folder: Path, special_tokens: str = KEEP) -> EncodeB
 def _saved_tokenizer(name: str) -> Tokenizer:
     from transformers import AutoTokenizer
 
-    folder = _tokenizer_folder(Path(name).expanduser())
+    folder = tokenizer_folder(Path(name).expanduser())
     if folder and _is_vocabulary_alone(folder):
         return _from_fast(name, _from_vocabulary(name, folder))
     try:
@@ -207,7 +207,7 @@ def _ask_hub_once(name: str) -> None:
         raise failure
 
 
-def _tokenizer_folder(folder: Path) -> Path | None:
+def tokenizer_folder(folder: Path) -> Path | None:
     """Where a run, a prepared directory or a model folder has its tokenizer; None if it has none."""
     run = RunFolder(folder)
     places = [folder, folder / "tokenizer", run.model]

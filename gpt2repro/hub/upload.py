@@ -1,5 +1,6 @@
 """Uploading a model folder to the Hugging Face Hub."""
 
+import shlex
 from pathlib import Path
 
 from huggingface_hub import HfApi
@@ -66,7 +67,7 @@ def upload(folder: Path, repo_id: str, revision: str | None = None, overwrite_re
         branch = f" --revision {revision}" if revision else ""
         raise UserError(
             f"the upload to {repo_id} failed ({first_line(error)}); {folder} is complete: repeat the command, or run "
-            f"`hf upload {repo_id} {folder}{branch}`"
+            f"`hf upload {repo_id} {shlex.quote(str(folder))}{branch}`"
         ) from error
     if keeps_readme:
         note(f"{repo_id} keeps its {README}; publish.py --overwrite_readme replaces it by the new model card")

@@ -4,6 +4,7 @@ import contextlib
 import functools
 import json
 import logging
+import shlex
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -338,9 +339,11 @@ def _remote_code_lock() -> Iterator[None]:
         yield
 
 
-def tokenizer_for(path: str, model: PreTrainedModel) -> PreTrainedTokenizerBase:
+def tokenizer_for(path: str, model: PreTrainedModel, remedy: str | None = None) -> PreTrainedTokenizerBase:
     """The tokenizer in a model's folder; for a checkpoint file with GPT-2's vocabulary size, GPT-2's.
 
+    Args:
+        remedy: if there is none; None: conversion by publish.py.
     Raises:
         UserError: there is none.
     """
@@ -348,8 +351,6 @@ def tokenizer_for(path: str, model: PreTrainedModel) -> PreTrainedTokenizerBase:
         return load_tokenizer(path)
     gpt2 = build_tokenizer("gpt2", [])
     if gpt2.vocab_size != model.config.unpadded_vocab_size:
-        raise UserError(
-            f"{path} has {model.config.unpadded_vocab_size} tokens and no tokenizer; convert it with "
-            f"`python publish.py {path} --tokenizer FOLDER --to ./FOLDER`"
-        )
+        convert = f"convert it with `python publish.py {shlex.quote(path)} --tokenizer FOLDER --to ./FOLDER`"
+        raise UserError(f"{path} has {model.config.unpadded_vocab_size} tokens and no tokenizer; {remedy or convert}")
     return gpt2.fast

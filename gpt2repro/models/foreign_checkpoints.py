@@ -17,6 +17,7 @@ All three store projections as nn.Linear does, (out, in), and under our paramete
 import math
 import pickle
 import re
+import shlex
 import struct
 from collections.abc import Iterable
 from pathlib import Path
@@ -144,7 +145,8 @@ def check_tensors(fields: dict, shapes: dict[str, tuple[int, ...]], keys: dict[s
     remedy = "give the complete checkpoint of an unmodified GPT-2"
     without_heads = {name: shape for name, shape in shapes.items() if name.startswith(LANGUAGE_MODEL)}
     if not _tensor_problems(without_heads, expected, keys):
-        remedy = f"`python publish.py {where} --drop_heads --to ./FOLDER` leaves out what is not a language model's"
+        command = f"python publish.py {shlex.quote(where)} --drop_heads --to ./FOLDER"
+        remedy = f"`{command}` leaves out what is not a language model's"
     raise UserError(f"{where}: {first_three(problems)}; {remedy}")
 
 

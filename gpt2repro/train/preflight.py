@@ -3,6 +3,7 @@ reported together, before anything expensive."""
 
 import dataclasses
 import os
+import shlex
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -145,7 +146,7 @@ def open_data(recipe: Recipe) -> RunData:
         if recipe.data or Path(recipe.data_dir).exists() or is_description:
             raise
         corpus = "files --source FOLDER" if recipe.corpus == "files" else recipe.corpus
-        command = f"python prepare_data.py {corpus} --output_dir {recipe.data_dir}"
+        command = f"python prepare_data.py {corpus} --output_dir {shlex.quote(recipe.data_dir)}"
         raise UserError(f"{error}; `{command}` prepares this recipe's data") from error
 
 
@@ -426,5 +427,5 @@ def tokenizer_problems(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, pretr
         return []
     return [
         f"init_from={recipe.init_from} has another tokenizer than {', '.join(recipe.sources)}; prepare the data with "
-        f"`python prepare_data.py ... --tokenizer {recipe.init_from}`"
+        f"`python prepare_data.py ... --tokenizer {shlex.quote(recipe.init_from)}`"
     ]

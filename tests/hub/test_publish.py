@@ -89,7 +89,7 @@ def run_dir(tmp_path, tokenizer):
 def write_state(checkpoint, step):
     """With the hashes of what is published."""
     (checkpoint / "trainer_state.json").write_text(json.dumps({"step": step}))
-    names = ("trainer_state.json", "config.json", "model.safetensors", "tokenizer.json")
+    names = ("trainer_state.json", "config.json", "model.safetensors", "generation_config.json")
     (checkpoint / "hashes.json").write_text(json.dumps({name: file_sha256(checkpoint / name) for name in names}))
 
 
@@ -163,10 +163,10 @@ def test_another_trainers_file_is_converted(tmp_path, tokenizer, ids):
         for name, t in model.state_dict().items()
     }
     torch.save({"model": state, "model_args": args}, tmp_path / "ckpt.pt")
-    with pytest.raises(UserError, match="--tokenizer"):
+    with pytest.raises(UserError, match="tokens and no tokenizer; add --tokenizer FOLDER to this command"):
         publish.main([str(tmp_path / "ckpt.pt"), "--to", str(tmp_path / "out")])
-    tokenizer.save_pretrained(tmp_path / "tokenizer")
-    publish.main([str(tmp_path / "ckpt.pt"), "--to", str(tmp_path / "out"), "--tokenizer", str(tmp_path / "tokenizer")])
+    tokenizer.save_pretrained(tmp_path / "prepared" / "tokenizer")
+    publish.main([str(tmp_path / "ckpt.pt"), "--to", str(tmp_path / "out"), "--tokenizer", str(tmp_path / "prepared")])
     converted = AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True)
     assert converted.config.activation_function == "gelu"
     assert torch.equal(converted.transformer.wte.weight, model.transformer.wte.weight[:300])
@@ -384,6 +384,15 @@ def test_a_full_disk_is_one_line(run_dir, small_disk):
     with pytest.raises(UserError, match="cannot be written .*No space left on device.*; make room for it"):
         publish.main([str(run_dir), "--to", str(disk / "out")])
     assert list(disk.iterdir()) == []
+
+
+def test_the_tokenizer_may_be_a_runs(run_dir, tmp_path):
+    for path in (run_dir / "checkpoints" / "step_00000010").glob("tokenizer*"):
+        path.rename(tmp_path / path.name)
+    flags = ["--to", str(tmp_path / "out"), "--tokenizer", str(run_dir)]
+    write_state(run_dir / "checkpoints" / "step_00000010", 10)
+    publish.main([str(run_dir / "checkpoints" / "step_00000010"), *flags])
+    assert (tmp_path / "out" / "tokenizer.json").read_bytes() == (tmp_path / "tokenizer.json").read_bytes()
 
 
 def test_a_tokenizer_of_another_size_is_refused(run_dir, tmp_path, python_docs):

@@ -218,8 +218,8 @@ def test_nanogpt_from_before_its_bias_option_has_biases_and_tanh(tmp_path):
 def test_a_value_head_in_a_file_is_dropped_when_asked(tmp_path):
     model = TheirGPT(**SMALL)
     state = model.state_dict() | {"v_head.summary.weight": torch.ones(1, 8)}
-    path, _ = nanogpt(tmp_path / "ckpt.pt", changes={"model": state})
-    refused(path, "holds unknown v_head.summary.weight", "--drop_heads")
+    path, _ = nanogpt(tmp_path / "my ckpt.pt", changes={"model": state})
+    refused(path, "holds unknown v_head.summary.weight", f"`python publish.py '{path}' --drop_heads --to ./FOLDER`")
     _, tensors = read_checkpoint_file(path, drop_heads=True)
     assert "v_head.summary.weight" not in tensors and torch.equal(
         tensors["transformer.wte.weight"], state["lm_head.weight"]
