@@ -4,6 +4,7 @@ import contextlib
 import functools
 import json
 import logging
+import re
 import shlex
 import shutil
 import tempfile
@@ -26,6 +27,7 @@ from transformers import (
 )
 
 from gpt2repro.data.hub import hub_failure
+from gpt2repro.data.manifest import MANIFEST
 from gpt2repro.data.tokenization import build_tokenizer, save_tokenizer
 from gpt2repro.errors import UserError, first_line
 from gpt2repro.files import new_folder
@@ -69,13 +71,35 @@ def find_model(name: str) -> str:
         lies_in_model_folder = path.name in WEIGHT_FILES and (path.parent / "config.json").is_file()
         return str(path.parent if lies_in_model_folder else path)
     if path.exists():
-        newest = RunFolder(path).latest_checkpoint()
-        unfinished = f" (an unfinished run; its newest checkpoint is {newest})" if newest else ""
-        raise UserError(f"{name} holds no model: neither config.json nor model/config.json exists{unfinished}")
+        raise UserError(
+            f"{name} holds no model: neither config.json nor model/config.json exists; {_what_it_holds(path)}"
+        )
     if _is_path(name):
         raise UserError(f"{name} does not exist; give a model folder, a run folder or a Hub id")
     _check_hub(name)
     return name
+
+
+def _what_it_holds(folder: Path) -> str:
+    """The remedy for a folder that is no model: the newest of what it holds that is one."""
+    newest = RunFolder(folder).latest_checkpoint()
+    if newest:
+        return f"it is an unfinished run, and its newest checkpoint is {newest}"
+    if (folder / MANIFEST).is_file():
+        return "it is prepared data; give a model that was trained on it"
+
+    def holds_model(path: Path) -> bool:
+        run = RunFolder(path)
+        is_folder = any((place / "config.json").is_file() for place in (path, run.model))
+        return path.match("*.pt") or path.match("model*.bin") or is_folder or run.latest_checkpoint() is not None
+
+    def age(path: Path) -> tuple[list[int], float]:
+        return [int(number) for number in re.findall(r"\d+", path.name)], path.stat().st_mtime
+
+    found = sorted(filter(holds_model, folder.iterdir()), key=age)
+    if found:
+        return f"give {found[-1]}"
+    return "give a model folder, a run, a checkpoint, a Hub id, or a file of another trainer"
 
 
 def _is_path(name: str) -> bool:

@@ -84,6 +84,9 @@ def read_checkpoint_file(path: str | Path, drop_heads: bool = False) -> tuple[di
     if head.startswith(LEGACY_MAGIC):
         return _read_torch(path, mmap=False, drop_heads=drop_heads)
     if Path(path).suffix == ".safetensors":
+        folder = Path(path).parent
+        if (folder / "config.json").is_file():
+            raise UserError(f"{path} is not what a model is opened by; give its folder, {folder}")
         raise UserError(f"{path} has weights only; put the model's config.json beside it and give the folder")
     raise UserError(
         f"{path} is not a checkpoint; give nanoGPT's ckpt.pt, build-nanogpt's model_*.pt or llm.c's model_*.bin"

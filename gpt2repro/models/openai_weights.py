@@ -323,7 +323,9 @@ def _weight_files(source: str | Path, revision: str | None) -> list[Path]:
             with explained(f"{index} is damaged", "download it again"):
                 shard_of_tensor = json.loads(index.read_text())["weight_map"]
                 return [folder / shard for shard in sorted(set(shard_of_tensor.values()))]
-    raise UserError(f"{source} holds no weights: neither model.safetensors nor pytorch_model.bin exists")
+    others = sorted(file.name for pattern in ("*.safetensors", "*.bin") for file in folder.glob(pattern))
+    remedy = f"if {first_three(others)} is them, rename it" if others else "copy the model's weights there"
+    raise UserError(f"{source} holds no weights: neither model.safetensors nor pytorch_model.bin exists; {remedy}")
 
 
 def _folder_with(name: str, source: str | Path, revision: str | None) -> Path:

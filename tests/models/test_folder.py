@@ -3,6 +3,7 @@
 import re
 import shlex
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -44,6 +45,29 @@ def test_an_unfinished_runs_newest_checkpoint_is_named(tmp_path):
         (tmp_path / "checkpoints" / f"step_{step:08d}").mkdir(parents=True)
     with pytest.raises(UserError, match="its newest checkpoint is .*step_00000020"):
         find_model(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "given, files, remedy",
+    [
+        ("out", ["out/ckpt.pt"], "give out/ckpt.pt"),
+        ("log", ["log/model_00050.bin", "log/model_00100.bin", "log/state_00100.bin"], "give log/model_00100.bin"),
+        ("trainer", [f"trainer/checkpoint-{n}/config.json" for n in (500, 1000)], "give trainer/checkpoint-1000"),
+        ("runs", ["runs/a/model/config.json", "runs/notes"], "give runs/a"),
+        ("run/checkpoints", ["run/checkpoints/step_00000020/config.json"], "give run/checkpoints/step_00000020"),
+        ("data", ["data/manifest.json", "data/train_00000.npy"], "it is prepared data"),
+        ("empty", ["empty/notes"], "give a model folder"),
+        ("m/optimizer.safetensors", ["m/optimizer.safetensors", "m/config.json"], "give its folder, m"),
+        ("m", ["m/config.json", "m/model.fp16.safetensors"], "if model.fp16.safetensors is them, rename it"),
+    ],
+)
+def test_what_is_no_model_says_what_to_give_instead(tmp_path, monkeypatch, given, files, remedy):
+    monkeypatch.chdir(tmp_path)
+    for file in files:
+        Path(file).parent.mkdir(parents=True, exist_ok=True)
+        Path(file).write_text('{"n_layer": 1}')
+    with pytest.raises(UserError, match=f"; {remedy}"):
+        from_gpt2(find_model(given))
 
 
 def test_a_folder_without_a_tokenizer_is_refused(folder):
