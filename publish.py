@@ -28,7 +28,7 @@ from gpt2repro.models.openai_weights import from_gpt2, to_gpt2
 from gpt2repro.run_folder import RunFolder
 from gpt2repro.train import checkpoint
 from gpt2repro.train.metrics import read_metrics
-from gpt2repro.train.report import plot_losses, shortened
+from gpt2repro.train.report import corpus_title, plot_losses, shortened
 
 
 FOLDER_PREFIXES = (".", "/", "~")  # of --to; any other value is a Hub repository
@@ -111,8 +111,8 @@ def draw_losses(run: RunFolder, last_step: int | None, path: Path, title: str) -
         return
     rows = [row for row in read_metrics(run.metrics) if last_step is None or row["step"] <= last_step]
     record = run.read_record()
-    corpora = [source["corpus"]["name"] for source in record["data"].get("sources", [record["data"]])]
-    plot_losses(rows, record.get("reference_losses", {}), path, f"{title}, {' + '.join(corpora)}")
+    title = f"{title}, {corpus_title(record['data']['corpus'])}"
+    plot_losses(rows, record.get("reference_losses", {}), path, title)
 
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:

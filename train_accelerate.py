@@ -45,7 +45,7 @@ from gpt2repro.train.launch import begin_run, build_accelerator
 from gpt2repro.train.metrics import read_metrics
 from gpt2repro.train.optimizers import build_optimizers, launch_problems, set_lr
 from gpt2repro.train.preflight import Plan, resolve_and_check
-from gpt2repro.train.report import baseline_loss, files_text, losses_text, plot_losses, shortened
+from gpt2repro.train.report import baseline_loss, corpus_title, files_text, losses_text, plot_losses, shortened
 from gpt2repro.train.run_state import RunState
 from gpt2repro.train.schedule import lr_at
 from gpt2repro.train.stopping import EXIT_CODE, StopRequest
@@ -251,7 +251,8 @@ def finish(plan: Plan, folder: RunFolder, model: PreTrainedModel, run: RunState)
     rows = read_metrics(folder.metrics)
     samples = [row["samples"] for row in rows if "samples" in row and row["step"] <= step]
     baseline = baseline_loss(data)
-    title = f"{folder.name}: GPT-2, {shortened(model.num_parameters())} parameters, {data.name}"
+    corpus = corpus_title(folder.read_record()["data"]["corpus"])
+    title = f"{folder.name}: GPT-2, {shortened(model.num_parameters())} parameters, {corpus}"
     lines = {"unigram entropy": baseline, **recipe.reference_losses}
     plot_losses(rows, lines, folder.picture, title, exported=step if recipe.patience else None)
 

@@ -14,6 +14,7 @@ from gpt2repro.evaluation.hellaswag import FULL_SET, HUB_ID, OPENAI_GPT2, with_e
 from gpt2repro.models.padding import without_padding
 from gpt2repro.run_folder import RunFolder
 from gpt2repro.train.metrics import exported_step, read_metrics
+from gpt2repro.train.report import corpus_title
 
 
 # Fields of recipe.yaml that the card does not list: its table shows them already, or they are paths on the machine that
@@ -219,7 +220,7 @@ def _hub_result(result: Result, data: dict[str, Any], is_hellaswag: bool) -> Eva
         on_hub = corpus if corpus.get("revision") else {}  # a local folder has no revision
         dataset = {
             "dataset_type": on_hub.get("hub_id", "text"),
-            "dataset_name": f"{_public_name(corpus['name'])}, held out",
+            "dataset_name": f"{corpus_title(corpus)}, held out",
             "dataset_config": on_hub.get("config"),
             "dataset_revision": on_hub.get("revision"),
         }
@@ -239,7 +240,7 @@ def _public_settings(record: dict[str, Any]) -> dict[str, Any]:
     """The recipe without paths on the machine that ran it."""
     settings = {name: value for name, value in record.items() if name not in NOT_SHOWN}
     if "corpus" in settings:
-        settings["corpus"] = _public_name(record["data"]["corpus"]["name"])  # the recipe may have named another one
+        settings["corpus"] = corpus_title(record["data"]["corpus"])  # the recipe may have named another one
     settings["init_from"] = _started_from(record)
     return settings
 
@@ -256,7 +257,7 @@ def _origin(source: dict[str, Any]) -> str:
     corpus = source["corpus"]
     share = f"{100 * source['weight']:g}% " if "weight" in source else ""
     if not corpus.get("revision"):  # a local folder has none
-        return share + _public_name(corpus["name"])
+        return share + corpus_title(corpus)
     parts = [str(corpus[key]) for key in ("hub_id", "config", "revision") if corpus.get(key)]
     return share + ", ".join(parts)
 

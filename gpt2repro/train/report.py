@@ -41,17 +41,24 @@ def baseline_loss(data: RunData) -> float:
     return unigram_entropy(data.train.frequencies(data.tokenizer.vocab_size))
 
 
+def corpus_title(corpus: dict[str, Any]) -> str:
+    """A corpus's name for everyone to read; of one on this machine, which has no revision, the path's last part."""
+    return corpus["name"] if corpus.get("revision") else Path(corpus["name"]).name
+
+
 def plot_losses(
     metrics: list[dict[str, Any]], lines: dict[str, float], path: Path, title: str, exported: int | None = None
 ) -> None:
     """Draw training and validation loss over steps, with a horizontal line for each named reference loss.
 
     Args:
+        title: like the names of the lines drawn as it is, dollar signs included.
         exported: the step whose weights are exported if that may not be the last; it is marked.
     """
     import matplotlib
 
     matplotlib.use("Agg")  # needs no display
+    matplotlib.rcParams.update({"text.parse_math": False, "text.usetex": False})
     from matplotlib import pyplot
     from matplotlib.ticker import MaxNLocator
 

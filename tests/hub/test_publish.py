@@ -414,6 +414,12 @@ def test_the_picture_is_the_runs_and_of_a_checkpoint_one_with_its_reference_loss
     assert {row["step"] for row in rows} == {10} and lines == {"OpenAI": 3.29}
     assert title == "early: GPT-2, 36.1K parameters, fineweb-edu"
 
+    record = yaml.safe_load((run_dir / "recipe.yaml").read_text())
+    record["data"]["corpus"] = {"name": "/home/ada/corpus", "revision": None}
+    (run_dir / "recipe.yaml").write_text(yaml.safe_dump(record))
+    publish.main([str(run_dir / "checkpoints" / "step_00000010"), "--to", str(tmp_path / "again")])
+    assert drawn[-1][-1] == "again: GPT-2, 36.1K parameters, corpus"
+
 
 @pytest.mark.parametrize("damage", ["missing key", "truncated"])
 def test_a_damaged_model_folder_is_refused(run_dir, tmp_path, damage):

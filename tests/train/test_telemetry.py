@@ -17,7 +17,7 @@ from gpt2repro.run_folder import RunFolder
 from gpt2repro.train import metrics
 from gpt2repro.train.guard import Guard
 from gpt2repro.train.metrics import Metrics, read_metrics
-from gpt2repro.train.report import plot_losses, provenance, shortened
+from gpt2repro.train.report import corpus_title, plot_losses, provenance, shortened
 from gpt2repro.train.speed import flops_per_token, peak_flops
 from gpt2repro.train.telemetry import Telemetry, Unbreakable
 
@@ -231,6 +231,29 @@ def test_the_loss_curve_is_drawn_without_a_display(tmp_path):
     rows = [{"step": s, "loss": 3 - s / 10} for s in range(1, 9)] + [{"step": 8, "val_loss": 2.3}]
     plot_losses(rows, {"unigram entropy": 3.3}, tmp_path / "loss.png", "a run")
     assert (tmp_path / "loss.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+
+
+def test_text_in_the_picture_is_literal(tmp_path, monkeypatch):
+    """Two dollar signs would begin and end a formula, which not every text is."""
+    drawn = []
+    monkeypatch.setattr(pyplot, "close", drawn.append)
+    rows = [{"step": 1, "loss": 3.0}]
+    plot_losses(rows, {r"$\x_{$": 3.3}, tmp_path / "loss.png", r"a $100 \run$ of $\frac{$")
+    (axes,) = drawn[0].axes
+    assert axes.get_title() == r"a $100 \run$ of $\frac{$"
+
+
+@pytest.mark.parametrize(
+    "corpus, title",
+    [
+        ({"name": "/home/ada/corpus", "hub_id": "/home/ada/corpus", "revision": None}, "corpus"),
+        ({"name": "private/corpus"}, "corpus"),
+        ({"name": "HuggingFaceFW/fineweb", "revision": "0a1"}, "HuggingFaceFW/fineweb"),
+        ({"name": "70% web + 30% code"}, "70% web + 30% code"),
+    ],
+)
+def test_a_title_holds_no_path_of_this_machine(corpus, title):
+    assert corpus_title(corpus) == title
 
 
 @pytest.mark.slow
