@@ -66,7 +66,7 @@ def parse_recipe(argv: list[str], default_config: Path, config_class: type) -> t
     types = field_types(config_class)
     namespace, unrecognized = build_parser(config_class).parse_known_args(argv)
     flags = {name: value for name, value in vars(namespace).items() if name != "config" and value is not None}
-    content = recipe_of_record(read_yaml(Path(namespace.config or default_config)))
+    content = recipe_of_record(read_yaml(Path(namespace.config or default_config).expanduser()))
     in_file, model_problems = flatten_model(content)
 
     problems = argument_problems(unrecognized, types) + model_problems
@@ -183,7 +183,7 @@ def argument_problems(unrecognized: list[str], types: dict[str, Any]) -> list[st
     known = [f"--{name}" for name in types]
     problems = [unknown_field(word, known) for word in unrecognized if word.startswith("-")]
     for previous, word in zip(["", *unrecognized], unrecognized):
-        is_value_of_unknown_flag = previous.startswith("-")
+        is_value_of_unknown_flag = previous.startswith("-") and "=" not in previous
         if not word.startswith("-") and not is_value_of_unknown_flag:
             problems.append(f"unexpected argument {word!r}; flags are --field value")
     return problems

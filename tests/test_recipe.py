@@ -134,6 +134,8 @@ def test_an_invalid_field_is_reported_in_one_line(tmp_path, text, message):
 def test_an_unknown_flag_is_reported_with_the_nearest_name(tmp_path):
     assert parse(tmp_path, "", "--max_step", "3")[1] == ["unknown recipe field --max_step; did you mean --max_steps?"]
     assert parse(tmp_path, "", "--max_steps", "3", "4")[1] == ["unexpected argument '4'; flags are --field value"]
+    about_flag, about_word = parse(tmp_path, "", "--lr=3", "word")[1]
+    assert "--lr=3" in about_flag and about_word == "unexpected argument 'word'; flags are --field value"
 
 
 @pytest.mark.parametrize(
@@ -170,6 +172,9 @@ def test_home_is_expanded_in_every_path(tmp_path, monkeypatch):
     paths = (recipe.data_dir, recipe.init_from, recipe.hellaswag_data, recipe.output_dir)
     assert problems == [] and paths == ("/home/me/d", "/home/me/m", "/home/me/h", "/home/me/x")
     assert parse(tmp_path, "", "--data", "~/a=1", "b~=2")[0].data == {"/home/me/a": 1.0, "b~": 2.0}
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "mine.yaml").write_text("max_steps: 7")
+    assert parse_recipe(["--config=~/mine.yaml"], tmp_path, GPT2ReproConfig)[0].max_steps == 7
 
 
 def test_help_shows_choices_and_the_models_fields():

@@ -315,8 +315,8 @@ def tracker_problems(recipe: Recipe) -> list[str]:
 
 
 def hub_problems(recipe: Recipe) -> list[str]:
-    """One line if the Hub would not accept the repository's name."""
-    if not recipe.push_to_hub:
+    """One line if the Hub would not accept the repository's name; that it has an owner is checked with the recipe."""
+    if not recipe.push_to_hub or recipe.hub_model_id.count("/") != 1:
         return []
     try:
         validate_repo_id(recipe.hub_model_id)
