@@ -59,6 +59,9 @@ IGNORE_INDEX = -100  # label of positions without loss, the convention of torch 
 LOGITS_PER_CHUNK = 2**27
 MAX_CHUNKS = 8
 
+# Larger sizes are mistakes or malice: building such a model takes all memory before anything else is noticed.
+LARGEST_SIZES = {"n_layer": 10_000, "n_embd": 2**17, "n_positions": 2**24, "vocab_size": 2**24}
+
 # transformers 5.24 renamed past_key_values to cache. The models here accept both names from callers; this is the name
 # that the installed release uses in its outputs and its mask functions.
 CACHE = "cache" if hasattr(BaseModelOutputWithPast, "cache") else "past_key_values"
@@ -122,6 +125,9 @@ class GPT2ReproConfig(PreTrainedConfig):
             value = getattr(self, name)
             if value is not None and not value >= bound:  # nor is NaN
                 problems.append(f"{name}={value} must be at least {bound}")
+        for name, bound in LARGEST_SIZES.items():
+            if getattr(self, name) > bound:
+                problems.append(f"{name}={getattr(self, name)} must be at most {bound}")
         for name in ("resid_pdrop", "embd_pdrop", "attn_pdrop"):
             if not 0 <= getattr(self, name) < 1:
                 problems.append(f"{name}={getattr(self, name)} must be at least 0 and below 1")

@@ -790,6 +790,10 @@ def test_new_tokens_start_at_the_mean_embedding_as_in_gpt2(model):
         ({"unpadded_vocab_size": 0}, "unpadded_vocab_size=0 .* vocab_size=192"),
         ({"n_inner": 0, "n_embd": 33}, "n_inner=0 must be at least 1\nn_embd=33 is not a multiple of n_head=4"),
         ({"initializer_range": -3}, "initializer_range=-3 must be at least 0"),
+        (
+            {"n_layer": 10**9, "vocab_size": 10**12},
+            "n_layer=1000000000 must be at most 10000\nvocab_size=1000000000000",
+        ),
         ({"layer_norm_epsilon": -1}, "layer_norm_epsilon=-1 must be at least 0"),
     ],
 )

@@ -19,6 +19,7 @@ import gzip
 import inspect
 import json
 import math
+import re
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -120,7 +121,7 @@ def parse_line(line: bytes, where: str) -> dict:
     """One line of the file as an item; see `check_item`."""
     try:
         item = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{where}: not JSON ({first_line(error)}); correct or remove the line") from error
     return check_item(item, where)
 
@@ -145,16 +146,17 @@ def item_problem(item) -> str | None:
         return "not a JSON object"
     context, endings, label = item.get("ctx"), item.get("endings"), item.get("label")
     if not is_text(context):
-        return f"ctx is {context!r} and must be a non-empty text"
+        return f"ctx is {context!r} and must be a non-empty text of whole characters"
     if not isinstance(endings, list) or len(endings) != ENDINGS or not all(map(is_text, endings)):
-        return f"endings is {endings!r} and must be a list of {ENDINGS} non-empty texts"
+        return f"endings is {endings!r} and must be a list of {ENDINGS} non-empty texts of whole characters"
     if str(label) not in map(str, range(ENDINGS)):
         return f"label is {label!r} and must be 0 to {ENDINGS - 1} (the test set has no labels)"
     return None
 
 
 def is_text(value) -> bool:
-    return isinstance(value, str) and bool(value.strip())
+    """Half a surrogate pair, which JSON can hold, is no character that a tokenizer knows."""
+    return isinstance(value, str) and bool(value.strip()) and not re.search(r"[\ud800-\udfff]", value)
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ LIBRARY_ERRORS = (
     ValueError,
     KeyError,
     AttributeError,
+    ImportError,  # of a quantization's package; it names the pip install
     RuntimeError,
     TypeError,
     pickle.UnpicklingError,

@@ -46,7 +46,7 @@ from gpt2repro.models.openai_weights import (
 from gpt2repro.models.padding import unpadded, without_padding
 from gpt2repro.processes import note
 from gpt2repro.run_folder import RunFolder
-from modeling_gpt2repro import GPT2ReproConfig, GPT2ReproForCausalLM, register_auto_classes
+from modeling_gpt2repro import LARGEST_SIZES, GPT2ReproConfig, GPT2ReproForCausalLM, register_auto_classes
 
 
 # Parts of PEFT's names of what learns a prompt, not a change of the weights.
@@ -280,6 +280,7 @@ def open_model(
         explained(f"{name}: no model can be loaded from there", "give a folder of save_pretrained or a Hub id"),
     ):
         config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+        _check_size(config)
     tokenizer = load_tokenizer(path, trust_remote_code)  # before the weights, so that mistakes show early
     check_tokenizer(path, tokenizer, config)
     check_torch_files(Path(path))
@@ -306,13 +307,22 @@ def open_model(
     return model, tokenizer
 
 
+def _check_size(config: PreTrainedConfig) -> None:
+    """Raise a ValueError for sizes of which the model alone would take all memory. Our own class checks them itself."""
+    sizes = config.get_text_config()
+    for name, bound in LARGEST_SIZES.items():
+        size = getattr(sizes, name, None)
+        if isinstance(size, int) and size > bound:
+            raise ValueError(f"{name}={size} must be at most {bound}")
+
+
 def _is_of_2019(path: str) -> bool:
     """Whether config.json is from before it named the type of the model; AutoConfig refuses it, from_gpt2 tries."""
     try:
         fields, _ = PreTrainedConfig.get_config_dict(path)
     except LIBRARY_ERRORS:  # AutoConfig says why
         return False
-    return not fields.keys() & {"model_type", "auto_map"}
+    return isinstance(fields, dict) and not fields.keys() & {"model_type", "auto_map"}
 
 
 def _refuse_random_weights(name: str, loading_info: dict) -> None:

@@ -321,8 +321,11 @@ def _weight_files(source: str | Path, revision: str | None) -> list[Path]:
             return [folder / name]
         if index.is_file():
             with explained(f"{index} is damaged", "download it again"):
-                shard_of_tensor = json.loads(index.read_text())["weight_map"]
-                return [folder / shard for shard in sorted(set(shard_of_tensor.values()))]
+                shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+                elsewhere = [shard for shard in shards if Path(shard).name != shard]
+                if elsewhere:
+                    raise ValueError(f"{elsewhere[0]} is not a file of this folder")
+                return [folder / shard for shard in shards]
     others = sorted(file.name for pattern in ("*.safetensors", "*.bin") for file in folder.glob(pattern))
     remedy = f"if {first_three(others)} is them, rename it" if others else "copy the model's weights there"
     raise UserError(f"{source} holds no weights: neither model.safetensors nor pytorch_model.bin exists; {remedy}")

@@ -334,6 +334,8 @@ def test_items_from_jsonl_and_gzip(tmp_path):
         ({"endings": ["one", "two", "three", " "]}, "must be a list of 4 non-empty texts"),
         ({"ctx": ""}, "ctx is '' and must be a non-empty text"),
         ({"ctx": None}, "ctx is None and must be a non-empty text"),
+        ({"ctx": "half \ud83d"}, "must be a non-empty text of whole characters"),
+        ({"endings": ["one", "two", "three", "\udc00"]}, "must be a list of 4 non-empty texts of whole characters"),
     ],
 )
 def test_the_error_for_an_invalid_item_names_its_line(tmp_path, change, complaint):
@@ -352,6 +354,7 @@ def test_the_error_for_an_invalid_item_names_its_line(tmp_path, change, complain
         (b'{"ctx": \n', r"line 1: not JSON .*; correct or remove the line"),
         (b"\n\xff\n", r"line 2: not JSON"),
         (b"[1]\n", r"line 1: not a JSON object"),
+        (b"[" * 99_999 + b"\n", r"line 1: not JSON"),
         (b"\n", r"holds no items"),
     ],
 )

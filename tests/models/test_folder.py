@@ -1,5 +1,6 @@
 """Opening what users have: runs, checkpoints, damaged folders, adapters, typing errors."""
 
+import json
 import re
 import shlex
 import time
@@ -197,3 +198,46 @@ def test_without_a_network_an_unknown_name_is_one_line_within_seconds(monkeypatc
     ) as caught:
         find_model("runs/typo")
     assert time.monotonic() - started < 5 and len(str(caught.value).splitlines()) == 1
+
+
+def edit_config(folder: Path, **fields) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
+EIGHT_BITS = {"quant_method": "bitsandbytes", "load_in_8bit": True}
+
+
+def index_weights(folder: Path, shard: str) -> None:
+    """An index that names a shard stands in for the weights."""
+    (folder / "model.safetensors").rename(folder / "weights.safetensors")
+    index = {"metadata": {}, "weight_map": {"transformer.wte.weight": shard}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        (lambda folder: (folder / "config.json").write_text("[]"), "no model can be loaded from there"),
+        (lambda folder: edit_config(folder, n_layer=10**9), "n_layer=1000000000 must be at most"),
+        (lambda folder: edit_config(folder, vocab_size=10**12), "vocab_size=1000000000000 must be at most"),
+        (
+            lambda folder: edit_config(
+                folder, quantization_config={"quant_method": "bitsandbytes", "load_in_8bit": True}
+            ),
+            "bitsandbytes",
+        ),
+    ],
+)
+def test_odd_configurations_are_one_line(folder, change, complaint):
+    change(folder)
+    with pytest.raises(UserError, match=complaint) as error:
+        open_model(str(folder))
+    assert len(str(error.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("shard", ["../weights.safetensors", "/etc/passwd", "a/weights.safetensors"])
+def test_an_index_of_weights_points_at_files_of_its_folder_only(folder, shard):
+    index_weights(folder, shard)
+    with pytest.raises(UserError, match=f"{re.escape(shard)} is not a file of this folder"):
+        from_gpt2(str(folder))
