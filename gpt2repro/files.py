@@ -145,8 +145,19 @@ def acquire_lock(path: Path, busy: str, timeout: float = 0.0) -> FileLock:
     try:
         lock.acquire(timeout=timeout)
     except Timeout as error:
-        raise UserError(busy) from error
+        raise UserError(busy + _owner_of(path)) from error
+    except NotImplementedError as error:  # older releases of filelock
+        raise UserError(f"{path}: its file system has no locks; choose a directory on another") from error
     return lock
+
+
+def _owner_of(path: Path) -> str:
+    """How to free a lock on a file system without locks: there the file itself is the lock, outlives a killed process,
+    and names it and its host. Otherwise nothing: the file is empty."""
+    with contextlib.suppress(OSError, ValueError):
+        process, host, *_ = path.read_text().split()
+        return f"; if process {process} on {host} has ended, delete {path}"
+    return ""
 
 
 def file_sha256(path: Path) -> str:

@@ -4,7 +4,7 @@ import json
 import os
 
 import pytest
-from filelock import FileLock
+from filelock import FileLock, SoftFileLock
 
 from gpt2repro import files
 from gpt2repro.errors import UserError
@@ -142,6 +142,20 @@ def test_an_interrupted_start_leaves_the_directory_untouched(tmp_path):
     assert run.is_untouched() and run.read_record() == {"seed": 1}
     run.metrics.write_text("")
     assert not run.is_untouched()
+
+
+@pytest.mark.parametrize("kind", [FileLock, SoftFileLock])
+def test_a_lock_that_a_killed_process_can_leave_behind_says_how_to_remove_it(tmp_path, monkeypatch, kind):
+    """SoftFileLock is what filelock uses where the file system has no flock."""
+    monkeypatch.setattr(files, "FileLock", kind)
+    path = tmp_path / ".lock"
+    with kind(path):
+        owner = path.read_text().split()  # older releases of filelock do not say
+        with pytest.raises(UserError) as error:
+            acquire_lock(path, "busy")
+    remedy = f"; if process {os.getpid()} on {owner[1]} has ended, delete {path}" if owner else ""
+    assert str(error.value) == f"busy{remedy}"
+    assert kind is SoftFileLock or not owner
 
 
 DAMAGES = {
