@@ -616,8 +616,12 @@ def test_a_vocabulary_other_than_the_datas_is_refused(refused):
         (("--sequence_length", 0), "sequence_length=0 must be at least 1"),
         (("--global_batch_tokens", 10**15), f"global_batch_tokens={10**15} must be at least 1 and at most {2**40}"),
         (("--global_batch_tokens", 2**40 - 2**5), "or micro_batch_size=1"),
-        (("--model.n_layer", 10**9), "GB of memory; lower n_layer=1000000000, n_embd=32 or n_positions=32"),
-        (("--model.n_positions", 10**12), "lower n_layer=2, n_embd=32 or n_positions=1000000000000"),
+        (("--model.n_layer", 10**9), "n_layer=1000000000 must be at most"),
+        (("--model.n_embd", 2**17, "--model.n_layer", 999), "GB of memory; lower n_layer=999, n_embd=131072 or n_pos"),
+        (
+            ("--model.n_positions", 2**24, "--model.n_embd", 2**17),
+            "lower n_layer=2, n_embd=131072 or n_positions=167",
+        ),
     ],
 )
 def test_sizes_are_checked_before_anything_is_computed_or_built(refused, flags, message):
