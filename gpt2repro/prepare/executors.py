@@ -4,9 +4,11 @@ All of them skip tasks that are already completed, and the result does not depen
 """
 
 import contextlib
+import ctypes
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -16,6 +18,9 @@ from pathlib import Path
 from gpt2repro.errors import UserError, first_line
 from gpt2repro.files import CHECKOUT
 from gpt2repro.prepare.request import Execution
+
+
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 @dataclass(frozen=True)
@@ -68,6 +73,7 @@ def _run_and_wait(stages: list[Stage], output_dir: Path, execution: Execution) -
     multiprocess.set_forkserver_preload(
         ["__main__", "gpt2repro.prepare.deduplication", "datatrove.pipeline.dedup", "spacy"]
     )
+    _end_forks_with_this_process()
     if execution.executor == "ray":
         import ray
 
@@ -89,6 +95,13 @@ def _run_and_wait(stages: list[Stage], output_dir: Path, execution: Execution) -
                 f"deduplication: {len(incomplete)} of {stage.tasks} tasks of {stage.name} are not completed "
                 f"({reason}); see {logs}/logs, fix the cause and repeat the command, which resumes there"
             )
+
+
+def _end_forks_with_this_process() -> None:
+    """datatrove forks a server for its queues, which would outlive this process if that is killed. Linux only."""
+    prctl = getattr(ctypes.CDLL(None), "prctl", None)
+    if prctl is not None:
+        os.register_at_fork(after_in_child=lambda: prctl(PR_SET_PDEATHSIG, signal.SIGKILL))
 
 
 # ---- Slurm ----

@@ -367,7 +367,7 @@ def test_a_killed_run_is_finished_by_the_same_call(source, finished, tmp_path, f
 @installed
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
 def test_workers_end_with_a_killed_run(source, tmp_path):
-    """They would continue its tasks, and write the same files as the repeated call."""
+    """They would continue its tasks, and write the same files as the repeated call. So do the servers between them."""
     os.mkfifo(tmp_path / "endless.jsonl")  # its reader waits forever
     sources = [source / "c.jsonl", tmp_path / "endless.jsonl"]
     process = start(tmp_path / "out", sources, tmp_path / "console", methods=["url"], num_workers=2)
@@ -379,7 +379,7 @@ def test_workers_end_with_a_killed_run(source, tmp_path):
         process.kill()
         process.wait()
         assert len(workers) == 2
-        wait_until(lambda: all(not worker.is_running() or worker.status() == "zombie" for worker in workers))
+        wait_until(lambda: all(not child.is_running() or child.status() == "zombie" for child in children))
     finally:
         os.killpg(process.pid, signal.SIGKILL)
 
