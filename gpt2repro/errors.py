@@ -8,7 +8,9 @@ import json
 import os
 import re
 import sys
+import tempfile
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
@@ -106,7 +108,8 @@ class Parser(argparse.ArgumentParser):
 
 def run_script(main: Callable[[list[str]], None], save_memory: str = SAVE_MEMORY) -> None:
     """Run `main(argv)` as a script. A UserError is printed, by one process if all have it, and exits with code 2; so
-    are a GPU or a memory that is too small and a file that the user may not touch.
+    are a GPU or a memory that is too small and a file that the user may not touch. Any other exception is printed as a
+    line with the file that keeps its traceback, and exits with code 1; `python -X dev` shows it instead.
 
     Args:
         save_memory: the remedy when torch finds no memory.
@@ -117,20 +120,29 @@ def run_script(main: Callable[[list[str]], None], save_memory: str = SAVE_MEMORY
         _exit_with(error)
     except PermissionError as error:
         _exit_with(UserError(f"{first_line(error)}; {CHECK_PERMISSIONS}"))
-    except RuntimeError as error:
-        is_full = type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator: can't" in str(error)
-        if not is_full:  # torch's, of a GPU and of the CPU; this module does not import torch
+    except Exception as error:
+        # torch's, of a GPU and of the CPU; this module does not import torch
+        if type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator: can't" in str(error):
+            _exit_with(UserError(f"{first_sentences(error, 3)}; {save_memory}"))
+        if sys.flags.dev_mode:
             raise
-        _exit_with(UserError(f"{first_sentences(error, 3)}; {save_memory}"))
+        _exit_with(UserError(_unexpected(error)), code=1)
     except KeyboardInterrupt:
         sys.exit(130)
 
 
-def _exit_with(error: UserError) -> NoReturn:
+def _unexpected(error: Exception) -> str:
+    """The line about an exception that nothing here foresees, a fault of ours or of a library."""
+    with tempfile.NamedTemporaryFile("w", prefix="gpt2repro_", suffix=".log", delete=False) as log:
+        traceback.print_exception(error, file=log)
+    return f"unexpected {type(error).__name__}: {first_line(error)}; the traceback is in {log.name}, please report it"
+
+
+def _exit_with(error: UserError, code: int = 2) -> NoReturn:
     _close_progress_bars()
     _tell_launcher(error)
     _print_error(error, rank=int(os.environ.get("RANK", "0")))
-    sys.exit(2)
+    sys.exit(code)
 
 
 def _print_error(error: UserError, rank: int) -> None:

@@ -83,7 +83,7 @@ class Recipe:
         524_288, "tokens per optimizer step, over all ranks and micro-batches", at_least=1, at_most=2**40
     )
     batch_ramp_start: int = option(0, "tokens in the first step of a batch-size ramp; 0: no ramp", at_least=0)
-    batch_ramp_tokens: int = option(0, "tokens over which the batch ramps up linearly", at_least=0)
+    batch_ramp_tokens: int = option(0, "tokens over which the batch ramps up linearly", at_least=0, at_most=2**40)
     micro_batch_size: int = option(64, "sequences per rank and forward pass", changeable=True, at_least=1)
     sequence_length: int = option(
         1024, "tokens per sequence (T); positions of init_from beyond it are cropped", at_least=1

@@ -3,6 +3,7 @@
 import errno
 import importlib
 import io
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -98,6 +99,24 @@ def test_a_value_that_begins_with_a_dash(flag, options):
     with pytest.raises(UserError, match=f"one that begins with - is given as {flag}=VALUE"):
         parser.parse_args([flag, "---"])
     assert "---" in vars(parser.parse_args([f"{flag}=---"]))[flag[2:]]
+
+
+def test_what_nobody_foresaw_is_a_line_and_its_traceback_is_kept(monkeypatch, capsys, tmp_path):
+    def main(argv):
+        raise KeyError("wte")
+
+    monkeypatch.setattr(errors.tempfile, "tempdir", str(tmp_path))
+    with pytest.raises(SystemExit) as exit:
+        run_script(main)
+    (log,) = tmp_path.glob("gpt2repro_*.log")
+    assert exit.value.code == 1
+    assert capsys.readouterr().err == (
+        f"error: unexpected KeyError: 'wte'; the traceback is in {log}, please report it\n"
+    )
+    assert 'raise KeyError("wte")' in log.read_text()
+    monkeypatch.setattr(errors.sys, "flags", SimpleNamespace(dev_mode=True))
+    with pytest.raises(KeyError):
+        run_script(main)
 
 
 def test_an_error_begins_on_a_line_of_its_own(printed):

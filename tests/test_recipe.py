@@ -28,6 +28,7 @@ RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
 NUMBERS = (int, float, int | None, float | None)
 BOUNDARIES = [  # fields, the last values accepted, the first ones refused, the rule
     ("global_batch_tokens", [1, 2**40], [0, 2**40 + 1], f"at least 1 and at most {2**40}"),
+    ("batch_ramp_tokens", [0, 2**40], [-1, 2**40 + 1], f"at least 0 and at most {2**40}"),
     (
         "max_steps micro_batch_size sequence_length log_every checkpoint_every keep_last sample_tokens max_bad_steps",
         [1],
@@ -35,7 +36,7 @@ BOUNDARIES = [  # fields, the last values accepted, the first ones refused, the 
         "at least 1",
     ),
     (
-        "batch_ramp_start batch_ramp_tokens warmup_steps validate_every validation_tokens hellaswag_every sample_every "
+        "batch_ramp_start warmup_steps validate_every validation_tokens hellaswag_every sample_every "
         "num_workers keep_every patience max_rollbacks",
         [0],
         [-1],

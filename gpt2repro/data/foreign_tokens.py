@@ -83,6 +83,9 @@ def read_foreign_tokens(folder: Path) -> ForeignTokens | None:
     if name is None:
         return None
     train_pattern, val_pattern, locate = FORMATS[name]
+    for path in folder.iterdir():
+        if path.exists() and not (path.is_file() or path.is_dir()):  # a pipe would be waited for
+            raise UserError(f"{path} is neither a file nor a folder; remove it")
     try:
         train = [locate(path) for path in sorted(folder.glob(train_pattern))]
         val = [locate(path) for path in sorted(folder.glob(val_pattern))] if val_pattern else []

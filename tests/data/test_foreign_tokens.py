@@ -241,6 +241,12 @@ DAMAGES = {
         lambda path: np.save(path, TRAIN.reshape(2, -1).astype(np.uint16)),
         "holds uint16 in 2 dimensions",
     ),
+    "nanoGPT, a pipe": (
+        "nanoGPT",
+        "train.bin",
+        lambda path: (path.unlink(), os.mkfifo(path)),
+        "is neither a file nor a folder; remove it",
+    ),
     "llm.c, magic": ("llm.c", BIN, set_header(0, 20240326), "begins with magic 20240326, version 1"),
     "llm.c, version": ("llm.c", BIN, set_header(1, 2), "begins with magic 20240520, version 2"),
     "llm.c, Llama 3": (
