@@ -67,9 +67,18 @@ def test_the_repetition_of_a_step_after_a_rollback_counts(path):
     assert losses(path) == [1.0, 2.0, 3.0]
 
 
-@pytest.mark.parametrize(
-    "line", [b"\0\0\0", b"", b"\xff\xfe", b"null", b"[1]", b'{"step": "x", "loss": 1}', b"[" * 9999]
-)
+NO_ROWS = {
+    "NUL": b"\0\0\0",
+    "blank": b"",
+    "not UTF-8": b"\xff\xfe",
+    "null": b"null",
+    "list": b"[1]",
+    "step is text": b'{"step": "x", "loss": 1}',
+    "deep": b"[" * 9999,
+}
+
+
+@pytest.mark.parametrize("line", NO_ROWS.values(), ids=NO_ROWS)
 def test_lines_that_are_no_rows_are_passed_over(path, line):
     log(Metrics(path), {"step": 1, "loss": 1.0})
     path.write_bytes(line + b"\n" + path.read_bytes() + line + b"\n")
@@ -216,7 +225,7 @@ def test_picture_marks_the_exported_step_and_short_runs_begin_at_step_0(tmp_path
     monkeypatch.setattr(pyplot, "close", drawn.append)
     rows = [{"step": 0, "val_loss": 2.3}, {"step": 4, "loss": 3.0}, {"step": 4, "val_loss": 2.5}]
     plot_losses(rows, {}, tmp_path / "loss.png", "a run", exported=0)
-    (axes,) = drawn[0].axes
+    (axes,) = drawn[-1].axes  # before it, an older pyplot closes "all"
     labels = [text.get_text() for text in axes.get_legend().get_texts()]
     assert "exported, step 0, 2.3000" in labels and "validation, last 2.5000" in labels
     assert axes.get_xlim()[0] == 0 and all(tick == int(tick) for tick in axes.get_xticks())
@@ -239,7 +248,7 @@ def test_text_in_the_picture_is_literal(tmp_path, monkeypatch):
     monkeypatch.setattr(pyplot, "close", drawn.append)
     rows = [{"step": 1, "loss": 3.0}]
     plot_losses(rows, {r"$\x_{$": 3.3}, tmp_path / "loss.png", r"a $100 \run$ of $\frac{$")
-    (axes,) = drawn[0].axes
+    (axes,) = drawn[-1].axes  # before it, an older pyplot closes "all"
     assert axes.get_title() == r"a $100 \run$ of $\frac{$"
 
 
