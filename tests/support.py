@@ -15,6 +15,14 @@ from gpt2repro.train.metrics import read_metrics
 
 
 ROOT = Path(__file__).resolve().parents[1]
+DAMAGED_JSON = {
+    "empty": b"",
+    "null": b"null",
+    "list": b"[1]",
+    "cut": b'{"a": ',
+    "binary": b"\xff\xfe\0\0",
+    "deep": b"[" * 9999,
+}
 PATIENCE = 300  # seconds until a test gives up waiting; generous, because a busy machine is no failure
 
 

@@ -5,6 +5,7 @@ import os
 
 import pytest
 from filelock import FileLock, SoftFileLock
+from support import DAMAGED_JSON
 
 from gpt2repro import files
 from gpt2repro.errors import UserError
@@ -158,17 +159,7 @@ def test_a_lock_that_a_killed_process_can_leave_behind_says_how_to_remove_it(tmp
     assert kind is SoftFileLock or not owner
 
 
-DAMAGES = {
-    "empty": b"",
-    "null": b"null",
-    "list": b"[]",
-    "cut": b'{"a": ',
-    "binary": b"\xff\xfe\0\0",
-    "deep": b"[" * 9999,
-}
-
-
-@pytest.mark.parametrize("content", DAMAGES.values(), ids=DAMAGES)
+@pytest.mark.parametrize("content", DAMAGED_JSON.values(), ids=DAMAGED_JSON)
 def test_damaged_records_of_a_run(tmp_path, content):
     run = RunFolder(tmp_path)
     for path in (run.recipe, run.verified):
@@ -178,7 +169,7 @@ def test_damaged_records_of_a_run(tmp_path, content):
         run.read_record()
 
 
-@pytest.mark.parametrize("content", [*DAMAGES.values(), b"{}", b'{"config.json": "0"}'])
+@pytest.mark.parametrize("content", [*DAMAGED_JSON.values(), b"[]", b"{}", b'{"config.json": "0"}'])
 def test_damaged_hashes_of_a_checkpoint(tmp_path, content):
     (tmp_path / "hashes.json").write_bytes(content)
     assert find_damage(tmp_path).startswith("hashes.json ")

@@ -17,7 +17,7 @@ from tiny_models import as_gpt2_tensors, tiny_model
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from gpt2repro.run_folder import RunFolder
-from gpt2repro.train.metrics import CLOCK_KEYS
+from gpt2repro.train.metrics import without_clock
 from modeling_gpt2repro import MAX_CHUNKS, GPT2ReproConfig, GPT2ReproForCausalLM
 
 
@@ -109,8 +109,8 @@ class Run:
     def rows(self) -> list[dict]:
         """The metrics without those of the clock and the machine."""
         lines = (self.output_dir / "metrics.jsonl").read_text().splitlines()
-        machine = {*CLOCK_KEYS, "mfu", "peak_memory_bytes"}
-        return [{key: value for key, value in json.loads(line).items() if key not in machine} for line in lines]
+        rows = [without_clock(json.loads(line)) for line in lines]
+        return [row | dict.fromkeys(row.keys() & {"mfu", "peak_memory_bytes"}) for row in rows]
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from matplotlib import pyplot
+from support import DAMAGED_JSON
 from tqdm import tqdm
 from transformers import GPT2Config
 
@@ -67,15 +68,7 @@ def test_the_repetition_of_a_step_after_a_rollback_counts(path):
     assert losses(path) == [1.0, 2.0, 3.0]
 
 
-NO_ROWS = {
-    "NUL": b"\0\0\0",
-    "blank": b"",
-    "not UTF-8": b"\xff\xfe",
-    "null": b"null",
-    "list": b"[1]",
-    "step is text": b'{"step": "x", "loss": 1}',
-    "deep": b"[" * 9999,
-}
+NO_ROWS = DAMAGED_JSON | {"NUL": b"\0\0\0", "step is text": b'{"step": "x", "loss": 1}'}
 
 
 @pytest.mark.parametrize("line", NO_ROWS.values(), ids=NO_ROWS)
