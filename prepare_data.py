@@ -15,7 +15,6 @@ train_accelerate.py reads it through `data_dir`.
 import argparse
 import os
 import time
-from collections.abc import Callable
 from dataclasses import fields, replace
 from itertools import islice
 from pathlib import Path
@@ -31,7 +30,7 @@ from gpt2repro.data.tokenization import (
     expected_vocab_size,
     save_tokenizer,
 )
-from gpt2repro.errors import Parser, UserError, refuse, run_script
+from gpt2repro.errors import Parser, UserError, problems_of, refuse, run_script
 from gpt2repro.files import file_sha256, new_folder
 from gpt2repro.prepare import parts, workers
 from gpt2repro.prepare.corpora import HUB_CORPORA, LOCAL_CORPORA, Corpus, CorpusQuery, open_corpus
@@ -330,18 +329,10 @@ def argument_problems(args: argparse.Namespace) -> list[str]:
     if args.val_fraction is not None and not 0 < args.val_fraction < 1:
         problems.append(f"--val_fraction {args.val_fraction} must lie between 0 and 1")
     if args.tokenizer and args.tokenizer.startswith("bpe:"):
-        problems += _problem_of(expected_vocab_size, args.tokenizer)
+        problems += problems_of(expected_vocab_size, args.tokenizer)
     if args.dedup:
-        problems += _problem_of(check_methods, tuple(args.dedup.split(",")))
+        problems += problems_of(check_methods, tuple(args.dedup.split(",")))
     return problems
-
-
-def _problem_of(check: Callable, *args) -> list[str]:
-    try:
-        check(*args)
-    except UserError as error:
-        return [str(error)]
-    return []
 
 
 def ignored_flags(args: argparse.Namespace, given: set[str]) -> list[str]:

@@ -176,8 +176,8 @@ class Manifest:
         if foreign is not None:
             return cls._of_foreign(foreign)
         manifest = cls.read(data_dir)
-        refuse([f"{problem}; {remedy(folder)}" for problem in manifest._seal_problems(folder)])
-        refuse([f"{problem}; {remedy(folder)}" for problem in manifest._tokenizer_problems(folder)])
+        refuse_damage(manifest._seal_problems(folder), folder)
+        refuse_damage(manifest._tokenizer_problems(folder), folder)
         return manifest
 
     @classmethod
@@ -215,13 +215,13 @@ class Manifest:
             UserError: one line for each file that is missing or damaged.
         """
         root = Path(data_dir)
-        refuse([f"{problem}; {remedy(root)}" for problem in self._seal_problems(root)])
+        refuse_damage(self._seal_problems(root), root)
         with ThreadPoolExecutor(num_workers) as pool:
             checked = pool.map(lambda shard: self._shard_problem(root, shard), self.shards)
             problems = [problem for problem in progress(checked) if problem]
         problems += self._total_problems(root)
         problems += self._tokenizer_problems(root)
-        refuse([f"{problem}; {remedy(root)}" for problem in problems])
+        refuse_damage(problems, root)
 
     def verify_changed(self, data_dir: str | Path, verified: dict[str, list[int]]) -> dict[str, list[int]]:
         """Hash the shards that have changed since the last call. Another trainer's files have no hashes, and pass.
@@ -248,7 +248,7 @@ class Manifest:
         with ThreadPoolExecutor() as pool:  # hashing releases the GIL
             checked = pool.map(file_problem, to_hash.keys(), to_hash.values())
             problems = [problem for problem in checked if problem]
-        refuse([f"{problem}; {remedy(root)}" for problem in problems])
+        refuse_damage(problems, root)
         return found
 
     def _shard_problem(self, root: Path, shard: Shard) -> str | None:
@@ -295,6 +295,11 @@ class Manifest:
     def _tokenizer_problems(self, root: Path) -> list[str]:
         checked = [file_problem(root / "tokenizer" / name, sha256) for name, sha256 in self._tokenizer_hashes.items()]
         return [problem for problem in checked if problem]
+
+
+def refuse_damage(problems: list[str], data_dir: str | Path) -> None:
+    """Raise a UserError with all problems of a prepared directory, and what to do about them, if there are any."""
+    refuse([f"{problem}; {remedy(data_dir)}" for problem in problems])
 
 
 def remedy(data_dir: str | Path) -> str:

@@ -102,9 +102,8 @@ def _drop_unused(defaults: GenerationConfig, source: str | Path) -> None:
         return
     dropped = []
     for name, unset in SAMPLING_SETTINGS.items():
-        is_contrastive = (
-            name == "top_k" and defaults.penalty_alpha
-        )  # contrastive search reads it: without, it is another
+        # Contrastive search reads top_k, and is another search without.
+        is_contrastive = name == "top_k" and defaults.penalty_alpha
         if getattr(defaults, name, None) not in (None, unset) and not is_contrastive:
             setattr(defaults, name, unset)
             dropped.append(name)

@@ -21,9 +21,9 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
-from gpt2repro.data.manifest import MANIFEST, Manifest, TokenizerRecord, remedy
+from gpt2repro.data.manifest import MANIFEST, Manifest, TokenizerRecord, refuse_damage
 from gpt2repro.data.shards import SPLITS, token_dtype
-from gpt2repro.errors import UserError, first_line, os_error_number, refuse
+from gpt2repro.errors import UserError, first_line, os_error_number
 from gpt2repro.files import acquire_lock, file_problem, holds_only, write_json
 from gpt2repro.prepare.corpora import Corpus, open_corpus
 from gpt2repro.prepare.plan import PartRecord
@@ -160,7 +160,7 @@ class OutputDirectory:
         if request.corpus == "files" or Path(request.corpus).is_dir():
             self.open_corpus(request)
         manifest = Manifest.read(self.path)
-        refuse([f"{problem}; {remedy(self.path)}" for problem in manifest.missing_files(self.path)])
+        refuse_damage(manifest.missing_files(self.path), self.path)
         self.tidy()  # in case it was killed just before
         return manifest
 

@@ -420,11 +420,7 @@ def tokenizer_problems(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, pretr
         return []
     their_ids = theirs.get_vocab()
     if all(their_ids.get(token) == id for token, id in tokenizer.get_vocab().items()):
-        try:
-            check_tokenizer(str(pretrained.source), theirs, pretrained.config)
-        except UserError as error:
-            return [str(error)]
-        return []
+        return problems_of(check_tokenizer, str(pretrained.source), theirs, pretrained.config)
     return [
         f"init_from={recipe.init_from} has another tokenizer than {', '.join(recipe.sources)}; prepare the data with "
         f"`python prepare_data.py ... --tokenizer {shlex.quote(recipe.init_from)}`"
