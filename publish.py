@@ -20,15 +20,16 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gpt2repro.data.tokenization import tokenizer_folder
 from gpt2repro.errors import Parser, UserError, first_line, os_error_number, run_script
-from gpt2repro.files import write_problem
+from gpt2repro.files import write_bytes, write_problem
 from gpt2repro.hub.model_card import model_card
 from gpt2repro.hub.upload import create_repository, upload
 from gpt2repro.models.folder import check_tokenizer, find_model, load_tokenizer, save_model_folder, tokenizer_for
 from gpt2repro.models.openai_weights import from_gpt2, to_gpt2
 from gpt2repro.run_folder import RunFolder
+from gpt2repro.show.logged_run import LoggedRun
+from gpt2repro.show.pictures import loss_picture
 from gpt2repro.train import checkpoint
 from gpt2repro.train.metrics import read_metrics
-from gpt2repro.train.report import corpus_title, plot_losses, shortened
 
 
 FOLDER_PREFIXES = (".", "/", "~")  # of --to; any other value is a Hub repository
@@ -62,7 +63,7 @@ def main(argv: list[str]) -> None:
         picture = Path(scratch) / "loss.png" if run is not None else None
         try:
             if run is not None and picture is not None:
-                draw_losses(run, last_step, picture, f"{name}: GPT-2, {shortened(model.num_parameters())} parameters")
+                draw_losses(run, last_step, picture, name)
             save_model_folder(Path(scratch) / name, model, tokenizer, card, picture)
         except Exception as error:  # safetensors and tokenizers do not raise OSError
             if os_error_number(error) is None:
@@ -104,15 +105,13 @@ def checkpoint_step_of(source: Path) -> int | None:
     return checkpoint.read_state(source)["step"]
 
 
-def draw_losses(run: RunFolder, last_step: int | None, path: Path, title: str) -> None:
-    """The run's own picture; for a checkpoint one up to its step, with the run's reference losses."""
+def draw_losses(run: RunFolder, last_step: int | None, path: Path, name: str) -> None:
+    """The run's own picture; for a checkpoint one up to its step, with the name that it is published under."""
     if last_step is None and run.picture.is_file():
         shutil.copy(run.picture, path)
         return
     rows = [row for row in read_metrics(run.metrics) if last_step is None or row["step"] <= last_step]
-    record = run.read_record()
-    title = f"{title}, {corpus_title(record['data']['corpus'])}"
-    plot_losses(rows, record.get("reference_losses", {}), path, title)
+    write_bytes(path, loss_picture([LoggedRun(name, run.read_record(), rows)]))
 
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:

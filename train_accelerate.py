@@ -31,6 +31,7 @@ from gpt2repro.data.batches import Batches, StepBatches
 from gpt2repro.data.order import stateless_seed
 from gpt2repro.errors import refuse, report_write_errors, run_script
 from gpt2repro.evaluation.validation import validation_losses
+from gpt2repro.files import write_bytes
 from gpt2repro.hub.model_card import model_card
 from gpt2repro.hub.upload import create_repository, upload
 from gpt2repro.models.folder import rehearse_export, save_model_folder
@@ -39,13 +40,15 @@ from gpt2repro.models.unwrap import full_tensor, unwrapped
 from gpt2repro.processes import on_main
 from gpt2repro.recipe import Recipe
 from gpt2repro.run_folder import RunFolder
+from gpt2repro.show.logged_run import LoggedRun
+from gpt2repro.show.pictures import loss_picture
 from gpt2repro.train.checkpoint import Checkpoints
 from gpt2repro.train.evaluations import Evaluations, load_hellaswag
-from gpt2repro.train.launch import begin_run, build_accelerator
+from gpt2repro.train.launch import begin_run, build_accelerator, run_settings
 from gpt2repro.train.metrics import read_metrics
 from gpt2repro.train.optimizers import build_optimizers, launch_problems, set_lr
 from gpt2repro.train.preflight import Plan, resolve_and_check
-from gpt2repro.train.report import baseline_loss, corpus_title, files_text, losses_text, plot_losses, shortened
+from gpt2repro.train.report import baseline_loss, files_text, losses_text
 from gpt2repro.train.run_state import RunState
 from gpt2repro.train.schedule import lr_at
 from gpt2repro.train.stopping import EXIT_CODE, StopRequest
@@ -77,6 +80,7 @@ def main(argv: list[str]) -> None:
     batches = Batches(plan.data.train, recipe, accelerator, run.guard.batch)
     evaluations = Evaluations(plan, hellaswag, accelerator, model, raw_model, telemetry)
     run.resume(checkpoints)
+    evaluations.announce_reference()
     evaluations.before_first_step(run, checkpoints)
     model.train()
     while not run.finished:
@@ -240,7 +244,7 @@ def exit_resumable(run: RunState, accelerator: Accelerator) -> NoReturn:
 
 
 def finish(plan: Plan, folder: RunFolder, model: PreTrainedModel, run: RunState) -> None:
-    """Draw the loss curve, save the model folder, push it if asked to, and print the results and where they are.
+    """Draw the losses, save the model folder, push it if asked to, and print verdict, results and where they are.
 
     Args:
         model: unwrapped and without padding rows, with the weights to export.
@@ -248,19 +252,17 @@ def finish(plan: Plan, folder: RunFolder, model: PreTrainedModel, run: RunState)
     """
     recipe, data, step = plan.recipe, plan.data, run.step
     assert run.val_loss is not None, "a run ends with a validation"
-    rows = read_metrics(folder.metrics)
-    samples = [row["samples"] for row in rows if "samples" in row and row["step"] <= step]
-    baseline = baseline_loss(data)
-    corpus = corpus_title(folder.read_record()["data"]["corpus"])
-    title = f"{folder.name}: GPT-2, {shortened(model.num_parameters())} parameters, {corpus}"
-    lines = {"unigram entropy": baseline, **recipe.reference_losses}
-    plot_losses(rows, lines, folder.picture, title, exported=step if recipe.patience else None)
+    logged = LoggedRun(folder.name, run_settings(recipe, data), read_metrics(folder.metrics))
+    write_bytes(folder.picture, loss_picture([logged], exported=step if recipe.patience else None))
+    samples = [row["samples"] for row in logged.rows if "samples" in row and row["step"] <= step]
 
     card = card_maker(plan, folder)(model, last_step=step)
     save_model_folder(folder.model, model, plan.tokenizer, card, folder.picture)
 
     at_step = f", at step {step:,}" if recipe.patience else ""
-    print(f"\n{losses_text(run.val_loss, baseline, data, at_step)}")
+    if logged.verdict.headline:
+        print(f"\n{logged.verdict.headline}")
+    print(f"\n{losses_text(run.val_loss, baseline_loss(data), data, at_step)}")
     for number, sample in enumerate(samples[-1] if samples else [], start=1):
         print(f"\n--- sample {number} ---\n{sample}")
     print(f"\n{files_text(folder)}")

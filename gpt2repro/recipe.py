@@ -131,6 +131,9 @@ class Recipe:
     validation_tokens: int = option(
         0, "tokens per validation, from the start of the split; 0: the whole split", changeable=True, at_least=0
     )
+    reference_curve: str | None = option(
+        None, "known run that each validation is compared with, e.g. llmc-124m-fineweb", changeable=True
+    )
     hellaswag_every: int = option(0, "steps between HellaSwag evaluations; 0: never", changeable=True, at_least=0)
     hellaswag_data: str | None = option(
         None, "local HellaSwag file, .jsonl or .jsonl.gz; none: from the Hub", changeable=True

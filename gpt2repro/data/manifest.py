@@ -297,6 +297,11 @@ class Manifest:
         return [problem for problem in checked if problem]
 
 
+def corpus_title(corpus: dict[str, Any]) -> str:
+    """A corpus's name for everyone to read; of one on this machine, which has no revision, the path's last part."""
+    return corpus["name"] if corpus.get("revision") else Path(corpus["name"]).name
+
+
 def refuse_damage(problems: list[str], data_dir: str | Path) -> None:
     """Raise a UserError with all problems of a prepared directory, and what to do about them, if there are any."""
     refuse([f"{problem}; {remedy(data_dir)}" for problem in problems])

@@ -9,12 +9,12 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers import PreTrainedModel
 
+from gpt2repro.data.manifest import corpus_title
 from gpt2repro.data.token_stream import bits_per_byte
 from gpt2repro.evaluation.hellaswag import FULL_SET, HUB_ID, OPENAI_GPT2, with_error
 from gpt2repro.models.padding import without_padding
 from gpt2repro.run_folder import RunFolder
 from gpt2repro.train.metrics import exported_step, read_metrics
-from gpt2repro.train.report import corpus_title
 
 
 # Fields of recipe.yaml that the card does not list: its table shows them already, or they are paths on the machine that

@@ -4,11 +4,19 @@ import torch
 from accelerate import Accelerator
 from transformers import PreTrainedModel
 
+from gpt2repro.errors import first_line
 from gpt2repro.evaluation.hellaswag import ENDINGS, EncodedItem, encode_item, evaluate_hellaswag, load_items
 from gpt2repro.evaluation.validation import validation_losses
+from gpt2repro.evaluation.verdict import judge
+from gpt2repro.files import write_bytes
 from gpt2repro.models.sampling import encode_prompt, generate
 from gpt2repro.processes import on_main
+from gpt2repro.run_folder import RunFolder
+from gpt2repro.show.logged_run import LoggedRun
+from gpt2repro.show.pictures import loss_picture
 from gpt2repro.train.checkpoint import Checkpoints
+from gpt2repro.train.launch import run_settings
+from gpt2repro.train.metrics import read_metrics
 from gpt2repro.train.preflight import Plan
 from gpt2repro.train.run_state import RunState
 from gpt2repro.train.telemetry import Telemetry
@@ -33,8 +41,16 @@ class Evaluations:
         telemetry: Telemetry,
     ):
         self.recipe, self.tokenizer, self.val_data = plan.recipe, plan.tokenizer, plan.data.val
+        self.folder = RunFolder(plan.recipe.output_dir)
+        self.record = run_settings(plan.recipe, plan.data)
         self.hellaswag, self.accelerator, self.telemetry = hellaswag, accelerator, telemetry
         self.model, self.raw_model = model, raw_model
+
+    def announce_reference(self) -> None:
+        """Say before the first step why the reference that the recipe names is not comparable, if so."""
+        verdict = judge(self.record, rows=[])
+        if verdict.mismatches:
+            self.telemetry.say(verdict.headline)
 
     def run_due(self, run: RunState) -> None:
         """Run and log the evaluations that are due after step run.step."""
@@ -56,7 +72,23 @@ class Evaluations:
         losses = validation_losses(self.model, self.val_data, self.recipe, self.accelerator)
         run.note_validation(losses["val_loss"])
         self.telemetry.log(run.step, **losses)
-        self.telemetry.say(f"step {run.step:,}: validation loss {losses['val_loss']:.4f}")
+        self.telemetry.say(f"step {run.step:,}: validation loss {losses['val_loss']:.4f}{self._show_progress()}")
+
+    def _show_progress(self) -> str:
+        """Draw loss.png, on the main process.
+
+        Returns:
+            What the verdict says about the newest validation; why there is neither, if that fails: a picture must not
+            end a run.
+        """
+        if not self.accelerator.is_main_process:
+            return ""
+        try:
+            logged = LoggedRun(self.folder.name, self.record, read_metrics(self.folder.metrics))
+            write_bytes(self.folder.picture, loss_picture([logged]))
+            return logged.verdict.latest
+        except Exception as error:
+            return f"; {self.folder.picture} could not be drawn ({first_line(error)})"
 
     def score_hellaswag(self, step: int) -> None:
         items_per_batch = max(1, self.recipe.micro_batch_size // ENDINGS)  # each ending is one row

@@ -4,6 +4,7 @@ import dataclasses
 import re
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 from uuid import uuid4
 
 import torch
@@ -99,16 +100,23 @@ def run_record(recipe: Recipe, data: RunData, hardware: str) -> dict:
     is_local = recipe.init_from == "scratch" or Path(recipe.init_from).exists()
     plain_name = re.sub(r"[^\w.-]", "-", output_dir.name)
     return {
+        **run_settings(recipe, data),
+        "base_model": None if is_local else recipe.init_from,  # a Hub id
+        "hardware": hardware,
+        "versions": provenance(),
+        "run_id": f"{plain_name}-{uuid4().hex[:8]}",
+    }
+
+
+def run_settings(recipe: Recipe, data: RunData) -> dict[str, Any]:
+    """The part of the record that follows from the command alone."""
+    return {
         **dataclasses.asdict(recipe),
         "resume": True,  # these three are not settings but concern one start
         "extend": False,
         "override_recipe": False,
         "corpus": data.name,  # the recipe's may be another one's, if --data_dir was given
-        "base_model": None if is_local else recipe.init_from,  # a Hub id
         "data": data.record(),
-        "hardware": hardware,
-        "versions": provenance(),
-        "run_id": f"{plain_name}-{uuid4().hex[:8]}",
     }
 
 

@@ -22,6 +22,7 @@ from gpt2repro.data.mixture import RunData
 from gpt2repro.data.tokenization import TOKENIZER_FILES, build_tokenizer, padded_vocab_size
 from gpt2repro.errors import UserError, first_line, problems_of, refuse
 from gpt2repro.evaluation.hellaswag import download_problems, read_items
+from gpt2repro.evaluation.reference_curves import reference_problems
 from gpt2repro.files import CHECKOUT, append_problem, write_problem
 from gpt2repro.models.folder import check_tokenizer, find_model, load_tokenizer
 from gpt2repro.models.foreign_checkpoints import first_three
@@ -73,7 +74,7 @@ def resolve_and_check(argv: list[str]) -> Plan:
     if not problems and not flags & {"--config", "--data_dir", "--data"}:
         prepare_demo(recipe)
     problems += recipe.problems(world_size()) + optimizer_problems(recipe) + missing_gpu()
-    problems += tracker_problems(recipe) + hub_problems(recipe)
+    problems += tracker_problems(recipe) + hub_problems(recipe) + reference_problems(recipe.reference_curve)
     # --eval_only has neither an output directory nor checkpoints of its own.
     folder = None if recipe.eval_only else RunFolder(recipe.output_dir)
     data = plan = None

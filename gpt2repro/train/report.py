@@ -1,25 +1,20 @@
-"""What a run reports at its end: the loss curve, the final losses, the software versions, and where its files are."""
+"""What a run reports: what it has logged, its final losses, the software versions, and where its files are."""
 
 import contextlib
-import io
-import itertools
 import platform
 import subprocess
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from gpt2repro.data.mixture import RunData
 from gpt2repro.data.token_stream import bits_per_byte, unigram_entropy
-from gpt2repro.files import CHECKOUT, write_bytes
+from gpt2repro.errors import CHECK_PERMISSIONS, UserError, first_line
+from gpt2repro.files import CHECKOUT
 from gpt2repro.run_folder import RunFolder
-
-
-FEW_ROWS = 20  # below this, each row of the training loss is marked: a single one has no line
-LEAST_RANGE = 1.0  # nats that the loss axis spans at least
-LINE_COLORS = ("gray", "tab:green", "tab:red", "tab:purple", "tab:brown")
+from gpt2repro.show.logged_run import LoggedRun
+from gpt2repro.train.metrics import read_metrics
 
 
 def provenance() -> dict[str, Any]:
@@ -41,59 +36,27 @@ def baseline_loss(data: RunData) -> float:
     return unigram_entropy(data.train.frequencies(data.tokenizer.vocab_size))
 
 
-def corpus_title(corpus: dict[str, Any]) -> str:
-    """A corpus's name for everyone to read; of one on this machine, which has no revision, the path's last part."""
-    return corpus["name"] if corpus.get("revision") else Path(corpus["name"]).name
+def open_run(path: str) -> LoggedRun:
+    """What a run in a folder has logged; it may still be training.
 
-
-def plot_losses(
-    metrics: list[dict[str, Any]], lines: dict[str, float], path: Path, title: str, exported: int | None = None
-) -> None:
-    """Draw training and validation loss over steps, with a horizontal line for each named reference loss.
-
-    Args:
-        title: like the names of the lines drawn as it is, dollar signs included.
-        exported: the step whose weights are exported if that may not be the last; it is marked.
+    Raises:
+        UserError: the folder is no run, the run has logged nothing yet, or its records are damaged.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")  # needs no display
-    matplotlib.rcParams.update({"text.parse_math": False, "text.usetex": False})
-    from matplotlib import pyplot
-    from matplotlib.ticker import MaxNLocator
-
-    train = [(row["step"], row["loss"]) for row in metrics if "loss" in row]
-    val = [(row["step"], row["val_loss"]) for row in metrics if "val_loss" in row]
-    figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
-    marker = "." if len(train) < FEW_ROWS else None
-    axes.plot(*zip(*train), color="tab:blue", alpha=0.5, linewidth=1, marker=marker, label="training")
-    if val:
-        last = val[-1][1]
-        axes.plot(*zip(*val), color="tab:orange", marker="o", markersize=4, label=f"validation, last {last:.4f}")
-    if exported is not None:
-        loss = dict(val)[exported]
-        label = f"exported, step {exported:,}, {loss:.4f}"
-        axes.plot(exported, loss, color="tab:red", marker="*", markersize=12, linestyle="none", label=label)
-    for (name, loss), color in zip(lines.items(), itertools.cycle(LINE_COLORS)):
-        axes.axhline(loss, linestyle="--", color=color, linewidth=1, label=f"{name}, {loss:.4f}")
-    axes.set(xlabel="step", ylabel="loss, nats per token", title=title)
-    axes.set_xlim(left=0)
-    low, high = axes.get_ylim()
-    if high - low < LEAST_RANGE:  # hardly any rows yet: their noise must not fill the picture
-        middle = (low + high) / 2
-        axes.set_ylim(middle - LEAST_RANGE / 2, middle + LEAST_RANGE / 2)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.grid(alpha=0.3)
-    axes.legend()
-    picture = io.BytesIO()
-    figure.savefig(picture, format="png", dpi=120)
-    pyplot.close(figure)
-    write_bytes(path, picture.getvalue())
-
-
-def shortened(number: int) -> str:
-    """A count for titles: 124.4M, 0.3M, 25.7K."""
-    return f"{number / 1e6:.1f}M" if number >= 1e5 else f"{number / 1e3:.1f}K"
+    folder = RunFolder(path)
+    if not folder.recipe.is_file():
+        around = RunFolder.around(folder.path)
+        remedy = f"give {around.path}" if around else "give the output_dir of a run"
+        raise UserError(f"{path} is no run, as it has no {folder.recipe.name}; {remedy}")
+    record = folder.read_record()
+    if not folder.metrics.is_file():
+        raise UserError(f"{path} has logged nothing yet, as it has no {folder.metrics.name}; wait for its first row")
+    try:
+        rows = read_metrics(folder.metrics)
+    except OSError as error:
+        raise UserError(f"{folder.metrics} cannot be read ({first_line(error)}); {CHECK_PERMISSIONS}") from error
+    if not rows:
+        raise UserError(f"{folder.metrics} holds no row of a run's metrics; restore it, or give another run")
+    return LoggedRun(folder.path.resolve().name, record, rows)
 
 
 def losses_text(val_loss: float, baseline: float, data: RunData, at_step: str) -> str:

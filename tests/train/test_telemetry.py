@@ -1,4 +1,4 @@
-"""What a run reports: metrics, speed, picture, provenance."""
+"""What a run reports: metrics, speed, provenance."""
 
 import errno
 import io
@@ -8,7 +8,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from matplotlib import pyplot
 from support import DAMAGED_JSON
 from tqdm import tqdm
 from transformers import GPT2Config
@@ -18,7 +17,7 @@ from gpt2repro.run_folder import RunFolder
 from gpt2repro.train import metrics
 from gpt2repro.train.guard import Guard
 from gpt2repro.train.metrics import Metrics, read_metrics
-from gpt2repro.train.report import corpus_title, plot_losses, provenance, shortened
+from gpt2repro.train.report import provenance
 from gpt2repro.train.speed import flops_per_token, peak_flops
 from gpt2repro.train.telemetry import Telemetry, Unbreakable
 
@@ -211,51 +210,6 @@ def test_rows_after_a_changed_recipe_are_logged_again(tmp_path):
         telemetry.log(2, val_loss=3.0)
         telemetry.log(4, val_loss=3.0)
         assert [row["val_loss"] for row in read_metrics(folder.metrics)] == expected
-
-
-def test_picture_marks_the_exported_step_and_short_runs_begin_at_step_0(tmp_path, monkeypatch):
-    drawn = []
-    monkeypatch.setattr(pyplot, "close", drawn.append)
-    rows = [{"step": 0, "val_loss": 2.3}, {"step": 4, "loss": 3.0}, {"step": 4, "val_loss": 2.5}]
-    plot_losses(rows, {}, tmp_path / "loss.png", "a run", exported=0)
-    (axes,) = drawn[-1].axes  # before it, an older pyplot closes "all"
-    labels = [text.get_text() for text in axes.get_legend().get_texts()]
-    assert "exported, step 0, 2.3000" in labels and "validation, last 2.5000" in labels
-    assert axes.get_xlim()[0] == 0 and all(tick == int(tick) for tick in axes.get_xticks())
-
-
-@pytest.mark.parametrize(("number", "text"), [(124_439_808, "124.4M"), (250_000, "0.2M"), (25_696, "25.7K")])
-def test_parameters_are_counted_in_the_unit_that_shows_them(number, text):
-    assert shortened(number) == text
-
-
-def test_the_loss_curve_is_drawn_without_a_display(tmp_path):
-    rows = [{"step": s, "loss": 3 - s / 10} for s in range(1, 9)] + [{"step": 8, "val_loss": 2.3}]
-    plot_losses(rows, {"unigram entropy": 3.3}, tmp_path / "loss.png", "a run")
-    assert (tmp_path / "loss.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
-
-
-def test_text_in_the_picture_is_literal(tmp_path, monkeypatch):
-    """Two dollar signs would begin and end a formula, which not every text is."""
-    drawn = []
-    monkeypatch.setattr(pyplot, "close", drawn.append)
-    rows = [{"step": 1, "loss": 3.0}]
-    plot_losses(rows, {r"$\x_{$": 3.3}, tmp_path / "loss.png", r"a $100 \run$ of $\frac{$")
-    (axes,) = drawn[-1].axes  # before it, an older pyplot closes "all"
-    assert axes.get_title() == r"a $100 \run$ of $\frac{$"
-
-
-@pytest.mark.parametrize(
-    "corpus, title",
-    [
-        ({"name": "/home/ada/corpus", "hub_id": "/home/ada/corpus", "revision": None}, "corpus"),
-        ({"name": "private/corpus"}, "corpus"),
-        ({"name": "HuggingFaceFW/fineweb", "revision": "0a1"}, "HuggingFaceFW/fineweb"),
-        ({"name": "70% web + 30% code"}, "70% web + 30% code"),
-    ],
-)
-def test_a_title_holds_no_path_of_this_machine(corpus, title):
-    assert corpus_title(corpus) == title
 
 
 @pytest.mark.slow

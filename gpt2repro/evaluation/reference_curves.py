@@ -1,0 +1,218 @@
+"""Known losses that a run can be compared with: curves of validation loss over training tokens, and OpenAI's levels.
+
+reference_curves/NAME.yaml holds a curve:
+
+    title       for people
+    source      where the numbers come from, with their licence
+    measured    by what, when, on which machine
+    conditions  what a run must have in common with it (see CONDITIONS): where any of that differs, the same loss means
+                something else
+    settings    the recipe's other settings. A run may differ in them: they are what goes wrong
+    spread      sigma and progress, by which equally good runs differ (see ReferenceCurve.tolerance), and their source
+    points      [tokens, nats per token], ascending, from the first validation after the first step on
+
+reference_curves/openai.yaml holds the losses of OpenAI's models by corpus.
+"""
+
+import bisect
+import difflib
+import math
+from dataclasses import dataclass
+from importlib.resources import files
+from typing import Any
+
+import yaml
+
+from gpt2repro.data.manifest import corpus_title
+from gpt2repro.errors import refuse
+from modeling_gpt2repro import GPT2ReproConfig
+
+
+FOLDER = files("gpt2repro.evaluation") / "reference_curves"
+LEVELS = "openai"  # the file that holds no curve
+SIGMAS = 3.0  # standard deviations between equally good runs that the tolerance allows for
+
+
+@dataclass(frozen=True)
+class ReferenceCurve:
+    """The validation losses of a known run, or the mean of several. The fields are those of its file.
+
+    tokens, losses: the points.
+    """
+
+    name: str
+    title: str
+    source: str
+    measured: str
+    conditions: dict[str, Any]
+    settings: dict[str, Any]
+    spread: dict[str, Any]
+    tokens: tuple[int, ...]
+    losses: tuple[float, ...]
+
+    def covers(self, tokens: int) -> bool:
+        return self.tokens[0] <= tokens <= self.tokens[-1]
+
+    def loss_at(self, tokens: int) -> float:
+        """The loss after `tokens` tokens, which the curve must cover: between two points linear in their logarithm,
+        in which losses are closer to a line than in the tokens themselves."""
+        left = self._segment(tokens)
+        return self.losses[left] + self._slope(left) * math.log(tokens / self.tokens[left])
+
+    def tolerance(self, tokens: int) -> float:
+        """By how much an equally good run may differ after `tokens` tokens, nats per token.
+
+        Two independent causes: losses differ by `sigma` even where the curve is flat; and runs are ahead or behind by
+        a share of the tokens, `progress`, which shows where the curve is steep.
+        """
+        behind = self.spread["progress"] * self._slope(self._segment(tokens))
+        return SIGMAS * math.hypot(self.spread["sigma"], behind)
+
+    def _segment(self, tokens: int) -> int:
+        """The index of the point where the segment begins that `tokens` lies in."""
+        return min(bisect.bisect(self.tokens, tokens), len(self.tokens) - 1) - 1
+
+    def _slope(self, left: int) -> float:
+        """Nats per token for e times the tokens, in the segment that begins at a point."""
+        rise = self.losses[left + 1] - self.losses[left]
+        return rise / math.log(self.tokens[left + 1] / self.tokens[left])
+
+    def mismatches(self, record: dict[str, Any]) -> list[str]:
+        """Why the losses of a run are not comparable with these; empty: they are.
+
+        Args:
+            record: the content of its recipe.yaml.
+        """
+        here = {name: value_of(record) for name, value_of in CONDITIONS.items()}
+        return [
+            f"{name.replace('_', ' ')} {_shown(here[name])} (there {_shown(there)})"
+            for name, there in self.conditions.items()
+            if not _agrees(here[name], there)
+        ]
+
+    def differences(self, record: dict[str, Any]) -> list[str]:
+        """The settings in which a run differs from the reference, e.g. `learning_rate=0.04 (there 0.004)`."""
+        here = record | {f"model.{name}": value for name, value in _model(record).items()}
+        return [
+            f"{name}={here[name]} (there {there})"
+            for name, there in self.settings.items()
+            if name in here and here[name] != there
+        ]
+
+
+@dataclass(frozen=True)
+class Level:
+    """The loss of a finished model, nats per token; `source` says who measured it."""
+
+    name: str
+    loss: float
+    source: str
+
+
+# ---- files ----
+
+
+def curve_names() -> list[str]:
+    stems = {path.name.removesuffix(".yaml") for path in FOLDER.iterdir()}
+    return sorted(stems - {LEVELS})
+
+
+def reference_problems(name: str | None) -> list[str]:
+    """One line if there is no reference curve of that name. None asks for none."""
+    known = curve_names()
+    if name is None or name in known:
+        return []
+    nearest = difflib.get_close_matches(name, known, n=1)
+    remedy = f"did you mean {nearest[0]}?" if nearest else f"use one of {', '.join(known)}"
+    return [f"reference_curve={name} does not exist; {remedy}"]
+
+
+def load_curve(name: str) -> ReferenceCurve:
+    """Raises UserError: there is no curve of that name."""
+    refuse(reference_problems(name))
+    content = _read(name)
+    tokens, losses = zip(*content.pop("points"))
+    return ReferenceCurve(name, **content, tokens=tokens, losses=losses)
+
+
+def openai_levels(record: dict[str, Any]) -> list[Level]:
+    """The losses of OpenAI's models on a run's data, where they are known: that of the same size, or of all if the run
+    has another size or continues one of them.
+
+    Args:
+        record: the content of its recipe.yaml.
+    """
+    content = _read(LEVELS)
+    if record["data"]["tokenizer"]["name"] != content["losses"]["tokenizer"]:
+        return []
+    for entry in content["losses"]["corpora"]:
+        if _corpus(record) in entry["corpus"]:
+            of_size = _of_size(entry["losses"], content["sizes"], record)
+            return [Level(f"OpenAI gpt2 ({size})", loss, entry["source"]) for size, loss in of_size.items()]
+    return []
+
+
+def hellaswag_levels(record: dict[str, Any]) -> dict[str, float]:
+    """GPT-2's and GPT-3's HellaSwag acc_norm, by name; of the sizes, as `openai_levels`."""
+    content = _read(LEVELS)
+    levels: dict[str, float] = {}
+    for family, scores in content["hellaswag"]["acc_norm"].items():
+        of_size = _of_size(scores, content["sizes"], record)
+        levels |= {f"{family} ({size})": score for size, score in of_size.items()}
+    return levels
+
+
+def _of_size(values: dict[str, float], sizes: dict[str, list[int]], record: dict[str, Any]) -> dict[str, float]:
+    """The value for the size of a run's model, or all values."""
+    model = _model(record)
+    same = {size: value for size, value in values.items() if sizes[size] == [model["n_layer"], model["n_embd"]]}
+    return same if same and record.get("init_from", "scratch") == "scratch" else values
+
+
+def _read(name: str) -> dict[str, Any]:
+    return yaml.safe_load((FOLDER / f"{name}.yaml").read_text())
+
+
+# ---- what must agree ----
+
+
+def _corpus(record: dict[str, Any]) -> str:
+    """Hub id and configuration, or the name of a corpus that has none."""
+    corpus = record["data"]["corpus"]
+    if not corpus.get("revision"):  # a local folder has none
+        return corpus_title(corpus)
+    return ", ".join(corpus[key] for key in ("hub_id", "config") if corpus.get(key))
+
+
+def _validation_tokens(record: dict[str, Any]) -> int:
+    whole_split = record["data"]["splits"]["val"]["tokens"]
+    return min(record["validation_tokens"] or whole_split, whole_split)
+
+
+def _model(record: dict[str, Any]) -> dict[str, Any]:
+    """All fields of the model; those that the recipe leaves out have their defaults."""
+    defaults = {name: getattr(GPT2ReproConfig, name) for name in GPT2ReproConfig.__annotations__}
+    return defaults | record.get("model", {})
+
+
+CONDITIONS = {
+    "corpus": _corpus,  # a list of names in the file: any of them
+    "tokenizer": lambda record: record["data"]["tokenizer"]["name"],
+    "vocabulary": lambda record: record["data"]["tokenizer"]["vocab_size"],
+    "training_tokens": lambda record: record["data"]["splits"]["train"]["tokens"],
+    "validation_tokens": _validation_tokens,
+    "sequence_length": lambda record: record["sequence_length"],
+    "layers": lambda record: _model(record)["n_layer"],
+    "width": lambda record: _model(record)["n_embd"],
+    "init_from": lambda record: record["init_from"],
+}
+
+
+def _agrees(here: Any, there: Any) -> bool:
+    return here in there if isinstance(there, list) else here == there
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, list):
+        return " or ".join(value)
+    return f"{value:,}" if isinstance(value, int) else str(value)

@@ -1,0 +1,192 @@
+"""Is my run right? Its validation losses beside those of a known run, the reference, after as many tokens.
+
+    verdict = judge(folder.read_record(), read_metrics(folder.metrics))
+    print(verdict.headline)
+
+By tokens, not by steps, because the batch may differ. What two runs must have in common for their losses to be
+comparable at all is a condition of the reference (see reference_curves.py). Its other settings are what may be wrong
+with a run, and are named when it is off. One of them changes what is to be expected, the length of the schedule:
+
+    equally long    the loss must be within the tolerance
+    shorter         the learning rate falls earlier, and the loss with it: it must not be above the tolerance
+    longer          the learning rate falls later: a loss above the tolerance says nothing before the end of the run,
+                    which must not be above the reference's end
+"""
+
+import itertools
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from gpt2repro.evaluation.reference_curves import Level, ReferenceCurve, load_curve, openai_levels
+from gpt2repro.recipe import Recipe
+
+
+Status = Literal["on track", "off", "better", "no verdict"]
+SAME_LENGTH = 0.02  # relative difference in tokens up to which two schedules are equally long
+SCHEDULE_LENGTH = ("max_steps", "global_batch_tokens", "batch_ramp_start", "batch_ramp_tokens")
+GUIDE = "docs/loss-looks-wrong.md"
+
+
+@dataclass(frozen=True)
+class JudgedValidation:
+    """A validation beside the reference.
+
+    loss: nats per token.
+    expected: the reference's loss after as many tokens; None where it has none.
+    tolerance: by how much equally good runs differ there.
+    """
+
+    step: int
+    tokens: int
+    loss: float
+    status: Status
+    expected: float | None = None
+    tolerance: float = 0.0
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What its validations say about a run.
+
+    status: that of the last validation.
+    headline: one line for people; empty if there is nothing to compare the run with.
+    validations: in the order of the steps; empty without a comparable reference.
+    curve: the comparable reference; None: there is none.
+    levels: OpenAI's losses on the same data, of the same size if there is one.
+    mismatches: why the reference that the recipe names is not comparable.
+    differences: settings in which the run differs from its comparable reference, e.g. `learning_rate=0.04 (there
+        0.004)`.
+    """
+
+    status: Status
+    headline: str
+    validations: tuple[JudgedValidation, ...] = ()
+    curve: ReferenceCurve | None = None
+    levels: tuple[Level, ...] = ()
+    mismatches: tuple[str, ...] = ()
+    differences: tuple[str, ...] = ()
+
+    @property
+    def latest(self) -> str:
+        """The last validation beside the reference, to be printed after its loss; empty if that says nothing."""
+        if self.status == "no verdict":
+            return ""
+        last = self.validations[-1]
+        finding: str = last.status
+        if last.status != "on track":
+            finding = f"{_gap(last)} it{_since(self.validations)}"
+        is_first = last.step == _off_since(self.validations)
+        causes = f"; {_causes(self.differences)}" if is_first else ""
+        return f", reference {last.expected:.4f} at as many tokens: {finding}{causes}"
+
+
+def judge(record: dict[str, Any], rows: list[dict[str, Any]]) -> Verdict:
+    """The verdict on a run, which may still be training.
+
+    Args:
+        record: the content of its recipe.yaml.
+        rows: of its metrics.jsonl, as `read_metrics` returns them.
+    Raises:
+        UserError: the reference_curve that the record names does not exist.
+    """
+    rows = [row for row in rows if "val_loss" in row]
+    levels = tuple(openai_levels(record))
+    beside_levels = [_beside(level, rows[-1]["val_loss"]) for level in levels if rows]
+    name = record.get("reference_curve")
+    if name is None:
+        return Verdict("no verdict", "; ".join(beside_levels), levels=levels)
+    curve = load_curve(name)
+    mismatches = tuple(curve.mismatches(record))
+    if mismatches:
+        reason = f"no verdict: the run is not comparable with reference_curve={name}: {'; '.join(mismatches)}"
+        return Verdict("no verdict", "; ".join([reason, *beside_levels]), levels=levels, mismatches=mismatches)
+
+    max_steps, run_tokens = record["max_steps"], _tokens_in_all(record)
+    validations = tuple(_judged(row, curve, run_tokens, is_end=row["step"] >= max_steps) for row in rows)
+    differences = tuple(curve.differences(record))
+    headline = "; ".join([_headline(validations, curve, differences), *beside_levels])
+    status = validations[-1].status if validations else "no verdict"
+    return Verdict(status, headline, validations, curve, levels, differences=differences)
+
+
+def _tokens_in_all(record: dict[str, Any]) -> int:
+    """The tokens of a run's whole schedule."""
+    schedule = Recipe(**{name: record[name] for name in SCHEDULE_LENGTH})
+    return schedule.tokens_before(schedule.max_steps)
+
+
+def _judged(row: dict[str, Any], curve: ReferenceCurve, run_tokens: int, is_end: bool) -> JudgedValidation:
+    """One row of metrics.jsonl beside the curve.
+
+    Args:
+        run_tokens: of the run's whole schedule.
+        is_end: the row is the run's last.
+    """
+    step, tokens, loss = row["step"], row["tokens"], row["val_loss"]
+    length = run_tokens / curve.tokens[-1]
+    is_shorter, is_longer = length < 1 - SAME_LENGTH, length > 1 + SAME_LENGTH
+    tokens_there = min(tokens, curve.tokens[-1]) if is_end else tokens
+    if not curve.covers(tokens_there):
+        return JudgedValidation(step, tokens, loss, "no verdict")
+    expected, tolerance = curve.loss_at(tokens_there), curve.tolerance(tokens_there)
+    status: Status = "on track"
+    if loss > expected + tolerance:
+        status = "off" if is_end or not is_longer else "no verdict"
+    elif loss < expected - tolerance and not is_shorter:
+        status = "better"
+    return JudgedValidation(step, tokens, loss, status, expected, tolerance)
+
+
+# ---- words ----
+
+
+def _headline(validations: tuple[JudgedValidation, ...], curve: ReferenceCurve, differences: tuple[str, ...]) -> str:
+    if not validations:
+        return "no verdict yet: the run has not been validated"
+    last = validations[-1]
+    at = f"validation loss {last.loss:.4f} after {last.tokens:,} tokens"
+    if last.expected is None:
+        return f"no verdict yet: {at}, {curve.title} begins at {curve.tokens[0]:,}"
+    reference = f"{curve.title}: {last.expected:.4f}, give or take {last.tolerance:.2g}"
+    if last.status == "no verdict":
+        return f"no verdict: {at} is above {reference}, whose learning rate falls earlier"
+    if last.status == "on track":
+        return f"on track: {at}, {reference}"
+    if last.status == "better":
+        return (
+            f"better: {at} is {_gap(last)} {reference}; if nothing is meant to make it better, check that the "
+            "validation text is not trained on"
+        )
+    return f"off: {at} is {_gap(last)} {reference}{_since(validations)}; {_causes(differences)}"
+
+
+def _gap(validation: JudgedValidation) -> str:
+    assert validation.expected is not None
+    gap = validation.loss - validation.expected
+    return f"{abs(gap):.2g} {'above' if gap > 0 else 'below'}"
+
+
+def _off_since(validations: tuple[JudgedValidation, ...]) -> int | None:
+    """The step of the first of the last validations that are off; None: the very last is not off."""
+    steps = [validation.step for validation in itertools.takewhile(_is_off, reversed(validations))]
+    return steps[-1] if steps else None
+
+
+def _is_off(validation: JudgedValidation) -> bool:
+    return validation.status == "off"
+
+
+def _since(validations: tuple[JudgedValidation, ...]) -> str:
+    step = _off_since(validations)
+    return "" if step is None else f" since step {step:,}"
+
+
+def _causes(differences: tuple[str, ...]) -> str:
+    if differences:
+        return f"this run has {', '.join(differences)}; {GUIDE} tells causes apart"
+    return f"usual causes: data order, gradient accumulation, precision, a changed model; {GUIDE} tells them apart"
+
+
+def _beside(level: Level, loss: float) -> str:
+    gap = loss - level.loss
+    return f"{abs(gap):.2g} {'above' if gap > 0 else 'below'} {level.name} on the same data ({level.loss})"

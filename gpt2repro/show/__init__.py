@@ -1,0 +1,4 @@
+"""What a run shows to people: its pictures.
+
+Read logged_run, pictures.
+"""
