@@ -10,7 +10,7 @@ import argparse
 import dataclasses
 from pathlib import Path
 
-from gpt2repro.errors import Parser, UserError, problems_of, refuse, report_write_errors, run_script
+from gpt2repro.errors import Parser, problems_of, refuse, report_write_errors, run_script
 from gpt2repro.evaluation.reference_curves import reference_problems
 from gpt2repro.files import write_bytes, write_problem
 from gpt2repro.show.logged_run import LoggedRun
@@ -20,7 +20,7 @@ from gpt2repro.train.report import open_run
 
 def main(argv: list[str]) -> None:
     args = parse_arguments(argv)
-    runs = [open_run(path) for path in args.runs]
+    runs = open_runs(args)
     if args.reference_curve is not None:
         runs = [compared_with(args.reference_curve, run) for run in runs]
     loss, training = args.output_dir / "loss.png", args.output_dir / "training.png"
@@ -33,28 +33,40 @@ def main(argv: list[str]) -> None:
     print(f"written to {loss} and {training}")
 
 
+def open_runs(args: argparse.Namespace) -> list[LoggedRun]:
+    """The runs, under names that tell them apart.
+
+    Raises:
+        UserError: one line for each that cannot be opened, and for a mistake in the other arguments.
+    """
+    problems = [problem for path in args.runs for problem in problems_of(open_run, path)]
+    problems += reference_problems(args.reference_curve)
+    if args.output_dir is None:
+        problems.append(f"the pictures of {len(args.runs)} runs need a folder; add --output_dir FOLDER")
+    elif unwritable := write_problem(args.output_dir):
+        problems.append(f"--output_dir {args.output_dir}: {unwritable}; choose another")
+    refuse(problems)
+    runs = [open_run(path) for path in args.runs]
+    if len({run.name for run in runs}) < len(runs):
+        longer = ["/".join(Path(path).resolve().parts[-2:]) for path in args.runs]
+        runs = [dataclasses.replace(run, name=name) for run, name in zip(runs, longer)]
+    return runs
+
+
 def compared_with(curve: str, run: LoggedRun) -> LoggedRun:
     return dataclasses.replace(run, record=run.record | {"reference_curve": curve})
 
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
-    """The arguments, checked. One run's pictures belong into its folder, those of several nowhere by themselves."""
     parser = Parser(__doc__)
     parser.prog = "-m gpt2repro.plot"
     parser.add_argument("runs", nargs="+", metavar="RUN", help="output_dir of a run")
-    parser.add_argument("--output_dir", type=Path, help="where to write the pictures (default: into the run)")
+    parser.add_argument("--output_dir", type=Path, help="folder for the pictures (default: the run's, if there is one)")
     parser.add_argument("--theme", choices=THEMES, default="light", help="light or dark (default: %(default)s)")
     parser.add_argument("--reference_curve", metavar="NAME", help="known run to compare with (default: the recipe's)")
     args = parser.parse_args(argv)
-    problems = [problem for path in args.runs for problem in problems_of(open_run, path)]
-    problems += reference_problems(args.reference_curve)
-    if args.output_dir is None and len(args.runs) > 1:
-        problems.append(f"the pictures of {len(args.runs)} runs need a folder; add --output_dir FOLDER")
-    args.output_dir = args.output_dir or Path(args.runs[0])
-    refuse(problems)
-    unwritable = write_problem(args.output_dir)
-    if unwritable:
-        raise UserError(f"--output_dir {args.output_dir}: {unwritable}; choose another")
+    if args.output_dir is None and len(args.runs) == 1:
+        args.output_dir = Path(args.runs[0])
     return args
 
 

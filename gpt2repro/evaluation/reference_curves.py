@@ -8,7 +8,8 @@ reference_curves/NAME.yaml holds a curve:
     conditions  what a run must have in common with it (see CONDITIONS): where any of that differs, the same loss means
                 something else
     settings    the recipe's other settings. A run may differ in them: they are what goes wrong
-    spread      sigma and progress, by which equally good runs differ (see ReferenceCurve.tolerance), and their source
+    spread      sigma and progress, by which equally good runs differ (see ReferenceCurve.deviation), and over how many
+                runs the curve is the mean
     points      [tokens, nats per token], ascending, from the first validation after the first step on
 
 reference_curves/openai.yaml holds the losses of OpenAI's models by corpus.
@@ -59,14 +60,21 @@ class ReferenceCurve:
         left = self._segment(tokens)
         return self.losses[left] + self._slope(left) * math.log(tokens / self.tokens[left])
 
-    def tolerance(self, tokens: int) -> float:
-        """By how much an equally good run may differ after `tokens` tokens, nats per token.
+    def slope_at(self, tokens: int) -> float:
+        """Nats per token for e times the tokens, negative where the loss falls."""
+        return self._slope(self._segment(tokens))
+
+    def deviation(self, tokens: int) -> float:
+        """The standard deviation between equally good runs after `tokens` tokens, nats per token.
 
         Two independent causes: losses differ by `sigma` even where the curve is flat; and runs are ahead or behind by
         a share of the tokens, `progress`, which shows where the curve is steep.
         """
-        behind = self.spread["progress"] * self._slope(self._segment(tokens))
-        return SIGMAS * math.hypot(self.spread["sigma"], behind)
+        return math.hypot(self.spread["sigma"], self.spread["progress"] * self.slope_at(tokens))
+
+    def tolerance(self, tokens: int) -> float:
+        """By how much an equally good run may differ from the curve, which is itself the mean of `runs` such runs."""
+        return SIGMAS * self.deviation(tokens) * math.sqrt(1 + 1 / self.spread["runs"])
 
     def _segment(self, tokens: int) -> int:
         """The index of the point where the segment begins that `tokens` lies in."""
@@ -92,7 +100,7 @@ class ReferenceCurve:
 
     def differences(self, record: dict[str, Any]) -> list[str]:
         """The settings in which a run differs from the reference, e.g. `learning_rate=0.04 (there 0.004)`."""
-        here = record | {f"model.{name}": value for name, value in _model(record).items()}
+        here = record | {f"model.{name}": value for name, value in model_of(record).items()}
         return [
             f"{name}={here[name]} (there {there})"
             for name, there in self.settings.items()
@@ -152,10 +160,16 @@ def openai_levels(record: dict[str, Any]) -> list[Level]:
     return []
 
 
-def hellaswag_levels(record: dict[str, Any]) -> dict[str, float]:
-    """GPT-2's and GPT-3's HellaSwag acc_norm, by name; of the sizes, as `openai_levels`."""
+def hellaswag_levels(record: dict[str, Any], items: int) -> dict[str, float]:
+    """GPT-2's and GPT-3's HellaSwag acc_norm by name, of the sizes as in `openai_levels`.
+
+    Args:
+        items: how many the run is evaluated on; the levels are of all, and there are none beside others.
+    """
     content = _read(LEVELS)
     levels: dict[str, float] = {}
+    if items != content["hellaswag"]["items"]:
+        return levels
     for family, scores in content["hellaswag"]["acc_norm"].items():
         of_size = _of_size(scores, content["sizes"], record)
         levels |= {f"{family} ({size})": score for size, score in of_size.items()}
@@ -164,7 +178,7 @@ def hellaswag_levels(record: dict[str, Any]) -> dict[str, float]:
 
 def _of_size(values: dict[str, float], sizes: dict[str, list[int]], record: dict[str, Any]) -> dict[str, float]:
     """The value for the size of a run's model, or all values."""
-    model = _model(record)
+    model = model_of(record)
     same = {size: value for size, value in values.items() if sizes[size] == [model["n_layer"], model["n_embd"]]}
     return same if same and record.get("init_from", "scratch") == "scratch" else values
 
@@ -189,8 +203,8 @@ def _validation_tokens(record: dict[str, Any]) -> int:
     return min(record["validation_tokens"] or whole_split, whole_split)
 
 
-def _model(record: dict[str, Any]) -> dict[str, Any]:
-    """All fields of the model; those that the recipe leaves out have their defaults."""
+def model_of(record: dict[str, Any]) -> dict[str, Any]:
+    """All fields of a run's model; those that its recipe leaves out have their defaults."""
     defaults = {name: getattr(GPT2ReproConfig, name) for name in GPT2ReproConfig.__annotations__}
     return defaults | record.get("model", {})
 
@@ -202,8 +216,8 @@ CONDITIONS = {
     "training_tokens": lambda record: record["data"]["splits"]["train"]["tokens"],
     "validation_tokens": _validation_tokens,
     "sequence_length": lambda record: record["sequence_length"],
-    "layers": lambda record: _model(record)["n_layer"],
-    "width": lambda record: _model(record)["n_embd"],
+    "layers": lambda record: model_of(record)["n_layer"],
+    "width": lambda record: model_of(record)["n_embd"],
     "init_from": lambda record: record["init_from"],
 }
 

@@ -25,6 +25,7 @@ Status = Literal["on track", "off", "better", "no verdict"]
 SAME_LENGTH = 0.02  # relative difference in tokens up to which two schedules are equally long
 SCHEDULE_LENGTH = ("max_steps", "global_batch_tokens", "batch_ramp_start", "batch_ramp_tokens")
 GUIDE = "docs/loss-looks-wrong.md"
+NOT_VALIDATED = "no verdict yet: the run has not been validated"
 
 
 @dataclass(frozen=True)
@@ -51,8 +52,9 @@ class Verdict:
     status: that of the last validation.
     headline: one line for people; empty if there is nothing to compare the run with.
     validations: in the order of the steps; empty without a comparable reference.
+    off_since: the step from which on every validation is off; None: the last one is not.
     curve: the comparable reference; None: there is none.
-    levels: OpenAI's losses on the same data, of the same size if there is one.
+    levels: OpenAI's losses on the same data, of the same size if that is known.
     mismatches: why the reference that the recipe names is not comparable.
     differences: settings in which the run differs from its comparable reference, e.g. `learning_rate=0.04 (there
         0.004)`.
@@ -61,6 +63,7 @@ class Verdict:
     status: Status
     headline: str
     validations: tuple[JudgedValidation, ...] = ()
+    off_since: int | None = None
     curve: ReferenceCurve | None = None
     levels: tuple[Level, ...] = ()
     mismatches: tuple[str, ...] = ()
@@ -68,16 +71,19 @@ class Verdict:
 
     @property
     def latest(self) -> str:
-        """The last validation beside the reference, to be printed after its loss; empty if that says nothing."""
+        """The last validation beside the reference, to be printed after its loss; empty if that says nothing.
+
+        Causes are named where the run goes off, and not repeated.
+        """
         if self.status == "no verdict":
             return ""
         last = self.validations[-1]
-        finding: str = last.status
-        if last.status != "on track":
-            finding = f"{_gap(last)} it{_since(self.validations)}"
-        is_first = last.step == _off_since(self.validations)
-        causes = f"; {_causes(self.differences)}" if is_first else ""
-        return f", reference {last.expected:.4f} at as many tokens: {finding}{causes}"
+        finding = "on track" if last.status == "on track" else f"{_gap(last)} it"
+        if self.off_since is not None:
+            finding += f" since step {self.off_since:,}"
+        if self.off_since == last.step:
+            finding += f"; {_causes(self.differences)}"
+        return f", reference {last.expected:.4f} at as many tokens: {finding}"
 
 
 def judge(record: dict[str, Any], rows: list[dict[str, Any]]) -> Verdict:
@@ -103,10 +109,19 @@ def judge(record: dict[str, Any], rows: list[dict[str, Any]]) -> Verdict:
 
     max_steps, run_tokens = record["max_steps"], _tokens_in_all(record)
     validations = tuple(_judged(row, curve, run_tokens, is_end=row["step"] >= max_steps) for row in rows)
+    off = list(itertools.takewhile(lambda validation: validation.status == "off", reversed(validations)))
+    off_since = off[-1].step if off else None
     differences = tuple(curve.differences(record))
-    headline = "; ".join([_headline(validations, curve, differences), *beside_levels])
-    status = validations[-1].status if validations else "no verdict"
-    return Verdict(status, headline, validations, curve, levels, differences=differences)
+    finding = _finding(validations[-1], curve, off_since, differences) if validations else NOT_VALIDATED
+    return Verdict(
+        status=validations[-1].status if validations else "no verdict",
+        headline="; ".join([finding, *beside_levels]),
+        validations=validations,
+        off_since=off_since,
+        curve=curve,
+        levels=levels,
+        differences=differences,
+    )
 
 
 def _tokens_in_all(record: dict[str, Any]) -> int:
@@ -120,7 +135,7 @@ def _judged(row: dict[str, Any], curve: ReferenceCurve, run_tokens: int, is_end:
 
     Args:
         run_tokens: of the run's whole schedule.
-        is_end: the row is the run's last.
+        is_end: the row is that of the run's last step, which is compared with the curve's end if that is earlier.
     """
     step, tokens, loss = row["step"], row["tokens"], row["val_loss"]
     length = run_tokens / curve.tokens[-1]
@@ -131,7 +146,7 @@ def _judged(row: dict[str, Any], curve: ReferenceCurve, run_tokens: int, is_end:
     expected, tolerance = curve.loss_at(tokens_there), curve.tolerance(tokens_there)
     status: Status = "on track"
     if loss > expected + tolerance:
-        status = "off" if is_end or not is_longer else "no verdict"
+        status = "no verdict" if is_longer and not is_end else "off"
     elif loss < expected - tolerance and not is_shorter:
         status = "better"
     return JudgedValidation(step, tokens, loss, status, expected, tolerance)
@@ -140,53 +155,38 @@ def _judged(row: dict[str, Any], curve: ReferenceCurve, run_tokens: int, is_end:
 # ---- words ----
 
 
-def _headline(validations: tuple[JudgedValidation, ...], curve: ReferenceCurve, differences: tuple[str, ...]) -> str:
-    if not validations:
-        return "no verdict yet: the run has not been validated"
-    last = validations[-1]
-    at = f"validation loss {last.loss:.4f} after {last.tokens:,} tokens"
+def _finding(last: JudgedValidation, curve: ReferenceCurve, off_since: int | None, differences: tuple[str, ...]) -> str:
+    """The headline without OpenAI's levels."""
+    loss = f"validation loss {last.loss:.4f} after {last.tokens:,} tokens"
     if last.expected is None:
-        return f"no verdict yet: {at}, {curve.title} begins at {curve.tokens[0]:,}"
-    reference = f"{curve.title}: {last.expected:.4f}, give or take {last.tolerance:.2g}"
-    if last.status == "no verdict":
-        return f"no verdict: {at} is above {reference}, whose learning rate falls earlier"
+        where = "begins" if last.tokens < curve.tokens[0] else "ends"
+        at = curve.tokens[0] if last.tokens < curve.tokens[0] else curve.tokens[-1]
+        return f"no verdict: {loss}; the reference, {curve.title}, {where} at {at:,}"
+    reference = f"({curve.title}: {last.expected:.4f}, give or take {last.tolerance:.2g})"
     if last.status == "on track":
-        return f"on track: {at}, {reference}"
+        return f"on track: {loss} {reference}"
+    compared = f"{last.status}: {loss} is {_gap(last)} the reference"
+    if last.status == "no verdict":
+        return f"{compared} {reference}, whose learning rate falls earlier"
     if last.status == "better":
-        return (
-            f"better: {at} is {_gap(last)} {reference}; if nothing is meant to make it better, check that the "
-            "validation text is not trained on"
-        )
-    return f"off: {at} is {_gap(last)} {reference}{_since(validations)}; {_causes(differences)}"
+        return f"{compared} {reference}; if nothing should make it so, check that it does not train on validation text"
+    return f"{compared} since step {off_since:,} {reference}; {_causes(differences)}"
 
 
 def _gap(validation: JudgedValidation) -> str:
-    assert validation.expected is not None
-    gap = validation.loss - validation.expected
-    return f"{abs(gap):.2g} {'above' if gap > 0 else 'below'}"
+    assert validation.expected is not None, "it has a verdict"
+    return _distance(validation.loss, validation.expected)
 
 
-def _off_since(validations: tuple[JudgedValidation, ...]) -> int | None:
-    """The step of the first of the last validations that are off; None: the very last is not off."""
-    steps = [validation.step for validation in itertools.takewhile(_is_off, reversed(validations))]
-    return steps[-1] if steps else None
+def _beside(level: Level, loss: float) -> str:
+    return f"{_distance(loss, level.loss)} {level.name} on the same data ({level.loss})"
 
 
-def _is_off(validation: JudgedValidation) -> bool:
-    return validation.status == "off"
-
-
-def _since(validations: tuple[JudgedValidation, ...]) -> str:
-    step = _off_since(validations)
-    return "" if step is None else f" since step {step:,}"
+def _distance(loss: float, reference: float) -> str:
+    return f"{abs(loss - reference):.2g} {'above' if loss > reference else 'below'}"
 
 
 def _causes(differences: tuple[str, ...]) -> str:
     if differences:
         return f"this run has {', '.join(differences)}; {GUIDE} tells causes apart"
     return f"usual causes: data order, gradient accumulation, precision, a changed model; {GUIDE} tells them apart"
-
-
-def _beside(level: Level, loss: float) -> str:
-    gap = loss - level.loss
-    return f"{abs(gap):.2g} {'above' if gap > 0 else 'below'} {level.name} on the same data ({level.loss})"

@@ -25,7 +25,10 @@ Theme = Literal["light", "dark"]
 THEMES = ("light", "dark")
 INK = {"light": "#24292f", "dark": "#e6e6e6"}  # text, and what runs are compared with
 PAPER = {"light": "#ffffff", "dark": "#16181d"}
-RUN_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+RUN_COLORS = {
+    "light": ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"),
+    "dark": ("#56B4E9", "#E69F00", "#009E73", "#CC79A7", "#F0E442", "#D55E00"),
+}
 FIRST_SHARE = (
     0.05  # of the tokens, whose losses may leave the picture at its top: what follows would be flat below them
 )
@@ -70,7 +73,7 @@ def training_picture(runs: list[LoggedRun], theme: Theme = "light") -> bytes:
         panels = figure.subplot_mosaic(grid)
         for key in keys:
             name, show = TRAINING_PANELS[key]
-            for run, color in _colored(runs):
+            for run, color in _colored(runs, theme):
                 panels[key].plot(*run.series(key), color=color, linewidth=1, label=run.name)
             panels[key].set_title(name)
             panels[key].set_ylim(bottom=0)
@@ -86,7 +89,7 @@ def shortened(number: float, _: object = None) -> str:
     """A count for people: 124.4M, 25.7K, 10B. The second argument is what matplotlib passes to formatters."""
     for size, unit in ((1e9, "B"), (1e6, "M"), (1e3, "K")):
         if number >= size:
-            return f"{number / size:.1f}".removesuffix(".0") + unit
+            return f"{number / size:.4g}{unit}"
     return f"{number:g}"
 
 
@@ -110,7 +113,7 @@ TRAINING_PANELS = {  # key of metrics.jsonl -> title, and how its axis shows a n
 
 
 def _draw_losses(axes: "Axes", runs: list[LoggedRun], theme: Theme, exported: int | None) -> None:
-    for run, color in _colored(runs):
+    for run, color in _colored(runs, theme):
         tokens, losses = run.series("loss")
         marker = "." if len(tokens) < FEW_ROWS else None
         label = "training" if len(runs) == 1 else None
@@ -131,7 +134,7 @@ def _draw_losses(axes: "Axes", runs: list[LoggedRun], theme: Theme, exported: in
     levels = {level.name: level.loss for run in runs for level in run.verdict.levels}
     for run in runs:
         levels |= run.record.get("reference_losses", {})
-    _draw_levels(axes, levels, theme, "{:.4f}")
+    _draw_levels(axes, levels, theme, "{:.4f}", side="right")
     axes.set_ylabel("loss, nats per token")
     axes.set_ylim(_loss_range(runs, [*levels.values()]))
     _finish(axes)
@@ -151,14 +154,19 @@ def _loss_range(runs: list[LoggedRun], levels: list[float]) -> tuple[float, floa
 def _draw_differences(axes: "Axes", runs: list[LoggedRun], theme: Theme) -> None:
     """Validation loss minus the reference's after as many tokens, and the tolerance."""
     axes.axhline(0, color=INK[theme], linestyle="--", linewidth=1.2)
+    reach = 0.0  # of the axis
     for curve in _curves(runs):
         tolerance = [curve.tolerance(tokens) for tokens in curve.tokens]
         below = [-nats for nats in tolerance]
         axes.fill_between(curve.tokens, below, tolerance, color=INK[theme], alpha=0.12, linewidth=0)
-    for run, color in _colored(runs):
+        reach = max(reach, 2 * tolerance[len(tolerance) // 2])
+    for run, color in _colored(runs, theme):
         judged = [(at.tokens, at.loss - at.expected) for at in run.verdict.validations if at.expected is not None]
         if judged:
             axes.plot(*zip(*judged), color=color, linewidth=1.5, marker="o", markersize=3)
+        shown = [abs(gap) for tokens, gap in judged if tokens >= FIRST_SHARE * judged[-1][0]]
+        reach = max([reach, *shown])
+    axes.set_ylim(-1.15 * reach, 1.15 * reach)
     axes.set_ylabel("difference from\nthe reference")
     _finish(axes)
 
@@ -166,7 +174,7 @@ def _draw_differences(axes: "Axes", runs: list[LoggedRun], theme: Theme) -> None
 def _draw_hellaswag(axes: "Axes", runs: list[LoggedRun], theme: Theme) -> None:
     """acc_norm with its 95% interval, GPT-2's and GPT-3's of the same size, and chance."""
     levels: dict[str, float] = {"chance": 0.25}
-    for run, color in _colored(runs):
+    for run, color in _colored(runs, theme):
         tokens, scores = run.series("hellaswag_acc_norm")
         if not tokens:
             continue
@@ -175,21 +183,27 @@ def _draw_hellaswag(axes: "Axes", runs: list[LoggedRun], theme: Theme) -> None:
         high = [score + 1.96 * error for score, error in zip(scores, errors)]
         axes.fill_between(tokens, low, high, color=color, alpha=0.2, linewidth=0)
         axes.plot(tokens, scores, color=color, linewidth=2, marker="o", markersize=3, label=f"{run.name}, 95% interval")
-        levels |= hellaswag_levels(run.record)
-    _draw_levels(axes, levels, theme, "{:.1%}")
+        _, items = run.series("hellaswag_items")
+        levels |= hellaswag_levels(run.record, int(items[-1]))
+    _draw_levels(axes, levels, theme, "{:.1%}", side="left")
     axes.set(xlabel="tokens", ylabel="HellaSwag acc_norm")
     axes.yaxis.set_major_formatter(_percent)
     _finish(axes)
-    axes.legend(loc="upper left")
+    axes.legend(loc="lower right")
 
 
-def _draw_levels(axes: "Axes", levels: dict[str, float], theme: Theme, number: str) -> None:
-    """A horizontal line for each, with its name at the right end."""
+def _draw_levels(axes: "Axes", levels: dict[str, float], theme: Theme, number: str, side: str) -> None:
+    """A horizontal line for each, with its name at the end where the curves are not."""
     paper = {"facecolor": PAPER[theme], "edgecolor": "none", "alpha": 0.7, "pad": 1}
-    style: Any = {"ha": "right", "va": "bottom", "fontsize": "small", "bbox": paper}
+    style: Any = {"ha": side, "va": "bottom", "fontsize": "small", "bbox": paper}
     for name, value in levels.items():
         axes.axhline(value, color=INK[theme], linestyle=":", linewidth=1.2)
-        axes.annotate(f"{name}, {number.format(value)}", (1, value), xycoords=("axes fraction", "data"), **style)
+        axes.annotate(
+            f"{name}, {number.format(value)}",
+            (float(side == "right"), value),
+            xycoords=("axes fraction", "data"),
+            **style,
+        )
 
 
 # ---- what the panels share ----
@@ -200,8 +214,8 @@ def _curves(runs: list[LoggedRun]) -> list[ReferenceCurve]:
     return list({run.verdict.curve.name: run.verdict.curve for run in runs if run.verdict.curve}.values())
 
 
-def _colored(runs: list[LoggedRun]) -> Iterator[tuple[LoggedRun, str]]:
-    return zip(runs, itertools.cycle(RUN_COLORS))
+def _colored(runs: list[LoggedRun], theme: Theme) -> Iterator[tuple[LoggedRun, str]]:
+    return zip(runs, itertools.cycle(RUN_COLORS[theme]))
 
 
 def _title(runs: list[LoggedRun]) -> str:
