@@ -69,13 +69,10 @@ class Verdict:
     mismatches: tuple[str, ...] = ()
     differences: tuple[str, ...] = ()
 
-    @property
-    def latest(self) -> str:
-        """The last validation beside the reference, to be printed after its loss; empty if that says nothing.
-
-        Causes are named where the run goes off, and not repeated.
-        """
-        if self.status == "no verdict":
+    def remark(self, step: int) -> str:
+        """The last validation beside the reference, to be printed after its loss; empty if that says nothing, or if it
+        is not that of `step`. Causes are named where the run goes off, and not repeated."""
+        if self.status == "no verdict" or self.validations[-1].step != step:
             return ""
         last = self.validations[-1]
         finding = "on track" if last.status == "on track" else f"{_gap(last)} it"

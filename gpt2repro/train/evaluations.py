@@ -1,5 +1,7 @@
 """What is evaluated during training: validation loss, HellaSwag, samples."""
 
+import time
+
 import torch
 from accelerate import Accelerator
 from transformers import PreTrainedModel
@@ -20,6 +22,9 @@ from gpt2repro.train.metrics import read_metrics
 from gpt2repro.train.preflight import Plan
 from gpt2repro.train.run_state import RunState
 from gpt2repro.train.telemetry import Telemetry
+
+
+DRAWING_SHARE = 0.02  # of the time, which pictures may take at most
 
 
 class Evaluations:
@@ -43,6 +48,7 @@ class Evaluations:
         self.recipe, self.tokenizer, self.val_data = plan.recipe, plan.tokenizer, plan.data.val
         self.folder = RunFolder(plan.recipe.output_dir)
         self.record = run_settings(plan.recipe, plan.data)
+        self.next_picture = 0.0  # time from which on loss.png may be drawn again
         self.hellaswag, self.accelerator, self.telemetry = hellaswag, accelerator, telemetry
         self.model, self.raw_model = model, raw_model
 
@@ -72,22 +78,26 @@ class Evaluations:
         losses = validation_losses(self.model, self.val_data, self.recipe, self.accelerator)
         run.note_validation(losses["val_loss"])
         self.telemetry.log(run.step, **losses)
-        self.telemetry.say(f"step {run.step:,}: validation loss {losses['val_loss']:.4f}{self._show_progress()}")
+        if self.accelerator.is_main_process:
+            self.telemetry.say(
+                f"step {run.step:,}: validation loss {losses['val_loss']:.4f}{self._judge_and_draw(run)}"
+            )
 
-    def _show_progress(self) -> str:
-        """Draw loss.png, on the main process.
+    def _judge_and_draw(self, run: RunState) -> str:
+        """Draw loss.png, unless that would take more than DRAWING_SHARE of the time.
 
         Returns:
-            What the verdict says about the newest validation; why there is neither, if that fails: a picture must not
-            end a run.
+            What the verdict says about the newest validation; or why that failed, which must not end a run.
         """
-        if not self.accelerator.is_main_process:
-            return ""
+        began = time.perf_counter()
         try:
             logged = LoggedRun(self.folder.name, self.record, read_metrics(self.folder.metrics))
-            write_bytes(self.folder.picture, loss_picture([logged]))
-            return logged.verdict.latest
-        except Exception as error:
+            if began >= self.next_picture:
+                write_bytes(self.folder.picture, loss_picture([logged]))
+                now = time.perf_counter()
+                self.next_picture = now + (now - began) / DRAWING_SHARE
+            return logged.verdict.remark(run.step)
+        except Exception as error:  # of the disk, or of matplotlib
             return f"; {self.folder.picture} could not be drawn ({first_line(error)})"
 
     def score_hellaswag(self, step: int) -> None:

@@ -68,7 +68,8 @@ def test_a_run_that_follows_llmc_is_on_track(llmc):
     assert len(verdict.validations) == 79 and verdict.validations[-1].step == 19_560
     assert verdict.headline.startswith("on track: validation loss 3.2722 after 10,255,073,280 tokens (llm.c's ")
     assert "0.15 below OpenAI gpt2 (124M) on the same data (3.425)" in verdict.headline
-    assert verdict.latest == ", reference 3.2722 at as many tokens: on track"
+    assert verdict.remark(19_560) == ", reference 3.2722 at as many tokens: on track"
+    assert verdict.remark(19_810) == "", "its row could not be written"
 
 
 def test_a_run_that_ends_005_above_llmc_is_off(llmc):
@@ -77,7 +78,7 @@ def test_a_run_that_ends_005_above_llmc_is_off(llmc):
     assert verdict.status == "off" and 250 < since <= 2000, "early runs differ by more"
     compared = "off: validation loss 3.3222 after 10,255,073,280 tokens is 0.05 above the reference since step "
     assert verdict.headline.startswith(f"{compared}{since:,} (llm.c's ") and "; usual causes: " in verdict.headline
-    assert verdict.latest == f", reference 3.2722 at as many tokens: 0.05 above it since step {since:,}"
+    assert verdict.remark(19_560) == f", reference 3.2722 at as many tokens: 0.05 above it since step {since:,}"
 
 
 def test_the_causes_are_named_once_and_are_the_runs_own_settings(llmc):
@@ -85,7 +86,7 @@ def test_the_causes_are_named_once_and_are_the_runs_own_settings(llmc):
     rows = rows_like(llmc, above=0.3)
     causes = "this run has learning_rate=0.006 (there 0.0006), model.attn_pdrop=0.1 (there 0.0)"
     assert causes in judge(record, rows).headline, "the reference's own sampling is not known"
-    told = [judge(record, rows[:count]).latest for count in range(1, 6)]
+    told = [judge(record, rows[:count]).remark(250 * count) for count in range(1, 6)]
     assert [causes in line for line in told] == [True, False, False, False, False]
 
 
@@ -135,7 +136,7 @@ def test_a_longer_run_must_not_end_above_the_reference(llmc):
 def test_before_the_reference_begins_there_is_no_verdict_yet():
     assert judge(fineweb_run(), []).headline == "no verdict yet: the run has not been validated"
     verdict = judge(fineweb_run(), [{"step": 100, "tokens": 100 * STEP, "val_loss": 6.5}])
-    assert verdict.status == "no verdict" and verdict.latest == ""
+    assert verdict.status == "no verdict" and verdict.remark(100) == ""
     assert "begins at 131,072,000;" in verdict.headline
 
 
@@ -160,7 +161,12 @@ def test_before_the_reference_begins_there_is_no_verdict_yet():
 )
 def test_what_cannot_be_compared_gets_no_verdict_but_the_reason(llmc, change, mismatch):
     verdict = judge(fineweb_run() | change, rows_like(llmc, above=0.5))
-    assert verdict.status == "no verdict" and not verdict.validations and verdict.curve is None and verdict.latest == ""
+    assert (
+        verdict.status == "no verdict"
+        and not verdict.validations
+        and verdict.curve is None
+        and verdict.remark(19_560) == ""
+    )
     assert mismatch in verdict.headline and "/home" not in verdict.headline
 
 
