@@ -2,11 +2,12 @@
 
     python eval_hellaswag.py runs/mine
     python eval_hellaswag.py openai-community/gpt2 --output gpt2.json
+    python eval_hellaswag.py runs/mine --style both
     python eval_hellaswag.py runs/mine --data hellaswag_val.jsonl.gz --limit 200
     accelerate launch --config_file accelerate_configs/ddp_8gpu.yaml eval_hellaswag.py runs/mine --batch_size 32
 
-The protocol is described in gpt2repro/evaluation/hellaswag.py. MODEL is a run, a folder with weights, configuration and
-tokenizer as written by save_pretrained, a Hub id, or a file of nanoGPT, build-nanogpt or llm.c.
+docs/evaluation.md describes the two styles. MODEL is a run, a folder with weights, configuration and tokenizer as
+written by save_pretrained, a Hub id, or a file of nanoGPT, build-nanogpt or llm.c.
 """
 
 import argparse
@@ -23,12 +24,14 @@ from gpt2repro.evaluation.hellaswag import (
     FULL_SET,
     HUB_ID,
     OPENAI_GPT2,
+    STYLES,
+    Scores,
+    check_style,
     download_problems,
-    encode_item,
-    evaluate_hellaswag,
     load_items,
-    predict,
+    positions,
     read_items,
+    score_hellaswag,
     with_error,
 )
 from gpt2repro.files import write_problem
@@ -36,11 +39,14 @@ from gpt2repro.models.folder import find_model, open_model
 from gpt2repro.processes import cpu_asked, note_missing_processes
 
 
-PROTOCOL = "completion style, build-nanogpt"
-# On the full set with its WikiHow marks. Source: build-nanogpt hellaswag.py:12-19
-REFERENCES = {
-    "OpenAI gpt2": OPENAI_GPT2,
-    "OpenAI gpt2-xl": {"hellaswag_acc": 0.3842, "hellaswag_acc_norm": 0.4893},
+PROTOCOLS = {
+    "completion": "completion style, build-nanogpt",
+    "harness": "harness style, lm-evaluation-harness",
+}
+# acc and acc_norm on the full set with its WikiHow marks. Source: build-nanogpt hellaswag.py:12-19
+REFERENCES: dict[str, dict[str, tuple[float, ...]]] = {
+    "completion": {"OpenAI gpt2": tuple(OPENAI_GPT2.values()), "OpenAI gpt2-xl": (0.3842, 0.4893)},
+    "harness": {"OpenAI gpt2": (0.2892, 0.3114), "OpenAI gpt2-xl": (0.4004, 0.5089)},
 }
 WIKIHOW_MARK = "[header]"
 BATCH_SIZE = 16
@@ -53,32 +59,31 @@ def main(argv: list[str]) -> None:
     check_arguments(args)
     note_missing_processes()
     accelerator = Accelerator(cpu=cpu_asked())
+    styles = styles_asked(args)
     with accelerator.main_process_first():  # the other ranks find downloads and remote code in the caches
-        items = load_items(args.data, args.limit)
+        items = load_items(args.data, args.limit, styles=styles)
         model, tokenizer = open_model(args.model, DTYPES[args.dtype], args.trust_remote_code)
 
-    config = model.config.get_text_config()
-    max_length = getattr(config, "max_position_embeddings", None)  # an alias of n_positions
-    encoded = [encode_item(item, tokenizer, max_length) for item in items]
     model = model.to(accelerator.device)
     default_batch_size = CPU_BATCH_SIZE if accelerator.device.type == "cpu" else BATCH_SIZE
     batch_size = args.batch_size or default_batch_size
-    metrics, records = evaluate_hellaswag(model, encoded, accelerator, batch_size, progress=True)
+    scores = score_hellaswag(model, tokenizer, items, accelerator, batch_size, styles, progress=True)
 
     if accelerator.is_main_process:
-        print(score_table(args.model, metrics))
-        for caveat in caveats(items, encoded, max_length):
-            print(f"note: {caveat}")
+        for style in styles:
+            print(score_table(args.model, scores[style]))
+            for caveat in caveats(items, scores[style], args.limit, positions(model)):
+                print(f"note: {caveat}")
         if args.output:
+            results = {style: results_of(items, scores[style]) for style in styles}
             report = {
                 "model": args.model,
-                "protocol": PROTOCOL,
                 "data": describe_data(args.data),
                 "n": len(items),
                 "dtype": str(model.dtype).removeprefix("torch."),
                 "mixed_precision": accelerator.mixed_precision,
-                "results": metrics,
-                "items": [item_scores(item, record) for item, record in zip(items, records)],
+                **results.pop(styles[0]),
+                **results,  # with --style both, "harness"
             }
             write_report(report, args.output)
     accelerator.end_training()
@@ -88,6 +93,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser = Parser(__doc__)
     parser.add_argument("model", help="run, checkpoint, model folder, Hub id, or another trainer's file")
     parser.add_argument("--data", help="local hellaswag_val.jsonl or .jsonl.gz (default: from the Hub)")
+    parser.add_argument("--style", default="completion", help="completion (the default), harness or both")
     parser.add_argument("--limit", type=int, help="score only the first LIMIT items")
     parser.add_argument("--batch_size", type=int, help="items per forward pass, 4 rows each (default: 16, on a CPU 1)")
     parser.add_argument("--output", help="write the results and every item's scores to this JSON file")
@@ -100,9 +106,13 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     return args
 
 
+def styles_asked(args: argparse.Namespace) -> tuple[str, ...]:
+    return STYLES if args.style == "both" else (args.style,)
+
+
 def check_arguments(args: argparse.Namespace) -> None:
     """Raise one UserError with every mistake that can be found before anything is loaded."""
-    problems = []
+    problems = [] if args.style == "both" else problems_of(check_style, args.style)
     for name in ("limit", "batch_size"):
         value = getattr(args, name)
         if value is not None and value < 1:
@@ -110,7 +120,7 @@ def check_arguments(args: argparse.Namespace) -> None:
     if args.data and not Path(args.data).is_file():
         problems.append(f"--data {args.data}: no such file; without --data, HellaSwag comes from the Hub")
     elif args.data:
-        problems += problems_of(read_items, args.data, args.limit)
+        problems += problems_of(read_items, args.data, args.limit, "--data", styles_asked(args))
     if args.output and Path(args.output).exists():
         problems.append(f"--output {args.output}: exists and is not overwritten; remove it or choose another name")
     if args.output and not Path(args.output).parent.is_dir():
@@ -123,40 +133,51 @@ def check_arguments(args: argparse.Namespace) -> None:
     refuse(problems + problems_of(find_model, args.model))
 
 
-def score_table(model: str, metrics: dict) -> str:
-    """The model's accuracies with standard errors, above those of OpenAI's models."""
-    acc = with_error(metrics["hellaswag_acc"], metrics["hellaswag_acc_stderr"])
-    acc_norm = with_error(metrics["hellaswag_acc_norm"], metrics["hellaswag_acc_norm_stderr"])
-    rows = [("model", "acc", "acc_norm", "items"), (model, acc, acc_norm, f"{metrics['hellaswag_items']:,}")]
-    for name, reference in REFERENCES.items():
-        acc, acc_norm = f"{reference['hellaswag_acc']:.4f}", f"{reference['hellaswag_acc_norm']:.4f}"
-        rows.append((name, acc, acc_norm, f"{FULL_SET:,}"))
-    width = max(len(name) for name, *_ in rows)
-    lines = [f"{name:{width}}  {acc:15}  {acc_norm:15}  {items:>7}" for name, acc, acc_norm, items in rows]
-    return "\n".join([f"HellaSwag ({PROTOCOL})", *lines])
+def score_table(model: str, scores: Scores) -> str:
+    """The model's accuracies with standard errors, also by source, above those of OpenAI's models."""
+    rows = [(model, scores.metrics())]
+    rows += [(f"  {source}", metrics) for source, metrics in scores.by_source().items()]
+    names = [name for name in scores.predictions]
+    cells = [("model", *names, "items")]
+    for name, metrics in rows:
+        shown = [with_error(metrics[f"hellaswag_{key}"], metrics[f"hellaswag_{key}_stderr"]) for key in names]
+        cells.append((name, *shown, f"{metrics['hellaswag_items']:,}"))
+    for name, published in REFERENCES[scores.style].items():
+        shown = [f"{value:.4f}" for value in published] + [""] * (len(names) - len(published))
+        cells.append((name, *shown, f"{FULL_SET:,}"))
+    width = max(len(name) for name, *_ in cells)
+    lines = [f"{name:{width}}  {'  '.join(f'{cell:15}' for cell in row)}  {n:>7}" for name, *row, n in cells]
+    return "\n".join([f"HellaSwag ({PROTOCOLS[scores.style]})", *lines])
 
 
-def caveats(items: list[dict], encoded: list, max_length: int | None) -> list[str]:
+def caveats(items: list[dict], scores: Scores, limit: int | None, max_length: int | None) -> list[str]:
     """Why this score is not comparable with the references."""
     found = []
-    if len(items) < FULL_SET:
-        found.append(
-            f"only the first {len(items):,} of {FULL_SET:,} items, not a random sample (ActivityNet's come first): "
-            "do not compare with the full set"
-        )
-    elif not any(WIKIHOW_MARK in item["ctx"] for item in items):
+    if len(items) == limit:
+        found.append(f"only the first {limit:,} items, not a random sample: do not compare with the full set")
+    elif len(items) < FULL_SET:
+        found.append(f"{len(items):,} items; the full set has {FULL_SET:,}: do not compare with it")
+    elif scores.style == "completion" and not any(WIKIHOW_MARK in item["ctx"] for item in items):
         found.append("this copy of the set lacks WikiHow's [header], [title], [step] marks; the references had them")
-    cut = sum(item.cut for item in encoded)
+    apart = sum("ctx_b" not in item for item in items)
+    if scores.style == "harness" and apart:
+        found.append(f"{apart:,} items have no ctx_a and ctx_b; the unfinished sentence at the end of ctx is ctx_b")
+    cut = sum(item.cut for item in scores.items)
     if cut:
         found.append(f"{cut:,} items were cut to the model's {max_length} positions")
     return found
 
 
-def item_scores(item: dict, record: dict) -> dict:
-    """What is needed to check the score, or to compare two models item by item."""
-    prediction, prediction_norm = predict(record)
-    number = {"ind": item["ind"]} if "ind" in item else {}
-    return {**number, **record, "prediction": prediction, "prediction_norm": prediction_norm}
+def results_of(items: list[dict], scores: Scores) -> dict:
+    """The part of the report that is about one style."""
+    numbers = [{"ind": item["ind"]} if "ind" in item else {} for item in items]
+    return {
+        "protocol": PROTOCOLS[scores.style],
+        "style": scores.style,
+        "results": scores.metrics(),
+        "by_source": scores.by_source(),
+        "items": [number | record for number, record in zip(numbers, scores.records())],
+    }
 
 
 def write_report(report: dict, path: str) -> None:

@@ -9,10 +9,12 @@ import sys
 from pathlib import Path
 
 import torch
+from accelerate import Accelerator
 from transformers import AutoModelForCausalLM
 
 import gpt2repro
-from gpt2repro.evaluation.hellaswag import EncodedItem, compute_metric, score_items
+from gpt2repro.evaluation.hellaswag import EncodedItem, score_encoded
+from gpt2repro.evaluation.multiple_choice import Question
 from gpt2repro.models.openai_weights import to_gpt2
 from modeling_gpt2repro import GPT2ReproConfig, GPT2ReproForCausalLM
 
@@ -33,10 +35,11 @@ def main(site: Path) -> None:
     torch.testing.assert_close(loaded(tokens).logits, logits, rtol=0, atol=0)
     torch.testing.assert_close(to_gpt2(model)(tokens).logits, logits[..., :61])
 
-    item = EncodedItem(rows=[[1, 2, 3, ending] for ending in range(4)], ending_tokens=[1] * 4, label=0, cut=False)
-    record = score_items(model, [item], batch_size=1, device="cpu")[0]
-    metrics = compute_metric([{"label": item.label, **record}])
-    assert metrics["hellaswag_items"] == 1
+    question = Question(context=[1, 2, 3], endings=[[ending, 7] for ending in range(4)])
+    lengths = {"ending_tokens": [2] * 4, "ending_characters": [9] * 4, "ending_bytes": [9] * 4}
+    item = EncodedItem([question], label=0, **lengths, source=None, cut=False)
+    scores = score_encoded(model, [item], Accelerator(cpu=True), batch_size=1)
+    assert scores.metrics()["hellaswag_items"] == 1
 
     for name, module in sys.modules.items():
         is_ours = name.partition(".")[0] in ("gpt2repro", "modeling_gpt2repro")

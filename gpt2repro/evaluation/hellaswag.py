@@ -1,64 +1,78 @@
-"""HellaSwag in build-nanogpt's completion style: to which of four endings does the model give the lowest loss?
+"""HellaSwag in two conventions: which of four endings of a context does the model find likeliest?
 
-    items    = load_items("hellaswag_val.jsonl.gz")       # or None: Rowan/hellaswag from the Hub
-    encoded  = [encode_item(item, tokenizer, max_length=1024) for item in items]
-    metrics, records = evaluate_hellaswag(model, encoded, accelerator, batch_size=16)
+    items  = load_items("hellaswag_val.jsonl.gz")       # or None: Rowan/hellaswag from the Hub
+    scores = score_hellaswag(model, tokenizer, items, accelerator, batch_size=16)
+    scores["completion"].metrics(), scores["harness"].metrics()
 
-A row is the context's tokens followed by those of " " + ending, encoded separately; an ending's score is its negative
-log-likelihood given the context. `acc` predicts the ending with the lowest sum, `acc_norm` the one with the lowest mean
-per token. Source: build-nanogpt hellaswag.py, render_example and evaluate.
+The two styles differ in the text, in its tokens and in what acc_norm divides by, so their scores are not comparable:
 
-lm-evaluation-harness uses another protocol: it puts the activity before the context, strips WikiHow's [header], [title]
-and [step] marks, which the published set contains, and divides by the ending's characters. The scores of the two
-protocols are not comparable.
+                 completion (build-nanogpt)         harness (lm-evaluation-harness, task hellaswag)
+    context      ctx                                activity_label: ctx_a Ctx_b; WikiHow's marks removed
+    ending       as it is                           WikiHow's marks removed
+    tokens       of the context, and of " " +       of the whole text, split after as many tokens as the context
+                 ending, encoded apart              alone has
+    acc          predicts the ending with the lowest negative log-likelihood, summed over its tokens
+    acc_norm     lowest mean per token              lowest sum divided by the ending's characters
+    acc_bytes                                       lowest sum divided by the ending's bytes in UTF-8
+    too long     the row keeps its last             one token more, as nothing is predicted from a row's last
+                 max_length tokens
 
-An item is a dict as published, with ctx (str), endings (4 str) and label (int); other fields are kept.
+Sources: build-nanogpt hellaswag.py, render_example and evaluate; lm-evaluation-harness 0.4.13
+lm_eval/tasks/hellaswag/utils.py, lm_eval/api/model.py (_encode_pair) and lm_eval/api/task.py (process_results).
+
+An item is a dict as published, with ctx (str), endings (4 str) and label (int). The harness style also reads
+activity_label, and ctx_a and ctx_b, the context's last, unfinished sentence; `split_context` finds the two in a copy
+of the set that lacks them. source_id tells ActivityNet's items from WikiHow's. Other fields are kept.
 """
 
+import difflib
 import gzip
-import inspect
 import json
-import math
 import re
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import datasets
-import torch
-import torch.nn.functional as F
-from accelerate.utils import broadcast_object_list, gather_object
+import numpy as np
+from accelerate import Accelerator
 from huggingface_hub import HfApi, constants
-from tqdm import tqdm
 
 from gpt2repro.data.hub import HUB_TIMEOUT
 from gpt2repro.errors import UserError, first_line
+from gpt2repro.evaluation.multiple_choice import Question, score_questions
 
 
 HUB_ID = "Rowan/hellaswag"
 OPENAI_GPT2 = {"hellaswag_acc": 0.2859, "hellaswag_acc_norm": 0.2955}  # 124M, full set; build-nanogpt hellaswag.py
 FULL_SET = 10_042  # items of the validation set
 ENDINGS = 4
+STYLES = ("completion", "harness")
+SOURCES = {"activitynet": "ActivityNet", "wikihow": "WikiHow"}  # source_id begins with the key and "~"
 
 
-def load_items(data: str | None = None, limit: int | None = None, flag: str = "--data") -> list[dict]:
+def load_items(
+    data: str | None = None, limit: int | None = None, flag: str = "--data", styles: Sequence[str] = ()
+) -> list[dict]:
     """The validation set, or its first `limit` items.
 
     Args:
         data: a local .jsonl or .jsonl.gz file; None means Rowan/hellaswag from the Hub.
         flag: by which the user gives `data`, for error messages.
+        styles: in which the items will be scored; those for the harness need an activity_label.
     Raises:
         UserError: no such file, an invalid line, or the Hub is unreachable.
     """
     if data is not None:
-        return read_items(data, limit, flag)
+        return read_items(data, limit, flag, styles)
     try:
         _ask_hub_once()
         rows = datasets.load_dataset(HUB_ID, split="validation")
     except (OSError, datasets.exceptions.DatasetsError) as error:
         raise UserError(_cannot_download(error, flag)) from error
     wanted = len(rows) if limit is None else min(limit, len(rows))
-    return [check_item(row, f"{HUB_ID}, row {number}") for number, row in enumerate(rows.select(range(wanted)))]
+    return [check_item(row, f"{HUB_ID}, row {number}", styles) for number, row in enumerate(rows.select(range(wanted)))]
 
 
 def download_problems(flag: str) -> list[str]:
@@ -93,7 +107,7 @@ def _ask_hub_once() -> None:
         raise ConnectionError(first_line(error)) from error
 
 
-def read_items(path: str, limit: int | None = None, flag: str = "--data") -> list[dict]:
+def read_items(path: str, limit: int | None = None, flag: str = "--data", styles: Sequence[str] = ()) -> list[dict]:
     """The items of a .jsonl or .jsonl.gz file, one JSON object per line; reading stops after `limit` items.
 
     Raises:
@@ -105,7 +119,7 @@ def read_items(path: str, limit: int | None = None, flag: str = "--data") -> lis
         with open_file(path, "rb") as file:
             for number, line in enumerate(file, start=1):
                 if line.strip():
-                    items.append(parse_line(line, f"{path}, line {number}"))
+                    items.append(parse_line(line, f"{path}, line {number}", styles))
                 if len(items) == limit:
                     break
     except (OSError, EOFError, zlib.error) as error:  # the last two: a truncated or damaged gzip file
@@ -117,16 +131,16 @@ def read_items(path: str, limit: int | None = None, flag: str = "--data") -> lis
     return items
 
 
-def parse_line(line: bytes, where: str) -> dict:
+def parse_line(line: bytes, where: str, styles: Sequence[str] = ()) -> dict:
     """One line of the file as an item; see `check_item`."""
     try:
         item = json.loads(line)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{where}: not JSON ({first_line(error)}); correct or remove the line") from error
-    return check_item(item, where)
+    return check_item(item, where, styles)
 
 
-def check_item(item: dict, where: str) -> dict:
+def check_item(item: dict, where: str, styles: Sequence[str] = ()) -> dict:
     """The item with its label as an int; the Hub's copy stores it as text.
 
     Args:
@@ -134,13 +148,13 @@ def check_item(item: dict, where: str) -> dict:
     Raises:
         UserError: the item cannot be scored.
     """
-    problem = item_problem(item)
+    problem = item_problem(item, styles)
     if problem:
         raise UserError(f"{where}: {problem}; correct or remove the line")
     return {**item, "label": int(item["label"])}
 
 
-def item_problem(item) -> str | None:
+def item_problem(item, styles: Sequence[str] = ()) -> str | None:
     """Why an item cannot be scored; None if it can."""
     if not isinstance(item, dict):
         return "not a JSON object"
@@ -151,6 +165,21 @@ def item_problem(item) -> str | None:
         return f"endings is {endings!r} and must be a list of {ENDINGS} non-empty texts of whole characters"
     if str(label) not in map(str, range(ENDINGS)):
         return f"label is {label!r} and must be 0 to {ENDINGS - 1} (the test set has no labels)"
+    if "harness" in styles:
+        return harness_problem(item)
+    return None
+
+
+def harness_problem(item: dict) -> str | None:
+    """Why an item that can be scored in completion style cannot be in harness style; None if it can."""
+    activity, ctx_a, ctx_b = (item.get(name) for name in ("activity_label", "ctx_a", "ctx_b"))
+    if not is_text(activity):
+        return f"activity_label is {activity!r} and must be a text, with which the context begins in harness style"
+    if (ctx_a is not None and not is_text(ctx_a)) or (ctx_b and not is_text(ctx_b)):
+        return f"ctx_a is {ctx_a!r} and ctx_b {ctx_b!r}; both must be texts of whole characters"
+    for ending in item["endings"]:
+        if not clean(ending).strip():
+            return f"the ending {ending!r} has nothing but marks, which are removed in harness style"
     return None
 
 
@@ -159,239 +188,282 @@ def is_text(value) -> bool:
     return isinstance(value, str) and bool(value.strip()) and not re.search(r"[\ud800-\udfff]", value)
 
 
+def split_context(item: dict) -> tuple[str, str]:
+    """ctx_a and ctx_b, which make up ctx: whole sentences, and one that is unfinished or empty.
+
+    Where an item lacks them, the unfinished sentence is what follows the last ". ", "! " or "? " of a ctx that has none
+    of these marks later. In the validation set these are ActivityNet's items, and all of them.
+    """
+    if item.get("ctx_a") is not None and item.get("ctx_b") is not None:
+        return item["ctx_a"], item["ctx_b"]
+    unfinished = re.search(r"(?<=[.!?]) [^.!?]*[^.!?\s]\s*$", item["ctx"])
+    if unfinished is None:
+        return item["ctx"], ""
+    return item["ctx"][: unfinished.start()], unfinished[0].strip()
+
+
+def clean(text: str) -> str:
+    """The text without WikiHow's [header], [title] and [step]; a title ends with a full stop."""
+    text = text.strip().replace(" [title]", ". ")
+    text = re.sub(r"\[.*?\]", "", text)
+    return text.replace("  ", " ")
+
+
+def harness_texts(item: dict) -> tuple[str, list[str]]:
+    """The context and the endings as lm-evaluation-harness has them."""
+    ctx_a, ctx_b = split_context(item)
+    context = clean(f"{item['activity_label']}: {ctx_a} {ctx_b.capitalize()}")
+    return context, [clean(ending) for ending in item["endings"]]
+
+
 @dataclass(frozen=True)
 class EncodedItem:
-    """One item as tokens.
+    """One item as tokens, in one of the styles.
 
-    rows: four lists of token ids, context and ending.
-    ending_tokens: for each row, how many of its last tokens belong to the ending.
+    questions: the context and its four endings; four contexts with one ending each if rows had to be `cut`, see `fit`.
     label: index of the true ending.
-    cut: at least one row was too long for the model and was truncated, see `encode_item`.
+    ending_tokens, ending_characters, ending_bytes: of each ending; tokens after the cut.
+    source: "ActivityNet" or "WikiHow"; None if the item does not say.
     """
 
-    rows: list[list[int]]
-    ending_tokens: list[int]
+    questions: list[Question]
     label: int
+    ending_tokens: list[int]
+    ending_characters: list[int]
+    ending_bytes: list[int]
+    source: str | None
     cut: bool
 
-    @property
-    def length(self) -> int:
-        """Tokens of the longest row, which determines the cost of a batch with this item."""
-        return max(map(len, self.rows))
 
-
-def encode_item(item: dict, tokenizer, max_length: int | None = None) -> EncodedItem:
-    """The four rows of an item, without special tokens.
-
-    A row longer than max_length is truncated at the start of its context, which is farthest from the scored tokens. One
-    token of context is always kept, since the ending's first token needs one to be predicted from; an ending that still
-    does not fit is truncated at its end. GPT-2's 1,024 positions fit every item (the longest has 149 tokens).
+def encode_item(item: dict, tokenizer, max_length: int | None = None, style: str = "completion") -> EncodedItem:
+    """An item as tokens.
 
     Args:
         item: as `load_items` returns it.
-        tokenizer: a transformers tokenizer.
+        tokenizer: a transformers tokenizer. The harness style puts before the context what the tokenizer puts before
+            every text, which is nothing for GPT-2's; the completion style puts nothing there.
         max_length: positions of the model, at least 2; None means no limit.
+        style: one of STYLES.
     Raises:
-        UserError: the tokenizer returns no token for the context or for an ending.
+        UserError: the tokenizer returns no token for the context or for an ending; or, in harness style, the item has
+            no activity_label, or an ending of nothing but marks.
     """
-    texts = [item["ctx"], *(" " + ending for ending in item["endings"])]
-    context, *endings = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
-    for text, tokens in zip(texts, [context, *endings]):
+    if style == "completion":
+        texts = item["endings"]
+        context, endings = tokenize_apart(item["ctx"], texts, tokenizer)
+        limit = max_length
+    else:
+        if problem := harness_problem(item):
+            raise UserError(f"{problem}; such an item has a score in completion style only")
+        context_text, texts = harness_texts(item)
+        context, endings = tokenize_together(context_text, texts, tokenizer)
+        limit = max_length and max_length + 1
+    questions, cut = fit(context, endings, limit)
+    return EncodedItem(
+        questions=questions,
+        label=item["label"],
+        ending_tokens=[len(ending) for question in questions for ending in question.endings],
+        ending_characters=[len(text) for text in texts],
+        ending_bytes=[len(text.encode()) for text in texts],
+        source=SOURCES.get(str(item.get("source_id")).partition("~")[0]),
+        cut=cut,
+    )
+
+
+def tokenize_apart(context: str, endings: list[str], tokenizer) -> tuple[list[int], list[list[int]]]:
+    """The tokens of the context, and of " " and each ending, without special tokens."""
+    texts = [context, *(" " + ending for ending in endings)]
+    encoded = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+    check_tokens(texts, encoded)
+    return encoded[0], encoded[1:]
+
+
+def tokenize_together(context: str, endings: list[str], tokenizer) -> tuple[list[int], list[list[int]]]:
+    """The tokens of the context without the spaces at its end, and those by which the whole texts are longer.
+
+    Source: lm-evaluation-harness lm_eval/api/model.py, _encode_pair.
+    """
+    texts = [context.rstrip(), *(f"{context} {ending}" for ending in endings)]
+    encoded = tokenizer(texts, verbose=False)["input_ids"]
+    tokens = [encoded[0], *(whole[len(encoded[0]) :] for whole in encoded[1:])]
+    check_tokens(texts, tokens)
+    return tokens[0], tokens[1:]
+
+
+def check_tokens(texts: list[str], encoded: list[list[int]]) -> None:
+    for text, tokens in zip(texts, encoded):
         if not tokens:
             raise UserError(
                 f"the tokenizer has no token for {text!r}; it does not suit HellaSwag, or the item is invalid"
             )
 
-    longest_row = max(len(context) + len(ending) for ending in endings)
-    limit = max_length or longest_row
+
+def fit(context: list[int], endings: list[list[int]], limit: int | None) -> tuple[list[Question], bool]:
+    """The context with its endings, and whether a row had to be cut to `limit` tokens.
+
+    A row that is too long loses the start of its context, which is farthest from the scored tokens; the endings then
+    have different contexts. One token of context is always kept, since the ending's first token needs one to be
+    predicted from; an ending that still does not fit is truncated at its end. GPT-2's 1,024 positions fit every item
+    (the longest has 149 tokens).
+    """
+    longest_row = len(context) + max(map(len, endings))
+    if limit is None or longest_row <= limit:
+        return [Question(context, endings)], False
     fitted = [ending[: limit - 1] for ending in endings]
-    return EncodedItem(
-        rows=[context[-(limit - len(ending)) :] + ending for ending in fitted],
-        ending_tokens=[len(ending) for ending in fitted],
-        label=item["label"],
-        cut=longest_row > limit,
-    )
+    return [Question(context[-(limit - len(ending)) :], [ending]) for ending in fitted], True
 
 
-def collate(items: list[EncodedItem]) -> tuple[torch.Tensor, torch.Tensor]:
-    """The rows of several items as one batch, right-padded with token 0.
+@dataclass(frozen=True, eq=False)
+class Scores:
+    """What a model's scores of some items say, in one style.
 
-    Padding needs no attention mask: attention is causal, so no token sees what is to its right, and the logits at
-    padding positions are never read.
-
-    Returns:
-        tokens: (R, T) int64; R = 4 rows per item, T = length of the longest.
-        ending_mask: (R, T) bool, True on ending tokens.
+    style: one of STYLES.
+    items: the n items.
+    summed_nll: (n, 4) float64, nats: negative log-likelihood of each ending, summed over its tokens.
     """
-    rows = [row for item in items for row in item.rows]
-    ending_lengths = [length for item in items for length in item.ending_tokens]
-    tokens = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.int64)
-    ending_mask = torch.zeros_like(tokens, dtype=torch.bool)
-    for r, (row, ending_length) in enumerate(zip(rows, ending_lengths)):
-        tokens[r, : len(row)] = torch.tensor(row)
-        ending_mask[r, len(row) - ending_length : len(row)] = True
-    return tokens, ending_mask
+
+    style: str
+    items: list[EncodedItem]
+    summed_nll: np.ndarray
+
+    @property
+    def labels(self) -> np.ndarray:
+        """(n,) int: the true endings."""
+        return np.array([item.label for item in self.items])
+
+    @property
+    def predictions(self) -> dict[str, np.ndarray]:
+        """(n,) int for each of acc, acc_norm and, in harness style, acc_bytes: the ending predicted by that rule; the
+        first in a tie."""
+        # Importing it imports `evaluate`, which takes a second that most training runs need not spend.
+        from gpt2repro.evaluation.metrics.hellaswag.hellaswag import predict
+
+        tokens = [item.ending_tokens for item in self.items]
+        characters = [item.ending_characters for item in self.items]
+        by_style = {
+            "completion": {"acc_norm": tokens},
+            "harness": {"acc_norm": characters, "acc_bytes": [item.ending_bytes for item in self.items]},
+        }
+        unit = np.ones_like(self.summed_nll)
+        lengths = {"acc": unit} | by_style[self.style]
+        return {name: predict(self.summed_nll, divisor) for name, divisor in lengths.items()}
+
+    @property
+    def acc(self) -> np.ndarray:
+        """(n,) bool: which items acc counts as right."""
+        return self.predictions["acc"] == self.labels
+
+    @property
+    def acc_norm(self) -> np.ndarray:
+        """(n,) bool: which items acc_norm counts as right."""
+        return self.predictions["acc_norm"] == self.labels
+
+    def metrics(self, source: str | None = None) -> dict:
+        """The shares of right predictions over all items, or over those of one source.
+
+        Returns:
+            hellaswag_acc, hellaswag_acc_norm and, in harness style, hellaswag_acc_bytes; the standard error of each,
+            hellaswag_..._stderr; hellaswag_items.
+        """
+        from gpt2repro.evaluation.metrics.hellaswag.hellaswag import mean_and_stderr
+
+        chosen = np.array([source in (None, item.source) for item in self.items])
+        right = {name: (predicted == self.labels)[chosen] for name, predicted in self.predictions.items()}
+        shares = {name: mean_and_stderr(correct) for name, correct in right.items()}
+        metrics = {f"hellaswag_{name}": share for name, (share, _) in shares.items()}
+        metrics |= {f"hellaswag_{name}_stderr": stderr for name, (_, stderr) in shares.items()}
+        return metrics | {"hellaswag_items": int(chosen.sum())}
+
+    def by_source(self) -> dict[str, dict]:
+        """`metrics` of ActivityNet's and of WikiHow's items, if every item says from where it is."""
+        if not all(item.source for item in self.items):
+            return {}
+        sources = sorted({str(item.source) for item in self.items})
+        return {source: self.metrics(source) for source in sources}
+
+    def records(self) -> list[dict]:
+        """What is needed to check each item's score, or to compare two models item by item."""
+        predictions = self.predictions
+        names = {"acc": "prediction", "acc_norm": "prediction_norm", "acc_bytes": "prediction_bytes"}
+        return [
+            {
+                "label": item.label,
+                "summed_nll": self.summed_nll[i].tolist(),
+                "ending_tokens": item.ending_tokens,
+                "ending_characters": item.ending_characters,
+                "ending_bytes": item.ending_bytes,
+            }
+            | {names[name]: int(predicted[i]) for name, predicted in predictions.items()}
+            for i, item in enumerate(self.items)
+        ]
 
 
-def score_endings(logits, tokens, ending_mask):
-    """Negative log-likelihood of each row's ending, given the tokens before it.
-
-    The logits at one position predict the token at the next:
-
-        position       0      1      2      3      4      5
-        tokens       [ A     man    is  |  on     a     pad ]
-        ending_mask    .      .      .     x      x      .
-        logits         0      1      2     3      4      5
-                                     |     |
-                                     |     +--- scores "a"
-                                     +--------- scores "on"
-
-    Only the scored logits are converted to float32: all of them would be the evaluation's largest tensor.
+def score_hellaswag(
+    model,
+    tokenizer,
+    items: list[dict],
+    accelerator: Accelerator,
+    batch_size: int,
+    styles: Sequence[str] = STYLES,
+    progress: bool = False,
+) -> dict[str, Scores]:
+    """The scores of all items in each of the styles. Every rank calls it, and every rank gets the result.
 
     Args:
-        logits: (R, T, V) float of any precision, unshifted; this function shifts them.
-        tokens: (R, T) int64, right-padded.
-        ending_mask: (R, T) bool, True on ending tokens.
-    Returns:
-        summed_nll: (R,) float32, nats, summed over the ending's tokens; acc predicts the lowest.
-        ending_tokens: (R,) int64; summed_nll / ending_tokens is what acc_norm compares.
+        items: as `load_items` returns them.
+        batch_size, progress: see `score_encoded`.
     Raises:
-        ValueError: a row has no ending, or an ending token at position 0, which no logits predict.
+        UserError: an unknown style, or see `encode_item` and `score_encoded`.
     """
-    if ending_mask[:, 0].any() or not ending_mask.any(dim=1).all():
-        raise ValueError("each row needs an ending of at least one token after a context of at least one token")
-    is_scored = ending_mask[:, 1:]  # (R, T-1); the logits at t score the token at t+1
-    targets = tokens[:, 1:][is_scored]  # (M,), all ending tokens of the batch
-    nll = torch.zeros(is_scored.shape, dtype=torch.float32, device=logits.device)
-    nll[is_scored] = F.cross_entropy(logits[:, :-1][is_scored].float(), targets, reduction="none")
-    return nll.sum(dim=1), is_scored.sum(dim=1)
+    for style in styles:
+        check_style(style)
+    max_length = positions(model)
+    encoded = {style: [encode_item(item, tokenizer, max_length, style) for item in items] for style in styles}
+    return {style: score_encoded(model, encoded[style], accelerator, batch_size, style, progress) for style in styles}
 
 
-def score_items(model, encoded_items, batch_size: int, device, progress: bool = False) -> list[dict]:
-    """The scores of each item, in the given order.
+def score_encoded(
+    model,
+    items: list[EncodedItem],
+    accelerator: Accelerator,
+    batch_size: int,
+    style: str = "completion",
+    progress: bool = False,
+) -> Scores:
+    """The scores of items that were encoded in one style. Every rank calls it, and every rank gets the result.
 
     Args:
-        model: a transformers causal LM on `device`. It runs in eval mode and returns to its previous mode; a compiled
-            model runs eagerly, because nearly every batch has a new shape. Autocast is left to the caller.
-        encoded_items: list of EncodedItem.
+        model: see `score_questions`.
         batch_size: items per forward pass, four rows each.
-        device: where the batches are moved.
-        progress: show a progress bar.
-    Returns:
-        For each item {"summed_nll": [4 floats], "ending_tokens": [4 ints]}, see `score_endings`.
-    """
-    order = longest_first(encoded_items)
-    scores: list = [None] * len(order)
-    was_training = model.training
-    model.eval()
-    try:
-        with (
-            torch.no_grad(),  # not inference_mode: FSDP keeps tensors that it creates in here
-            torch.compiler.set_stance("force_eager"),
-            tqdm(total=len(order), desc="HellaSwag", unit=" items", disable=not progress) as bar,
-        ):
-            for start in range(0, len(order), batch_size):
-                indices = order[start : start + batch_size]
-                summed_nll, ending_tokens = score_batch(model, [encoded_items[i] for i in indices], device)
-                for i, item_nll, item_tokens in zip(indices, summed_nll, ending_tokens):
-                    scores[i] = {"summed_nll": item_nll, "ending_tokens": item_tokens}
-                bar.update(len(indices))
-    finally:
-        model.train(was_training)
-    return scores
-
-
-def longest_first(encoded_items: list[EncodedItem]) -> list[int]:
-    """Indices of the items, longest first.
-
-    Neighbours then have similar lengths, which minimizes padding; a batch that does not fit into memory fails at the
-    start rather than at the end; and the progress bar overestimates the remaining time.
-    """
-    return sorted(range(len(encoded_items)), key=lambda i: -encoded_items[i].length)
-
-
-def score_batch(model, items: list[EncodedItem], device) -> tuple[list, list]:
-    """`score_endings` of several items in one forward pass, as nested lists: items x endings."""
-    tokens, ending_mask = collate(items)
-    T = tokens.shape[1]
-    # No ending starts before `first + 1`, so logits before `first` need not be computed.
-    first = int(ending_mask.any(dim=0).nonzero()[0]) - 1
-    has_logits_to_keep = "logits_to_keep" in inspect.signature(type(model).forward).parameters
-    kept = {"logits_to_keep": T - first} if has_logits_to_keep else {}
-
-    tokens, ending_mask = tokens.to(device), ending_mask.to(device)
-    logits = model(input_ids=tokens, use_cache=False, **kept).logits
-    summed_nll, ending_tokens = score_endings(logits[:, first - T :], tokens[:, first:], ending_mask[:, first:])
-    return summed_nll.view(-1, ENDINGS).tolist(), ending_tokens.view(-1, ENDINGS).tolist()
-
-
-def predict(record: dict) -> tuple[int, int]:
-    """The index of the ending with the lowest sum, and with the lowest mean per token; the first in a tie."""
-    summed_nll = record["summed_nll"]
-    mean_nll = [nll / tokens for nll, tokens in zip(summed_nll, record["ending_tokens"])]
-    return summed_nll.index(min(summed_nll)), mean_nll.index(min(mean_nll))
-
-
-def evaluate_hellaswag(model, encoded_items, accelerator, batch_size: int, progress: bool = False):
-    """HellaSwag over all ranks of the accelerator. Every rank calls it, and every rank gets the result.
-
-    Args:
-        model: as for `score_items`, on accelerator.device: the plain module or the prepared one. For DDP the plain one
-            is faster: the wrapper hides that logits can be left out.
-        encoded_items: the same list of EncodedItem on every rank; encode once, evaluate often.
-        batch_size: items per forward pass and rank.
-        progress: show a progress bar on the main process.
-    Returns:
-        metrics: hellaswag_acc, hellaswag_acc_norm, hellaswag_acc_stderr, hellaswag_acc_norm_stderr, hellaswag_items.
-        records: for each item, in the given order, its label, summed_nll and ending_tokens.
+        progress: show a progress bar in the main process.
     Raises:
         UserError: a score is not finite; the model's weights are broken, or its precision is too low.
     """
-    indices = indices_of_rank(encoded_items, accelerator.process_index, accelerator.num_processes)
-    rank_items = [encoded_items[i] for i in indices]
-    show_progress = progress and accelerator.is_main_process
-    with accelerator.autocast():
-        rank_scores = score_items(model, rank_items, batch_size, accelerator.device, show_progress)
-    scores = dict(gather_object(list(zip(indices, rank_scores))))
-    records = [{"label": item.label, **scores[i]} for i, item in enumerate(encoded_items)]
-
-    broken = sum(not all(map(math.isfinite, record["summed_nll"])) for record in records)
+    questions = [question for item in items for question in item.questions]
+    title = f"HellaSwag, {style} style" if progress and accelerator.is_main_process else None
+    nll = score_questions(model, questions, accelerator, batch_size, title)
+    summed_nll = np.array([score for scores in nll for score in scores]).reshape(-1, ENDINGS)
+    broken = int((~np.isfinite(summed_nll)).any(axis=1).sum())
     if broken:
         raise UserError(
-            f"HellaSwag: the scores of {broken} of {len(records)} items are not finite; the model's weights are "
+            f"HellaSwag: the scores of {broken} of {len(items)} items are not finite; the model's weights are "
             "broken, or its precision is too low (float32 shows which)"
         )
-    metrics = [compute_metric(records) if accelerator.is_main_process else None]
-    return broadcast_object_list(metrics)[0], records
+    return Scores(style, items, summed_nll)
 
 
-def indices_of_rank(encoded_items: list[EncodedItem], rank: int, world_size: int) -> list[int]:
-    """The items that a rank scores: every world_size-th of the sorted list, so that all ranks have the same work.
-
-    All ranks get equally many, for which a few items are scored twice: a sharded model hangs if one rank runs more
-    forward passes than the others.
-    """
-    order = longest_first(encoded_items)
-    per_rank = math.ceil(len(order) / world_size)
-    return [order[(rank + world_size * k) % len(order)] for k in range(per_rank)]
+def positions(model) -> int | None:
+    """How many tokens the model takes; None means no limit."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None)  # an alias of n_positions
 
 
-def compute_metric(records: list[dict]) -> dict:
-    """The metrics of `evaluate_hellaswag` from its records, by the formula of the `evaluate` metric in
-    metrics/hellaswag. `evaluate` itself is left out: it needs a cache that it can write to, and in the middle of a run
-    it is too late to find out that there is none."""
-    # Importing it imports `evaluate`, which takes a second that most training runs need not spend.
-    from gpt2repro.evaluation.metrics.hellaswag.hellaswag import accuracies
-
-    result = accuracies(
-        summed_nll=[record["summed_nll"] for record in records],
-        ending_tokens=[record["ending_tokens"] for record in records],
-        references=[record["label"] for record in records],
-    )
-    items = result.pop("n")
-    metrics = {f"hellaswag_{name}": value for name, value in result.items()}
-    metrics["hellaswag_items"] = items
-    return metrics
+def check_style(style: str) -> None:
+    """Raise a UserError for a style that does not exist."""
+    if style in STYLES:
+        return
+    nearest = difflib.get_close_matches(style, STYLES, n=1)
+    remedy = f"did you mean {nearest[0]}?" if nearest else f"give {' or '.join(STYLES)}"
+    raise UserError(f"HellaSwag has no style {style!r}; {remedy}")
 
 
 def with_error(accuracy: float, standard_error: float | None) -> str:

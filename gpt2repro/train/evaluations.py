@@ -7,7 +7,7 @@ from accelerate import Accelerator
 from transformers import PreTrainedModel
 
 from gpt2repro.errors import first_line
-from gpt2repro.evaluation.hellaswag import ENDINGS, EncodedItem, encode_item, evaluate_hellaswag, load_items
+from gpt2repro.evaluation.hellaswag import ENDINGS, EncodedItem, encode_item, load_items, score_encoded
 from gpt2repro.evaluation.validation import validation_losses
 from gpt2repro.evaluation.verdict import judge
 from gpt2repro.files import write_bytes
@@ -102,9 +102,9 @@ class Evaluations:
 
     def score_hellaswag(self, step: int) -> None:
         items_per_batch = max(1, self.recipe.micro_batch_size // ENDINGS)  # each ending is one row
-        scores, _ = evaluate_hellaswag(self.raw_model, self.hellaswag, self.accelerator, items_per_batch)
-        self.telemetry.log(step, **scores)
-        self.telemetry.say(f"step {step:,}: HellaSwag acc_norm {scores['hellaswag_acc_norm']:.4f}")
+        metrics = score_encoded(self.raw_model, self.hellaswag, self.accelerator, items_per_batch).metrics()
+        self.telemetry.log(step, **metrics)
+        self.telemetry.say(f"step {step:,}: HellaSwag acc_norm {metrics['hellaswag_acc_norm']:.4f}")
 
     def sample(self, step: int) -> None:
         """Continue each of the recipe's prompts. The seed is fixed, so samples of different steps can be compared."""
@@ -135,7 +135,7 @@ class Evaluations:
 
 
 def load_hellaswag(plan: Plan) -> list[EncodedItem]:
-    """The encoded HellaSwag items; empty if the recipe does not evaluate on HellaSwag."""
+    """The HellaSwag items, encoded in completion style; empty if the recipe does not evaluate on HellaSwag."""
     if not plan.recipe.hellaswag_every:
         return []
     items = on_main(lambda: load_items(plan.recipe.hellaswag_data, flag="--hellaswag_data"))

@@ -3,6 +3,7 @@
 import gzip
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from types import MappingProxyType
 
 import datasets
 import evaluate
+import numpy as np
 import pytest
 import tokenizers
 import torch
@@ -26,14 +28,17 @@ import eval_hellaswag
 from gpt2repro.errors import UserError
 from gpt2repro.evaluation import hellaswag
 from gpt2repro.evaluation.hellaswag import (
+    STYLES,
+    EncodedItem,
+    Scores,
     encode_item,
-    evaluate_hellaswag,
+    harness_texts,
     load_items,
-    predict,
-    score_endings,
-    score_items,
+    score_encoded,
+    score_hellaswag,
+    split_context,
+    tokenize_together,
 )
-from modeling_gpt2repro import GPT2ReproForCausalLM
 
 
 VALIDATION_SET = ROOT.parent / "shared" / "data" / "hellaswag_val.jsonl.gz"
@@ -124,21 +129,21 @@ def accelerator():
 
 @torch.no_grad()
 def score_one_by_one(model, tokenizer, item):
-    """The reference: each ending on its own, without batching, padding or mask."""
+    """The reference for completion style: each ending on its own, without batching, padding, mask or cache."""
     scores = []
     for ending in item["endings"]:
         context = tokenizer.encode(item["ctx"], add_special_tokens=False)
         completion = tokenizer.encode(" " + ending, add_special_tokens=False)
         tokens = torch.tensor([context + completion])
-        logits = model(input_ids=tokens).logits
+        logits = model(input_ids=tokens, use_cache=False).logits
         losses = F.cross_entropy(logits[0, :-1], tokens[0, 1:], reduction="none")
         scores.append(losses[len(context) - 1 :].sum().item())
     return scores
 
 
-def assert_same_scores(scores, expected, tolerance=1e-4):
+def assert_same_scores(records, expected, tolerance=1e-4):
     """Args: expected: the four summed losses of each item."""
-    got = torch.tensor([score["summed_nll"] for score in scores])
+    got = torch.tensor([record["summed_nll"] for record in records])
     torch.testing.assert_close(got, torch.tensor(expected), rtol=1e-5, atol=tolerance)
 
 
@@ -146,146 +151,75 @@ def assert_same_scores(scores, expected, tolerance=1e-4):
 
 
 @pytest.mark.parametrize("name", ["ours", "theirs"])
-def test_scores_equal_a_plain_loop(name, request, tokenizer, encoded):
-    model = request.getfixturevalue(name)
-    expected = [score_one_by_one(model, tokenizer, item) for item in make_items()]
-    scores = score_items(model, encoded, batch_size=4, device="cpu")
-    assert_same_scores(scores, expected)
-    lengths = [[len(tokenizer.encode(" " + ending)) for ending in item["endings"]] for item in make_items()]
-    assert [score["ending_tokens"] for score in scores] == lengths
+def test_completion_scores_equal_a_plain_loop(name, request, tokenizer, accelerator):
+    model, items = request.getfixturevalue(name), make_items()
+    scores = score_hellaswag(model, tokenizer, items, accelerator, batch_size=4, styles=["completion"])["completion"]
+    expected = [score_one_by_one(model, tokenizer, item) for item in items]
+    assert_same_scores(scores.records(), expected)
 
-
-def test_padded_vocabulary_is_invisible(ours, theirs, encoded):
-    expected = [score["summed_nll"] for score in score_items(theirs, encoded, 4, "cpu")]
-    assert_same_scores(score_items(ours, encoded, 4, "cpu"), expected)
+    lengths = [[len(tokenizer.encode(" " + ending)) for ending in item["endings"]] for item in items]
+    nll, tokens, labels = torch.tensor(expected), torch.tensor(lengths), torch.tensor([item["label"] for item in items])
+    right, right_norm = nll.argmin(1) == labels, (nll / tokens).argmin(1) == labels
+    assert scores.acc.tolist() == right.tolist() and scores.acc_norm.tolist() == right_norm.tolist()
+    p, p_norm, n = right.double().mean().item(), right_norm.double().mean().item(), len(items)
+    assert scores.metrics() == {
+        "hellaswag_acc": pytest.approx(p),
+        "hellaswag_acc_norm": pytest.approx(p_norm),
+        "hellaswag_acc_stderr": pytest.approx((p * (1 - p) / (n - 1)) ** 0.5),
+        "hellaswag_acc_norm_stderr": pytest.approx((p_norm * (1 - p_norm) / (n - 1)) ** 0.5),
+        "hellaswag_items": n,
+    }
 
 
 @pytest.mark.skipif(not VALIDATION_SET.is_file(), reason=f"the validation set is not at {VALIDATION_SET}")
-def test_scores_of_real_items(ours, tokenizer):
+def test_scores_of_real_items(ours, tokenizer, accelerator):
     items = load_items(VALIDATION_SET, limit=20)
     assert len(items) == 20
-    encoded = [encode_item(item, tokenizer, max_length=256) for item in items]
-    expected = [score_one_by_one(ours, tokenizer, item) for item in items]
-    assert_same_scores(score_items(ours, encoded, 8, "cpu"), expected)
+    scores = score_hellaswag(ours, tokenizer, items, accelerator, batch_size=8, styles=["completion"])["completion"]
+    assert_same_scores(scores.records(), [score_one_by_one(ours, tokenizer, item) for item in items])
 
 
-def test_batch_size_and_order_do_not_matter(ours, encoded):
-    expected = [score["summed_nll"] for score in score_items(ours, encoded, 1, "cpu")]
-    for batch_size in (2, 5, 100):
-        assert_same_scores(score_items(ours, encoded, batch_size, "cpu"), expected)
-    assert_same_scores(score_items(ours, encoded[::-1], 3, "cpu"), expected[::-1])
+def test_non_finite_scores_are_an_error(encoded, accelerator):
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=VOCAB_SIZE, n_positions=256, n_embd=32, n_layer=1, n_head=2))
+    model.transformer.ln_f.weight.data.fill_(float("nan"))
+    with pytest.raises(UserError, match="13 of 13 items are not finite"):
+        score_encoded(model, encoded, accelerator, batch_size=4)
 
 
-def test_batches_hold_items_of_similar_length_longest_first(encoded, monkeypatch):
-    lengths = []
+def test_scores_by_source(ours, tokenizer, accelerator):
+    items = [
+        item | {"source_id": f"{'wikihow' if i % 3 else 'activitynet'}~{i}"} for i, item in enumerate(make_items())
+    ]
+    scores = score_hellaswag(ours, tokenizer, items, accelerator, batch_size=4, styles=["completion"])["completion"]
+    by_source = scores.by_source()
+    right = {"ActivityNet": scores.acc[::3], "WikiHow": [scores.acc[i] for i in range(13) if i % 3]}
+    assert list(by_source) == list(right)
+    for source, expected in right.items():
+        assert by_source[source]["hellaswag_acc"] == pytest.approx(sum(expected) / len(expected))
+        assert by_source[source]["hellaswag_items"] == len(expected)
 
-    def record_lengths(model, items, device):
-        lengths.append([item.length for item in items])
-        return [[0.0] * 4] * len(items), [[1] * 4] * len(items)
-
-    monkeypatch.setattr(hellaswag, "score_batch", record_lengths)
-    score_items(torch.nn.Identity(), encoded, 4, "cpu")
-    assert list(map(len, lengths)) == [4, 4, 4, 1]
-    assert sum(lengths, []) == sorted((item.length for item in encoded), reverse=True)
-
-
-def test_padding_does_not_matter(ours, encoded, monkeypatch):
-    expected = [score["summed_nll"] for score in score_items(ours, encoded, 4, "cpu")]
-    collate = hellaswag.collate
-
-    def collate_with_other_pads(items):
-        tokens, ending_mask = collate(items)
-        for r, row in enumerate(row for item in items for row in item.rows):
-            tokens[r, len(row) :] = 17
-        more = torch.full((len(tokens), 9), 23)
-        return torch.cat([tokens, more], dim=1), torch.cat([ending_mask, more < 0], dim=1)
-
-    monkeypatch.setattr(hellaswag, "collate", collate_with_other_pads)
-    assert_same_scores(score_items(ours, encoded, 4, "cpu"), expected)
-
-
-def test_a_model_without_logits_to_keep_scores_the_same(ours, encoded):
-    class Wrapper(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.module = ours
-
-        def forward(self, *args, **kwargs):
-            assert "logits_to_keep" not in kwargs
-            return self.module(*args, **kwargs)
-
-    expected = [score["summed_nll"] for score in score_items(ours, encoded, 4, "cpu")]
-    assert_same_scores(score_items(Wrapper(), encoded, 4, "cpu"), expected)
-
-
-def test_the_mode_is_restored_and_dropout_is_off(encoded):
-    config = GPT2Config(vocab_size=VOCAB_SIZE, n_positions=256, n_embd=32, n_layer=1, n_head=2)  # dropout 0.1
-    model = GPT2LMHeadModel(config).train()
-    in_train_mode = score_items(model, encoded, 4, "cpu")
-    assert model.training and all(module.training for module in model.modules())
-    model.eval()
-    assert score_items(model, encoded, 4, "cpu") == in_train_mode
-    assert not model.training
-
-    model.train()
-    with pytest.raises(ZeroDivisionError):
-        model.register_forward_hook(lambda *_: 1 / 0)
-        score_items(model, encoded, 4, "cpu")
-    assert model.training
-
-
-@pytest.mark.slow
-def test_a_compiled_model_is_not_recompiled(ours, encoded):
-    expected = [score["summed_nll"] for score in score_items(ours, encoded, 1, "cpu")]
-    compiled = []
-
-    def backend(graph, inputs):
-        compiled.append(graph)
-        return graph.forward
-
-    model = GPT2ReproForCausalLM(ours.config)
-    model.load_state_dict(ours.state_dict())
-    model.compile(backend=backend)
-    assert_same_scores(score_items(model, encoded, 1, "cpu"), expected)
-    assert not compiled
-    model(torch.zeros(1, 8, dtype=torch.int64))
-    assert compiled  # a call outside of score_items does reach the backend
-
-
-def test_autocast_of_the_caller_is_used(ours, encoded):
-    with torch.autocast("cpu", torch.bfloat16):
-        low = torch.tensor([score["summed_nll"] for score in score_items(ours, encoded, 4, "cpu")])
-    full = torch.tensor([score["summed_nll"] for score in score_items(ours, encoded, 4, "cpu")])
-    assert not torch.equal(low, full)
-    torch.testing.assert_close(low, full, rtol=0.02, atol=1.0)
-
-
-def test_score_endings_by_hand():
-    probabilities = torch.tensor([[0.5, 0.25, 0.25], [0.1, 0.7, 0.2], [0.3, 0.3, 0.4], [0.9, 0.05, 0.05]])
-    logits = probabilities.log().expand(2, -1, -1) + 5.0  # softmax ignores a constant
-    tokens = torch.tensor([[2, 1, 0, 2], [2, 1, 2, 0]])
-    ending_mask = torch.tensor([[False, False, True, True], [False, True, False, False]])
-    summed_nll, counts = score_endings(logits, tokens, ending_mask)
-    # position 1 scores token 0 and position 2 token 2; in the second row position 0 scores token 1
-    expected = -torch.tensor([0.1 * 0.4, 0.25]).log()
-    torch.testing.assert_close(summed_nll, expected)
-    assert counts.tolist() == [2, 1]
-
-    for broken in ([False] * 4, [True, True, False, False]):
-        with pytest.raises(ValueError, match="each row needs an ending"):
-            score_endings(logits, tokens, torch.tensor([broken, [False, True, False, False]]))
+    items[5]["source_id"] = "elsewhere"  # where one item is from is not known, so nothing is guessed
+    scores = score_hellaswag(ours, tokenizer, items, accelerator, batch_size=4, styles=["completion"])["completion"]
+    assert scores.by_source() == {}
 
 
 # Encoding
 
 
+def rows_of(item):
+    """The rows of an encoded item: the context of each ending, and the ending."""
+    return [(question.context, ending) for question in item.questions for ending in question.endings]
+
+
 def test_context_and_ending_are_encoded_separately(tokenizer):
     item = make_items()[4]
     encoded = encode_item(item, tokenizer)
-    for row, count, ending in zip(encoded.rows, encoded.ending_tokens, item["endings"]):
-        assert tokenizer.decode(row) == item["ctx"] + " " + ending
-        assert row[:-count] == tokenizer.encode(item["ctx"])
+    (question,) = encoded.questions
+    assert question.context == tokenizer.encode(item["ctx"])
+    for ending, text in zip(question.endings, item["endings"]):
+        assert tokenizer.decode([*question.context, *ending]) == item["ctx"] + " " + text
     assert encoded.label == item["label"] and not encoded.cut
+    assert encoded.ending_tokens == list(map(len, question.endings))
 
 
 def test_a_long_row_is_truncated_at_the_start_of_its_context(tokenizer):
@@ -294,21 +228,151 @@ def test_a_long_row_is_truncated_at_the_start_of_its_context(tokenizer):
     longest_ending = max(full.ending_tokens)
     max_length = longest_ending + 5
     cut = encode_item(item, tokenizer, max_length)
-    assert cut.cut and cut.length == max_length and cut.ending_tokens == full.ending_tokens
-    for short, row in zip(cut.rows, full.rows):
-        assert short == row[-max_length:]
+    assert cut.cut and cut.ending_tokens == full.ending_tokens
+    for (context, ending), (full_context, full_ending) in zip(rows_of(cut), rows_of(full)):
+        assert ending == full_ending
+        assert context == full_context[-(max_length - len(ending)) :]
+    assert max(question.tokens for question in cut.questions) == max_length
 
-    assert encode_item(item, tokenizer, full.length) == full
-    context_tokens = len(full.rows[0]) - full.ending_tokens[0]
+    length = full.questions[0].tokens
+    assert encode_item(item, tokenizer, length) == full
+    assert encode_item(item, tokenizer, length - 1).cut
     tiny = encode_item(item, tokenizer, max_length=4)  # one token of context and the first three of the ending
     assert tiny.ending_tokens == [min(3, count) for count in full.ending_tokens]
-    for short, row in zip(tiny.rows, full.rows):
-        assert short == row[context_tokens - 1 : context_tokens + 3]
+    for (context, ending), (full_context, full_ending) in zip(rows_of(tiny), rows_of(full)):
+        assert ending == full_ending[:3]
+        assert context == full_context[-(4 - len(ending)) :]
+
+
+@pytest.mark.parametrize("style", STYLES)
+@pytest.mark.parametrize("positions", [24, 8])
+def test_truncated_rows_fit_the_model(style, positions, tokenizer, accelerator):
+    config = GPT2Config(vocab_size=VOCAB_SIZE, n_positions=positions, n_embd=32, n_layer=1, n_head=2, bos_token_id=0)
+    model = GPT2LMHeadModel(config).eval()
+    items = [item | {"activity_label": "Painting"} for item in make_items()]
+    scores = score_hellaswag(model, tokenizer, items, accelerator, batch_size=3, styles=[style])[style]
+    assert any(item.cut for item in scores.items)
+    longest = max(question.tokens for item in scores.items for question in item.questions)
+    assert longest == positions + (style == "harness")  # nothing is predicted from a row's last token
 
 
 def test_a_text_without_tokens_is_an_error(tokenizer):
     with pytest.raises(UserError, match="has no token for ''"):
         encode_item({"ctx": "", "endings": ["a", "b", "c", "d"], "label": 0}, tokenizer)
+
+
+# Harness style; tests/evaluation/test_harness.py compares it with lm-evaluation-harness itself
+
+
+@pytest.mark.parametrize(
+    ("fields", "parts", "context"),
+    [
+        (
+            {"ctx": "A man sits on a roof. he"},
+            ("A man sits on a roof.", "he"),
+            "Roofing: A man sits on a roof. He",
+        ),
+        (
+            {"ctx": 'Is it Bob? " yes and Al'},
+            ("Is it Bob?", '" yes and Al'),
+            'Roofing: Is it Bob? " yes and al',
+        ),
+        (
+            {"ctx": "Fill a bucket. Stir it.  "},
+            ("Fill a bucket. Stir it.  ", ""),
+            "Roofing: Fill a bucket. Stir it.",
+        ),
+        (
+            {"ctx": "no sentence at all"},
+            ("no sentence at all", ""),
+            "Roofing: no sentence at all",
+        ),
+        (
+            {"ctx": "not read", "ctx_a": "[header] How to stir [title] Take it. [step] Stir.", "ctx_b": ""},
+            ("[header] How to stir [title] Take it. [step] Stir.", ""),
+            "Roofing: How to stir. Take it. Stir.",
+        ),
+        (
+            {"ctx": "not read", "ctx_a": "A man sits.", "ctx_b": "then Bob"},
+            ("A man sits.", "then Bob"),
+            "Roofing: A man sits. Then bob",
+        ),
+    ],
+)
+def test_the_text_of_a_context_in_harness_style(fields, parts, context):
+    item = {"activity_label": "Roofing", "endings": ["a [substeps] b", " c", "[step] d", "e"], "label": 0} | fields
+    assert split_context(item) == parts
+    assert harness_texts(item) == (context, ["a b", "c", " d", "e"])
+
+
+@pytest.mark.skipif(not VALIDATION_SET.is_file(), reason=f"the validation set is not at {VALIDATION_SET}")
+def test_unfinished_sentences_are_those_of_activitynet():
+    """Its 3,243 items come first in the validation set; WikiHow's 6,799 consist of whole sentences."""
+    unfinished = [split_context(item)[1] != "" for item in load_items(VALIDATION_SET)]
+    assert unfinished == [True] * 3243 + [False] * 6799
+
+
+def test_tokens_in_harness_style(tokenizer):
+    item = make_items()[2] | {"activity_label": "Climbing"}
+    encoded = encode_item(item, tokenizer, style="harness")
+    context = f"Climbing: {item['ctx'].removesuffix('the man')}The man"
+    (question,) = encoded.questions
+    assert question.context == tokenizer.encode(context)
+    for ending, text in zip(question.endings, item["endings"]):
+        assert [*question.context, *ending] == tokenizer.encode(f"{context} {text}")
+    assert encoded.ending_characters == [len(text) for text in item["endings"]]
+
+    accented = encode_item(item | {"endings": ["a na\u00efve", "b", "c", "d"]}, tokenizer, style="harness")
+    assert accented.ending_characters == [7, 1, 1, 1] and accented.ending_bytes == [8, 1, 1, 1]
+
+
+def test_spaces_at_the_end_of_a_context_belong_to_the_ending(tokenizer):
+    context, endings = tokenize_together("A man  ", ["falls."], tokenizer)
+    assert context == tokenizer.encode("A man")
+    assert [*context, *endings[0]] == tokenizer.encode("A man   falls.")
+
+
+def test_what_acc_norm_and_acc_bytes_divide_by():
+    lengths = {"ending_tokens": [1, 2, 4, 8], "ending_characters": [8, 4, 2, 1], "ending_bytes": [9, 9, 90, 9]}
+    item = EncodedItem([], 0, **lengths, source=None, cut=False)
+    nll = np.array([[8.0, 8.0, 9.0, 9.0]])  # a tie: the first; by tokens the last, by characters the first
+    completion, harness = Scores("completion", [item], nll), Scores("harness", [item], nll)
+    assert {name: value.tolist() for name, value in completion.predictions.items()} == {"acc": [0], "acc_norm": [3]}
+    assert {name: value.tolist() for name, value in harness.predictions.items()} == {
+        "acc": [0],
+        "acc_norm": [0],
+        "acc_bytes": [2],
+    }
+    assert "hellaswag_acc_bytes_stderr" in harness.metrics() and "hellaswag_acc_bytes" not in completion.metrics()
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        ({}, "activity_label is None and must be a text"),
+        ({"activity_label": 3}, "activity_label is 3 and must be a text"),
+        ({"activity_label": "Roofing", "ctx_a": 1}, "ctx_a is 1 and ctx_b None"),
+        ({"activity_label": "Roofing", "endings": ["a", "b", "[step] ", "d"]}, ".* has nothing but marks"),
+    ],
+)
+def test_items_without_a_text_in_harness_style(tmp_path, tokenizer, change, complaint):
+    items = [item | {"activity_label": "Roofing"} for item in make_items()]
+    del items[6]["activity_label"]
+    items[6] |= change
+    path = write_jsonl(tmp_path / "items.jsonl", items)
+    assert len(load_items(path)) == 13
+    with pytest.raises(UserError, match=f"items.jsonl, line 7: {complaint}"):
+        load_items(path, styles=STYLES)
+    with pytest.raises(UserError, match=complaint):
+        encode_item(items[6], tokenizer, style="harness")
+
+
+@pytest.mark.parametrize(
+    ("style", "remedy"), [("harnes", "did you mean harness?"), ("zero-shot", "give completion or harness")]
+)
+def test_an_unknown_style(style, remedy, ours, tokenizer, accelerator):
+    with pytest.raises(UserError, match=rf"no style '{style}'; {re.escape(remedy)}"):
+        score_hellaswag(ours, tokenizer, make_items(), accelerator, batch_size=1, styles=[style])
 
 
 # Data
@@ -421,7 +485,7 @@ def test_metric_by_hand(monkeypatch):
             [2.0, 8.0, 8.0, 1.0],  # acc: 3; means 2, 4, 4, 1: acc_norm: 3
             [2.0, 8.0, 8.0, 1.0],  # the same
         ],
-        ending_tokens=[[4, 1, 1, 1], [1, 1, 1, 1], [1, 3, 1, 3], [1, 2, 2, 1], [1, 2, 2, 1]],
+        ending_lengths=[[4, 1, 1, 1], [1, 1, 1, 1], [1, 3, 1, 3], [1, 2, 2, 1], [1, 2, 2, 1]],
         references=[1, 0, 1, 3, 0],
     )
     # acc: right, right, wrong, right, wrong; acc_norm: wrong, right, right, right, wrong
@@ -435,33 +499,10 @@ def test_metric_by_hand(monkeypatch):
     correct = torch.tensor([1.0, 1.0, 0.0, 1.0, 0.0])  # lm-evaluation-harness: sample deviation over root n
     assert result["acc_stderr"] == pytest.approx(correct.std(correction=1).item() / 5**0.5)
 
-    one = metric.compute(summed_nll=[[1.0, 2.0, 3.0, 4.0]], ending_tokens=[[1, 1, 1, 1]], references=[0])
+    one = metric.compute(summed_nll=[[1.0, 2.0, 3.0, 4.0]], ending_lengths=[[1, 1, 1, 1]], references=[0])
     assert (one["acc"], one["acc_stderr"], one["n"]) == (1.0, None, 1)
     with pytest.raises(ValueError, match="finite"):
-        metric.compute(summed_nll=[[1.0, float("nan"), 3.0, 4.0]], ending_tokens=[[1, 1, 1, 1]], references=[0])
-
-
-def test_evaluate_hellaswag(ours, encoded, accelerator):
-    metrics, records = evaluate_hellaswag(ours, encoded, accelerator, batch_size=4)
-    scores = score_items(ours, encoded, 4, "cpu")
-    assert records == [{"label": item.label, **score} for item, score in zip(encoded, scores)]
-    right = [predict(record)[0] == record["label"] for record in records]
-    right_norm = [predict(record)[1] == record["label"] for record in records]
-    p, p_norm, n = sum(right) / 13, sum(right_norm) / 13, 13
-    assert metrics == {
-        "hellaswag_acc": pytest.approx(p),
-        "hellaswag_acc_norm": pytest.approx(p_norm),
-        "hellaswag_acc_stderr": pytest.approx((p * (1 - p) / (n - 1)) ** 0.5),
-        "hellaswag_acc_norm_stderr": pytest.approx((p_norm * (1 - p_norm) / (n - 1)) ** 0.5),
-        "hellaswag_items": n,
-    }
-
-
-def test_non_finite_scores_are_an_error(encoded, accelerator):
-    model = GPT2LMHeadModel(GPT2Config(vocab_size=VOCAB_SIZE, n_positions=256, n_embd=32, n_layer=1, n_head=2))
-    model.transformer.ln_f.weight.data.fill_(float("nan"))
-    with pytest.raises(UserError, match="13 of 13 items are not finite"):
-        evaluate_hellaswag(model, encoded, accelerator, batch_size=4)
+        metric.compute(summed_nll=[[1.0, float("nan"), 3.0, 4.0]], ending_lengths=[[1, 1, 1, 1]], references=[0])
 
 
 # Script
@@ -485,20 +526,20 @@ def run_script(folder, *flags, launcher=(), environment=MappingProxyType({})):
 
 
 @pytest.mark.slow
-def test_the_script_alone_and_on_two_processes(folder, ours, encoded):
+def test_the_script_alone_and_on_two_processes(folder, ours, tokenizer):
     done = run_script(folder, "--output", "one.json")
     assert done.returncode == 0, done.stderr
     one = json.loads((folder / "one.json").read_text())
-    scores = score_items(ours, encoded, 1, "cpu")
-    assert_same_scores(one["items"], [score["summed_nll"] for score in scores])
+    assert_same_scores(one["items"], [score_one_by_one(ours, tokenizer, item) for item in make_items()])
     for item, row in zip(make_items(), one["items"]):
         assert (row["ind"], row["label"]) == (item["ind"], item["label"])
-        assert (row["prediction"], row["prediction_norm"]) == predict(row)
+        nll, tokens = torch.tensor(row["summed_nll"]), torch.tensor(row["ending_tokens"])
+        assert (row["prediction"], row["prediction_norm"]) == (nll.argmin(), (nll / tokens).argmin())
     assert (one["n"], one["protocol"], one["dtype"]) == (13, "completion style, build-nanogpt", "float32")
     assert len(one["data"]["sha256"]) == 64
     acc = one["results"]["hellaswag_acc"]
     assert acc == sum(row["prediction"] == row["label"] for row in one["items"]) / 13
-    for text in (f"{acc:.4f} ±", "0.2859", "0.4893", "only the first 13 of 10,042 items"):
+    for text in (f"{acc:.4f} ±", "0.2859", "0.4893", "13 items; the full set has 10,042: do not compare"):
         assert text in done.stdout
 
     # 13 items on two ranks: one item is scored by both and must count once.

@@ -12,18 +12,19 @@ import numpy as np
 
 DESCRIPTION = """
 Each item is a context with several endings, one of which is true. A language model chooses the likeliest ending: acc
-compares the summed negative log-likelihoods of the endings, acc_norm the means per token, which do not penalize long
-endings.
+compares the summed negative log-likelihoods of the endings, acc_norm these sums divided by the endings' lengths, which
+does not penalize long endings.
 """
 
 INPUTS = """
 Args:
     summed_nll: for each item, the negative log-likelihood of each ending, summed over its tokens, in nats.
-    ending_tokens: for each item, the number of tokens of each ending.
+    ending_lengths: for each item, the length of each ending: its tokens, as in build-nanogpt, or its characters, as in
+        lm-evaluation-harness.
     references: for each item, the index of the true ending.
 Returns:
     acc: share of items whose true ending has the lowest sum. The first ending wins a tie.
-    acc_norm: share of items whose true ending has the lowest mean per token.
+    acc_norm: share of items whose true ending has the lowest sum divided by its length.
     acc_stderr, acc_norm_stderr: standard errors of the two shares; None for a single item.
     n: number of items.
 """
@@ -42,7 +43,7 @@ class Hellaswag(evaluate.Metric):
     def _info(self):
         features = {
             "summed_nll": datasets.List(datasets.Value("float64")),
-            "ending_tokens": datasets.List(datasets.Value("int64")),
+            "ending_lengths": datasets.List(datasets.Value("int64")),
             "references": datasets.Value("int64"),
         }
         return evaluate.MetricInfo(
@@ -53,27 +54,30 @@ class Hellaswag(evaluate.Metric):
             reference_urls=["https://arxiv.org/abs/1905.07830", "https://github.com/rowanz/hellaswag"],
         )
 
-    def _compute(self, summed_nll, ending_tokens, references):
-        return accuracies(summed_nll, ending_tokens, references)
+    def _compute(self, summed_nll, ending_lengths, references):
+        acc, acc_stderr = mean_and_stderr(predict(summed_nll, np.ones_like(summed_nll)) == references)
+        acc_norm, acc_norm_stderr = mean_and_stderr(predict(summed_nll, ending_lengths) == references)
+        return {
+            "acc": acc,
+            "acc_norm": acc_norm,
+            "acc_stderr": acc_stderr,
+            "acc_norm_stderr": acc_norm_stderr,
+            "n": len(references),
+        }
 
 
-def accuracies(summed_nll, ending_tokens, references):
-    """What INPUTS says, without `evaluate`, whose metrics write files to a cache."""
-    summed_nll = np.asarray(summed_nll)  # (n, endings)
-    ending_tokens = np.asarray(ending_tokens)
-    references = np.asarray(references)
-    if not np.isfinite(summed_nll).all() or not (ending_tokens > 0).all():
-        raise ValueError("every ending needs a finite summed_nll and at least one token")  # argmin would pick a NaN
-    mean_nll = summed_nll / ending_tokens
-    acc, acc_stderr = mean_and_stderr(summed_nll.argmin(axis=1) == references)
-    acc_norm, acc_norm_stderr = mean_and_stderr(mean_nll.argmin(axis=1) == references)
-    return {
-        "acc": acc,
-        "acc_norm": acc_norm,
-        "acc_stderr": acc_stderr,
-        "acc_norm_stderr": acc_norm_stderr,
-        "n": len(references),
-    }
+def predict(summed_nll, lengths):
+    """The index of the ending with the lowest sum divided by its length; the first in a tie.
+
+    Args:
+        summed_nll, lengths: (n, endings).
+    Returns:
+        (n,) int64.
+    """
+    summed_nll, lengths = np.asarray(summed_nll), np.asarray(lengths)
+    if not np.isfinite(summed_nll).all() or not (lengths > 0).all():
+        raise ValueError("every ending needs a finite summed_nll and a length above 0")  # argmin would pick a NaN
+    return (summed_nll / lengths).argmin(axis=1)
 
 
 def mean_and_stderr(correct):
