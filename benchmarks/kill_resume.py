@@ -14,7 +14,6 @@ import argparse
 import contextlib
 import datetime
 import json
-import os
 import random
 import subprocess
 import sys
@@ -22,17 +21,14 @@ import tempfile
 import time
 from pathlib import Path
 
-import psutil
-
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from benchmarks.killable import ROOT, Killable, count_outlived
 from gpt2repro.files import file_sha256
 from gpt2repro.run_folder import RunFolder
 from gpt2repro.train.metrics import without_clock
 
 
-ROOT = Path(__file__).resolve().parents[1]
-MINUTE = 60.0  # seconds
 RECIPE = """
 max_steps: 60
 warmup_steps: 5
@@ -74,10 +70,10 @@ def main() -> None:
                 run.start()
                 while_saving = rng.random() < 0.5
                 moment = rng.uniform(0, duration)
-                if kills == args.kills or not run.reaches(moment, while_saving):
+                if kills == args.kills or not run.reaches(moment) or (while_saving and not run.reaches_save()):
                     break
                 launcher_alone = rng.random() < 0.5
-                outlived += run.kill(launcher_alone)
+                outlived += count_outlived(run.kill(launcher_alone))
                 kills_of_launcher += launcher_alone
                 kills += 1
                 kills_while_saving += run.is_saving()
@@ -90,6 +86,7 @@ def main() -> None:
         report = {
             "date": str(datetime.date.today()),
             "processes": args.num_processes,
+            "seed": args.seed,
             "runs": runs,
             "kills": kills,
             "kills of the launcher alone": kills_of_launcher,
@@ -114,33 +111,27 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-class Run:
-    """A training run in its own output directory, which can be started repeatedly."""
+class Run(Killable):
+    """A training run in its own output directory."""
 
     def __init__(self, root: Path, name: str, num_processes: int):
+        self.output_dir = root / name
         config = "multi_cpu" if num_processes > 1 else "cpu"
-        self.output_dir, self.log = root / name, root / f"{name}.log"
-        self.command = [sys.executable, "-m", "accelerate.commands.launch"]
-        self.command += ["--config_file", ROOT / "accelerate_configs" / f"{config}.yaml"]
-        self.command += ["--num_processes", str(num_processes), ROOT / "train_accelerate.py"]
-        self.command += ["--config", root / "recipe.yaml", "--data_dir", root / "data", "--output_dir", self.output_dir]
+        command = ["-m", "accelerate.commands.launch", "--config_file", ROOT / "accelerate_configs" / f"{config}.yaml"]
+        command += ["--num_processes", num_processes, ROOT / "train_accelerate.py", "--config", root / "recipe.yaml"]
+        command += ["--data_dir", root / "data", "--output_dir", self.output_dir]
+        super().__init__(command, root / f"{name}.log")
 
     def start(self) -> None:
         self.stale = self.unfinished()  # left by the last kill; the run deletes it at its first save
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        with self.log.open("ab") as log:
-            self.process = subprocess.Popen(
-                self.command, stdout=log, stderr=log, env=environment, start_new_session=True, cwd=ROOT
-            )
+        super().start()
 
-    def reaches(self, moment: float, while_saving: bool) -> bool:
-        """Wait `moment` seconds and, if while_saving, for a checkpoint being written; False: the run ended first."""
-        end = time.monotonic() + moment
-        while time.monotonic() < end or (while_saving and not self.is_saving()):
+    def reaches_save(self) -> bool:
+        """Wait for a checkpoint being written; False: the run ended first."""
+        while not self.is_saving():
             if self.process.poll() is not None:
                 return False
-            time.sleep(0 if while_saving else 0.01)
-        return self.process.poll() is None
+        return True
 
     def unfinished(self) -> set[tuple[str, int]]:
         """Partially written checkpoints, each with its modification time."""
@@ -154,27 +145,8 @@ class Run:
         """Whether a checkpoint has been partially written since the last start; after a kill, whether it hit a save."""
         return bool(self.unfinished() - self.stale)
 
-    def kill(self, launcher_alone: bool) -> int:
-        """Returns the number of processes that are alive a minute after their launcher, and kills those."""
-        launcher = psutil.Process(self.process.pid)
-        processes = launcher.children(recursive=True)  # torchrun starts each in its own session
-        launcher.kill()
-        self.process.wait()
-        outlived = psutil.wait_procs(processes, timeout=MINUTE)[1] if launcher_alone else []
-        for process in processes:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                process.kill()
-        psutil.wait_procs(processes)
-        return len(outlived)
-
-    def wait(self) -> int:
-        return self.process.wait()
-
     def newest(self) -> str:
         return max((path.name for path in self.output_dir.glob("checkpoints/*")), default="no checkpoint yet")
-
-    def printed(self) -> str:
-        return self.log.read_text()
 
     def result(self) -> tuple[str, list[dict]]:
         """What must not depend on interruptions: the hash of the final weights, and the metrics without timings."""

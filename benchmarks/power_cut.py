@@ -26,7 +26,8 @@ from pathlib import Path
 
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from benchmarks.kill_resume import RECIPE, ROOT
+from benchmarks.kill_resume import RECIPE
+from benchmarks.killable import ROOT
 from gpt2repro.train.metrics import without_clock
 
 
