@@ -12,7 +12,6 @@ the run measured. An upload is one commit.
 import argparse
 import os
 import shutil
-import tempfile
 from pathlib import Path
 
 from huggingface_hub.utils import HFValidationError, validate_repo_id
@@ -20,7 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gpt2repro.data.tokenization import tokenizer_folder
 from gpt2repro.errors import Parser, UserError, first_line, os_error_number, run_script
-from gpt2repro.files import write_bytes, write_problem
+from gpt2repro.files import SCRATCH, scratch_folder, write_bytes, write_problem
 from gpt2repro.hub.model_card import model_card
 from gpt2repro.hub.upload import create_repository, upload
 from gpt2repro.models.folder import check_tokenizer, find_model, load_tokenizer, save_model_folder, tokenizer_for
@@ -59,27 +58,25 @@ def main(argv: list[str]) -> None:
     run = RunFolder.around(Path(source))
     card = model_card(model, name, None if is_folder else args.to, run, last_step, args.license)
     parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=parent, prefix="unfinished_") as scratch:
-        picture = Path(scratch) / "loss.png" if run is not None else None
+    with scratch_folder(parent) as scratch:
+        folder, picture = scratch / name, scratch / "loss.png" if run is not None else None
         try:
             if run is not None and picture is not None:
                 draw_losses(run, last_step, picture, name)
-            save_model_folder(Path(scratch) / name, model, tokenizer, card, picture)
+            save_model_folder(folder, model, tokenizer, card, picture)
         except Exception as error:  # safetensors and tokenizers do not raise OSError
             if os_error_number(error) is None:
                 raise
             raise UserError(f"--to {args.to} cannot be written ({first_line(error)}); make room for it") from error
-        # An upload's folder stays if the upload fails, so each has one of its own.
-        folder = target or Path(tempfile.mkdtemp(dir=parent, prefix=args.to.replace("/", "--") + "_"))
+        if target is None:
+            kept = parent / scratch.name.replace(SCRATCH, args.to.replace("/", "--") + "_")
+            print(f"pushed to {upload(folder, args.to, args.revision, args.overwrite_readme, keep_as=kept)}")
+            return
         try:
-            (Path(scratch) / name).rename(folder)
+            folder.rename(target)
         except OSError as error:  # rename replaces an empty folder only
             raise UserError(f"--to {args.to} is no longer empty ({error.strerror}); choose a new folder") from error
-    if is_folder:
         print(f"written to {args.to}")
-    else:
-        print(f"pushed to {upload(folder, args.to, args.revision, args.overwrite_readme)}")
-        shutil.rmtree(folder)
 
 
 def choose_tokenizer(asked: str | None, source: str, model: PreTrainedModel) -> PreTrainedTokenizerBase:

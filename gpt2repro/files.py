@@ -16,6 +16,7 @@ from gpt2repro.errors import CHECK_PERMISSIONS, UserError, first_line
 
 CHECKOUT = Path(__file__).resolve().parents[1]  # the root of the checkout, if this is one
 REPLACED = "replaced_"
+SCRATCH, SCRATCH_LOCK = "unfinished_", ".gpt2repro.lock"
 
 
 def flush(path: Path) -> None:
@@ -95,6 +96,24 @@ def new_folder(folder: Path) -> Iterator[Path]:
     temporary.rename(folder)
     flush(folder.parent)
     delete(replaced)
+
+
+@contextlib.contextmanager
+def scratch_folder(parent: Path) -> Iterator[Path]:
+    """An empty folder in `parent` under a name of its own, deleted at the end. Those that killed processes left there
+    are deleted first; they are told by a lock file that nobody holds any more."""
+    for lock_file in parent.glob(f"{SCRATCH}*/{SCRATCH_LOCK}"):
+        with contextlib.suppress(UserError, OSError):
+            lock = acquire_lock(lock_file, busy=f"{lock_file.parent} is in use")
+            delete(lock_file.parent)
+            lock.release()
+    scratch = Path(tempfile.mkdtemp(dir=parent, prefix=SCRATCH))
+    lock = acquire_lock(scratch / SCRATCH_LOCK, busy=f"{scratch} is in use")
+    try:
+        yield scratch
+    finally:
+        delete(scratch)
+        lock.release()
 
 
 def delete_folder(folder: Path) -> None:

@@ -9,7 +9,15 @@ from support import DAMAGED_JSON
 
 from gpt2repro import files
 from gpt2repro.errors import UserError
-from gpt2repro.files import acquire_lock, delete_folder, delete_unfinished, new_folder, write_json, write_text
+from gpt2repro.files import (
+    acquire_lock,
+    delete_folder,
+    delete_unfinished,
+    new_folder,
+    scratch_folder,
+    write_json,
+    write_text,
+)
 from gpt2repro.run_folder import RunFolder, checkpoint_step
 from gpt2repro.train.checkpoint import find_damage
 
@@ -89,6 +97,17 @@ def test_a_replacement_that_is_cut_off_loses_no_folder(tmp_path, monkeypatch, cr
     recover(tmp_path)
     assert names(tmp_path) == ["model"]
     assert read_version(tmp_path / "model") in (("newer",) if recover is not delete_unfinished else ("old", "new"))
+
+
+def test_scratch_folders_of_killed_processes_are_deleted_and_nothing_else(tmp_path):
+    for name in ("unfinished_essay/a", "unfinished_killed/.gpt2repro.lock", "unfinished_killed/model/weights", "out/a"):
+        (tmp_path / name).parent.mkdir(exist_ok=True, parents=True)
+        (tmp_path / name).write_text("")
+    with scratch_folder(tmp_path) as first, scratch_folder(tmp_path) as second:
+        (first / "a").write_text("")
+        names = {path.name for path in tmp_path.iterdir()}
+        assert names == {"unfinished_essay", "out", first.name, second.name} and first != second
+    assert {path.name for path in tmp_path.iterdir()} == {"unfinished_essay", "out"}
 
 
 def test_a_folder_is_deleted_under_another_name(tmp_path, monkeypatch):

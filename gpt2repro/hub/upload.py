@@ -41,16 +41,23 @@ def create_repository(repo_id: str, private: bool | None = None, revision: str |
         raise UserError(f"{repo_id} already exists and is public; omit --private, or choose another name")
 
 
-def upload(folder: Path, repo_id: str, revision: str | None = None, overwrite_readme: bool = False) -> str:
+def upload(
+    folder: Path,
+    repo_id: str,
+    revision: str | None = None,
+    overwrite_readme: bool = False,
+    keep_as: Path | None = None,
+) -> str:
     """Upload a model folder as one commit. Of the files that are there it touches only those of the same names, and the
     weights of an older model in other files, which some libraries would read instead. A line says that README.md stays.
 
     Args:
         overwrite_readme: replace a README.md that is there; its owner may have written it.
+        keep_as: where the folder is moved if the upload fails; None: it stays where it is.
     Returns:
         The commit's URL.
     Raises:
-        UserError: the upload failed; the folder stays.
+        UserError: the upload failed; the message says where the folder is.
     """
     api = HfApi()
     try:
@@ -65,9 +72,10 @@ def upload(folder: Path, repo_id: str, revision: str | None = None, overwrite_re
         )
     except Exception as error:  # of any type, as in create_repository
         branch = f" --revision {revision}" if revision else ""
+        place = folder.rename(keep_as) if keep_as else folder
         raise UserError(
-            f"the upload to {repo_id} failed ({first_line(error)}); {folder} is complete: repeat the command, or run "
-            f"`hf upload {repo_id} {shlex.quote(str(folder))}{branch}`"
+            f"the upload to {repo_id} failed ({first_line(error)}); {place} is complete: repeat the command, or run "
+            f"`hf upload {repo_id} {shlex.quote(str(place))}{branch}`"
         ) from error
     if keeps_readme:
         note(f"{repo_id} keeps its {README}; publish.py --overwrite_readme replaces it by the new model card")
