@@ -13,6 +13,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -22,10 +23,11 @@ from torch.utils.data import get_worker_info
 
 import train_accelerate
 from gpt2repro.data.batches import MicroBatches
+from gpt2repro.data.mixture import RunData
 from gpt2repro.errors import run_script
 from gpt2repro.evaluation import validation
 from gpt2repro.run_folder import RunFolder
-from gpt2repro.train import checkpoint
+from gpt2repro.train import checkpoint, rendezvous
 from gpt2repro.train.checkpoint import Checkpoints
 from gpt2repro.train.telemetry import Telemetry
 
@@ -105,6 +107,35 @@ def endless_step() -> None:
 
 
 # ---- disks and files ----
+
+
+def short_meeting_time_after_the_meeting(seconds: float) -> None:
+    """As if the processes of a run waited only so long for each other, but found each other in time."""
+    meet = rendezvous.meet
+
+    def meet_and_shorten(recipe):
+        store = meet(recipe)
+        rendezvous.MEETING_TIME = timedelta(seconds=seconds)
+        return store
+
+    rendezvous.meet = meet_and_shorten
+
+
+def slow_main_process(seconds: float) -> None:
+    """The main process verifies the data for so long; the others wait for it in a collective."""
+    verify_changed = RunData.verify_changed
+
+    def verify_slowly(*args):
+        time.sleep(seconds)
+        return verify_changed(*args)
+
+    RunData.verify_changed = verify_slowly
+
+
+def more_flags(flags: Sequence[str], only_rank: int) -> None:
+    """One rank is started with other flags."""
+    if rank() == only_rank:
+        sys.argv += flags
 
 
 def impatient_lock() -> None:

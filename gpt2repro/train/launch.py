@@ -2,14 +2,13 @@
 
 import dataclasses
 import re
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, GradientAccumulationPlugin, InitProcessGroupKwargs
+from accelerate.utils import DistributedType, GradientAccumulationPlugin
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from gpt2repro.data.mixture import RunData
@@ -19,6 +18,7 @@ from gpt2repro.recipe import Recipe
 from gpt2repro.run_folder import RunFolder
 from gpt2repro.train.preflight import output_problems
 from gpt2repro.train.recipe_change import RecipeChange
+from gpt2repro.train.rendezvous import join
 from gpt2repro.train.report import provenance
 from gpt2repro.train.tracker import start_tracker
 
@@ -27,15 +27,13 @@ def build_accelerator(recipe: Recipe) -> Accelerator:
     """The Accelerator, with the world size, device and precision that the launcher and its config set.
 
     Raises:
-        UserError: this launch cannot run the recipe.
+        UserError: this launch cannot run the recipe, or its processes do not come together.
     """
     note_missing_processes()
+    join(recipe)
     accumulation = recipe.accumulation(world_size(), batch=0)
     accelerator = Accelerator(
         cpu=cpu_asked(),
-        # The other ranks wait while the main process hashes the data or writes a large checkpoint. That may take longer
-        # than NCCL's default timeout of 10 minutes.
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=1))],
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=accumulation, sync_with_dataloader=False),
         dynamo_backend="inductor" if recipe.compile else None,
         log_with=None if recipe.report_to == "none" else recipe.report_to,

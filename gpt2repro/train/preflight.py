@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from accelerate import PartialState
 from accelerate.tracking import get_available_trackers
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
@@ -29,13 +28,14 @@ from gpt2repro.models.foreign_checkpoints import first_three
 from gpt2repro.models.openai_weights import StoredGPT2, open_gpt2
 from gpt2repro.models.padding import padded
 from gpt2repro.models.sampling import prompt_text
-from gpt2repro.processes import cpu_asked, missing_gpu, note, on_main, world_size
+from gpt2repro.processes import missing_gpu, note, on_main, world_size
 from gpt2repro.recipe import Recipe
 from gpt2repro.recipe_file import parse_recipe
 from gpt2repro.run_folder import RunFolder
 from gpt2repro.train import checkpoint
 from gpt2repro.train.optimizers import optimizer_problems
 from gpt2repro.train.recipe_change import RecipeChange, edit_problems
+from gpt2repro.train.rendezvous import join
 from modeling_gpt2repro import GPT2ReproConfig
 
 
@@ -119,7 +119,7 @@ def make_plan(recipe: Recipe, data: RunData, folder: RunFolder | None, flags: se
 
 def prepare_demo(recipe: Recipe) -> None:
     """Say that a command without --config uses the demo's; on the main process, prepare its corpus if it is missing."""
-    PartialState(cpu=cpu_asked())
+    join(recipe)
 
     def prepare() -> None:
         name = DEMO.relative_to(CHECKOUT)

@@ -273,6 +273,24 @@ def test_no_process_outlives_a_launcher_that_ends_while_the_run_starts(data_dir,
                 child.kill()
 
 
+def test_processes_wait_minutes_for_each_other_and_an_hour_in_a_collective(data_dir, tmp_path):
+    """The main process verifies the data for longer than the other one would wait for it to come."""
+    slow = (
+        partial(faults.short_meeting_time_after_the_meeting, seconds=2),
+        partial(faults.slow_main_process, seconds=4),
+    )
+    run = Training(tmp_path, data_dir, "--max_steps", 3, faults=slow, processes=2)
+    assert run.wait() == 0, run.printed
+
+
+def test_processes_of_two_runs_that_meet_at_one_port_are_refused(data_dir, tmp_path):
+    other = (partial(faults.more_flags, flags=["--max_steps", "25"], only_rank=1),)
+    run = Training(tmp_path, data_dir, faults=other, processes=2)
+    assert run.wait() == 2, run.printed
+    assert "error: rank 1 was started with max_steps=25, rank 0 with max_steps=24; start all" in run.printed
+    assert not run.output_dir.exists()
+
+
 def test_a_second_run_in_the_same_folder_is_refused(data_dir, stopped, tmp_path):
     """While the lock is held for longer than a run that is ending may need it."""
     with FileLock(tmp_path / "run" / ".lock"):
