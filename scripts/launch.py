@@ -14,6 +14,7 @@ from types import FrameType
 
 import psutil
 from accelerate.commands.launch import launch_command, launch_command_parser
+from torch.distributed import DistError
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 
@@ -56,6 +57,9 @@ def main() -> None:
         if isinstance(failure.message, dict):  # gpt2repro.errors wrote it; torchrun has logged lines of its own since
             print(failure.message["message"], file=sys.stderr)
         sys.exit(exit_code(list(error.failures.values())))
+    except DistError as error:  # of the launchers of several machines; the processes have not been started yet
+        remedy = "start them together, with the same --main_process_ip and a --main_process_port that nothing else uses"
+        sys.exit(f"error: the machines have not found each other ({str(error).splitlines()[0]}); {remedy}")
 
 
 if __name__ == "__main__":

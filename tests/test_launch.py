@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+from accelerate.utils.other import get_free_port
 
 from gpt2repro.processes import note_missing_processes
 from gpt2repro.train.stopping import SIGNALS, StopRequest
@@ -91,6 +92,16 @@ def test_plain_accelerate_launch_repeats_the_error_at_the_end_of_its_report(laun
     _, stderr = process.communicate(timeout=60)
     report = stderr[stderr.index("Root Cause") :]
     assert "error: --x 1: must be 2" in report and "error: --y: is missing" in report
+
+
+@pytest.mark.slow
+def test_a_machine_that_never_comes(launch):
+    machine = ("--num_machines", 2, "--machine_rank", 1, "--main_process_ip", "127.0.0.1", "--rdzv_conf", "timeout=1")
+    port = get_free_port()
+    process = launch(SAVES, 2, ROOT / "scripts" / "launch.py", *machine, "--main_process_port", port)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 1 and "Traceback" not in stderr
+    assert "error: the machines have not found each other" in stderr.splitlines()[-1]
 
 
 def test_a_closed_terminal_stops_a_run_unless_nohup_is_there():
