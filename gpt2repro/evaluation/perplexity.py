@@ -1,0 +1,344 @@
+"""Perplexity of text: how many nats a model needs for each token, word and byte.
+
+    documents = wikitext_pages(text)                                # or [Document(text)]
+    score = measure_documents(model, tokenizer, documents, accelerator, settings)
+    score.per("words").value()                                      # perplexity a word
+
+**Rolling log-likelihood**, the default (stride = the model's positions), is that of lm-evaluation-harness: a document's
+tokens are cut into windows of as many as the model has positions, and every token is predicted exactly once. The first
+is predicted from <|endoftext|>; the first of each later window has one token before it, and the last window is moved
+back so that it is full (lm_eval/utils.py, get_rolling_token_windows with context_len=1).
+
+**Sliding window**: with a smaller stride each window predicts only its last `stride` tokens, so that each (but those
+of the first window) has at least positions - stride + 1 tokens before it; slower by positions / stride, and closer to
+what the model can do. This is the strategy of the transformers documentation's page "Perplexity of fixed-length
+models", whose loop differs in three things: it joins all documents into one text, never predicts its first token, and
+averages means of windows instead of summing over tokens.
+
+The denominators are those of the text as published, before it is de-tokenized: tokens of the model's tokenizer, words
+as lm-evaluation-harness counts them (the pieces between runs of white space, with the empty ones at the ends), and
+bytes of UTF-8. Perplexities a word and bits a byte of models with different tokenizers can be compared; losses a token
+cannot.
+"""
+
+import inspect
+import math
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from tqdm import tqdm
+
+from gpt2repro.errors import UserError
+from gpt2repro.evaluation.bootstrap import Ratio
+from gpt2repro.evaluation.detokenizers import unchanged
+
+
+FALLBACK_POSITIONS = 2048  # of a model without a limit; as lm-evaluation-harness
+BLOCK_CHARACTERS = 1024  # of a text that is a single document; about 250 tokens of GPT-2
+BATCH_SIZE = 8
+CPU_BATCH_SIZE = 1
+# A page's heading in WikiText has one equals sign on each side, its sections more.
+PAGE_TITLE = re.compile(r"^[ \t]*= (?!= ).* =[ \t]*$", re.MULTILINE)
+
+
+@dataclass(frozen=True)
+class Document:
+    """A text to be predicted.
+
+    published: as the benchmark has it; its words and bytes are what losses are normalised by.
+    text: what the model reads, de-tokenized.
+    """
+
+    published: str
+    text: str
+
+    @property
+    def words(self) -> int:
+        return len(re.split(r"\s+", self.published))
+
+    @property
+    def bytes(self) -> int:
+        return len(self.published.encode())
+
+
+@dataclass(frozen=True)
+class WindowSettings:
+    """How windows are scored.
+
+    stride: tokens that each window predicts; None: as many as the model has positions.
+    batch_size: windows per forward pass and rank; None: 8, on a CPU 1.
+    progress: show a progress bar on the main process.
+    """
+
+    stride: int | None = None
+    batch_size: int | None = None
+    progress: bool = False
+
+
+DEFAULT_WINDOWS = WindowSettings()
+
+
+@dataclass(frozen=True)
+class TextScore:
+    """What a model needs for a text, unit by unit; all (U,). A unit is a document, or of a text that is a single one a
+    block of BLOCK_CHARACTERS characters, over which the document's words and bytes are spread evenly.
+
+    nll: float64, nats.
+    tokens, words, bytes: float64.
+    """
+
+    nll: np.ndarray
+    tokens: np.ndarray
+    words: np.ndarray
+    bytes: np.ndarray
+
+    def per(self, unit: str) -> Ratio:
+        """The score normalised by one of these: "tokens": nats a token; "words": perplexity; "bytes": bits."""
+        transform = {"tokens": "mean", "words": "perplexity", "bytes": "bits"}[unit]
+        return Ratio(self.nll, getattr(self, unit), transform)
+
+
+# ---- texts ----
+
+
+def make_documents(texts: list[str], detokenize: Callable[[str], str] = unchanged) -> list[Document]:
+    return [Document(text, detokenize(text)) for text in texts if text.strip()]
+
+
+def wikitext_pages(text: str) -> list[str]:
+    """The pages of a WikiText file, as in EleutherAI/wikitext_document_level: each begins with its title."""
+    starts = [0, *(title.start() for title in PAGE_TITLE.finditer(text)), len(text) + 1]
+    pages = [text[start : end - 1] for start, end in zip(starts, starts[1:])]  # without the line break before a title
+    return [page for page in pages if page.strip()]
+
+
+def whole_text(text: str) -> list[str]:
+    return [text]
+
+
+def measure_documents(
+    model: Any,
+    tokenizer: Any,
+    documents: list[Document],
+    accelerator: Accelerator,
+    settings: WindowSettings = DEFAULT_WINDOWS,
+    title: str = "perplexity",
+) -> TextScore:
+    """Score documents one by one, each from its beginning. All ranks call it and get the same result.
+
+    Args:
+        model: a causal language model on accelerator.device.
+        tokenizer: of transformers; the token before a document is its bos_token, or its eos_token. Of a tokenizer with
+            neither (one token per character), each document's first token is not predicted.
+        title: of the progress bar.
+    Raises:
+        UserError: the tokenizer has no token for a document, or a loss is not finite.
+    """
+    encoded = [encode_document(tokenizer, document.text) for document in documents]
+    if not any(len(ids) > 1 for ids, _ in encoded):
+        raise UserError(f"{title}: the tokenizer has no tokens for this text; give a model whose tokenizer suits it")
+    nlls = token_nlls(model, [ids for ids, _ in encoded], accelerator, settings, title)
+    if len(documents) == 1:
+        return _score_of_blocks(documents[0], nlls[0], encoded[0][1])
+    return TextScore(
+        nll=np.array([nll.sum() for nll in nlls]),
+        tokens=np.array([len(nll) for nll in nlls], np.float64),
+        words=np.array([document.words for document in documents], np.float64),
+        bytes=np.array([document.bytes for document in documents], np.float64),
+    )
+
+
+def encode_document(tokenizer: Any, text: str) -> tuple[np.ndarray, np.ndarray]:
+    """A document's tokens after the one that begins a text.
+
+    Returns:
+        ids: (T + 1,) int64; of a tokenizer without such a token the document's own first one takes its place.
+        starts: (T,) int64, the character at which each predicted token begins; 0 if the tokenizer does not say.
+    """
+    offsets = {"return_offsets_mapping": True} if tokenizer.is_fast else {}
+    encoding = tokenizer(text, add_special_tokens=False, verbose=False, **offsets)
+    ids = encoding["input_ids"]
+    starts = [start for start, _ in encoding["offset_mapping"]] if offsets else [0] * len(ids)
+    prefix = start_token(tokenizer)
+    if prefix is None:
+        return np.array(ids, np.int64), np.array(starts[1:], np.int64)
+    return np.array([prefix, *ids], np.int64), np.array(starts, np.int64)
+
+
+def start_token(tokenizer: Any) -> int | None:
+    """The token from which a text's first one is predicted, as in lm-evaluation-harness."""
+    return tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+
+
+def _score_of_blocks(document: Document, nll: np.ndarray, starts: np.ndarray) -> TextScore:
+    """A single document, cut into blocks of its text. A token belongs to the block in which it begins."""
+    blocks = starts // BLOCK_CHARACTERS
+    count = int(blocks.max()) + 1
+    characters = np.full(count, BLOCK_CHARACTERS, np.float64)
+    characters[-1] = len(document.text) - BLOCK_CHARACTERS * (count - 1)
+    share = characters / characters.sum()
+    return TextScore(
+        nll=np.bincount(blocks, weights=nll, minlength=count),
+        tokens=np.bincount(blocks, minlength=count).astype(np.float64),
+        words=share * document.words,
+        bytes=share * document.bytes,
+    )
+
+
+# ---- windows ----
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of a batch.
+
+    ids: (T + 1,) int64; all but the last are inputs, all but the first targets.
+    scored: how many of the last targets are scored.
+    """
+
+    ids: np.ndarray
+    scored: int
+
+
+@dataclass(frozen=True)
+class RowScore:
+    """What the model gives the scored targets of a row.
+
+    nll: (scored,) float32, nats.
+    likeliest: (scored,) bool, whether the target is the likeliest token; empty if not asked.
+    """
+
+    nll: np.ndarray
+    likeliest: np.ndarray
+
+
+def rolling_windows(targets: int, positions: int, stride: int) -> Iterator[tuple[int, int, int]]:
+    """Windows over a sequence of `targets` + 1 tokens that together predict each but the first exactly once.
+
+    Args:
+        positions: inputs of a window at most.
+        stride: targets that each window after the first predicts, at most `positions`.
+    Yields:
+        start, end: the window's inputs are start ... end - 1; its targets lie one further.
+        scored: how many of its last targets are predicted.
+    """
+    predicted = 0
+    while predicted < targets:
+        scored = min(stride if predicted else positions, targets - predicted)
+        end = predicted + scored
+        yield max(0, end - positions), end, scored
+        predicted = end
+
+
+def token_nlls(
+    model: Any,
+    sequences: list[np.ndarray],
+    accelerator: Accelerator,
+    settings: WindowSettings = DEFAULT_WINDOWS,
+    title: str = "perplexity",
+) -> list[np.ndarray]:
+    """The loss of every token but the first of each sequence, in nats. All ranks call it and get the same result.
+
+    Args:
+        sequences: (T + 1,) int64 each.
+    Returns:
+        (T,) float64 each.
+    Raises:
+        UserError: a loss is not finite.
+    """
+    positions = model_positions(model)
+    stride = min(settings.stride or positions, positions)
+    rows, places = [], []
+    for number, ids in enumerate(sequences):
+        for start, end, scored in rolling_windows(len(ids) - 1, positions, stride):
+            rows.append(Row(ids[start : end + 1], scored))
+            places.append((number, end - scored, end))
+    nlls = [np.zeros(max(0, len(ids) - 1)) for ids in sequences]
+    for (number, first, end), score in zip(places, score_rows(model, rows, accelerator, settings, title)):
+        nlls[number][first:end] = score.nll
+    return nlls
+
+
+def model_positions(model: Any) -> int:
+    """Tokens that the model sees at once."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or FALLBACK_POSITIONS
+
+
+def score_rows(
+    model: Any,
+    rows: list[Row],
+    accelerator: Accelerator,
+    settings: WindowSettings,
+    title: str,
+    with_likeliest: bool = False,
+) -> list[RowScore]:
+    """Score rows, shared among the ranks. All ranks call it and get the scores of all rows, in their order.
+
+    Args:
+        with_likeliest: also compare each target with the likeliest token, which takes as long as the loss.
+    Raises:
+        UserError: a loss is not finite.
+    """
+    default_batch_size = CPU_BATCH_SIZE if accelerator.device.type == "cpu" else BATCH_SIZE
+    batch_size = settings.batch_size or default_batch_size
+    # Longest first: rows of one batch have similar lengths, and a batch too large for the memory fails at the start.
+    order = sorted(range(len(rows)), key=lambda r: -len(rows[r].ids))
+    mine = _indices_of_rank(order, accelerator.process_index, accelerator.num_processes)
+    hidden = not (settings.progress and accelerator.is_main_process)
+    scores: list[tuple[int, RowScore]] = []
+    model.eval()
+    bar = tqdm(total=len(mine), desc=title, unit=" windows", disable=hidden)
+    with torch.no_grad(), accelerator.autocast(), bar:
+        for start in range(0, len(mine), batch_size):
+            indices = mine[start : start + batch_size]
+            batch = score_batch(model, [rows[r] for r in indices], accelerator.device, with_likeliest)
+            scores += zip(indices, batch)
+            bar.update(len(indices))
+    gathered = dict(gather_object(scores))
+    broken = sum(not np.isfinite(score.nll).all() for score in gathered.values())
+    if broken:
+        raise UserError(
+            f"{title}: the losses of {broken} of {len(rows)} windows are not finite; the model's weights are broken, "
+            "or its precision is too low (float32 shows which)"
+        )
+    return [gathered[r] for r in range(len(rows))]
+
+
+def _indices_of_rank(order: list[int], rank: int, world_size: int) -> list[int]:
+    """Every world_size-th row. All ranks get equally many, for which a few are scored twice: a sharded model hangs if
+    one rank runs more forward passes than the others."""
+    per_rank = math.ceil(len(order) / world_size)
+    return [order[(rank + world_size * k) % len(order)] for k in range(per_rank)]
+
+
+def score_batch(model: Any, rows: list[Row], device: torch.device, with_likeliest: bool = False) -> list[RowScore]:
+    """Score rows in one forward pass. They are right-padded with token 0, which needs no attention mask: attention is
+    causal, and what stands at padding positions is never read."""
+    lengths = [len(row.ids) - 1 for row in rows]
+    T = max(lengths)
+    tokens = torch.zeros(len(rows), T + 1, dtype=torch.int64)
+    for r, row in enumerate(rows):
+        tokens[r, : len(row.ids)] = torch.from_numpy(row.ids)
+    tokens = tokens.to(device)
+    # No target before `first` is scored, so logits before it need not be computed.
+    first = min(length - row.scored for length, row in zip(lengths, rows))
+    has_logits_to_keep = "logits_to_keep" in inspect.signature(type(model).forward).parameters
+    kept = {"logits_to_keep": T - first} if has_logits_to_keep else {}
+    logits = model(input_ids=tokens[:, :-1], use_cache=False, **kept).logits[:, first - T :]  # (B, T - first, V)
+
+    scores = []
+    for r, (length, row) in enumerate(zip(lengths, rows)):
+        begin = length - row.scored
+        row_logits = logits[r, begin - first : length - first].float()  # (scored, V); all rows would take much memory
+        targets = tokens[r, begin + 1 : length + 1]
+        nll = F.cross_entropy(row_logits, targets, reduction="none")
+        likeliest = row_logits.argmax(-1) == targets if with_likeliest else torch.empty(0, dtype=torch.bool)
+        scores.append(RowScore(nll.cpu().numpy(), likeliest.cpu().numpy()))
+    return scores
