@@ -1,5 +1,6 @@
-"""Every score: the loss on held-out data, HellaSwag, two models side by side, and what is known to compare them with.
+"""Every score: the loss on held-out data, HellaSwag, perplexities, LAMBADA; two models side by side; and what is known
+to compare them with.
 
-Read validation, multiple_choice, hellaswag, perplexity, lambada, detokenizers, task_data, bootstrap, compare;
-reference_curves and verdict.
+Read validation, multiple_choice, hellaswag, perplexity, lambada, detokenizers, task_data; then bootstrap, tasks,
+score_cache, published, scorecard, scorecard_views; compare; reference_curves, verdict.
 """

@@ -42,8 +42,9 @@ from gpt2repro.evaluation.detokenizers import unchanged
 
 FALLBACK_POSITIONS = 2048  # of a model without a limit; as lm-evaluation-harness
 BLOCK_CHARACTERS = 1024  # of a text that is a single document; about 250 tokens of GPT-2
-BATCH_SIZE = 8
-CPU_BATCH_SIZE = 1
+BATCH_LOGITS = 2**29  # of a batch, by default; 10 windows of GPT-2, 2 GB in float32
+CPU_BATCH_LOGITS = 2**26  # one window of GPT-2: more at once were slower there
+LARGEST_BATCH = 64
 # A page's heading in WikiText has one equals sign on each side, its sections more.
 PAGE_TITLE = re.compile(r"^[ \t]*= (?!= ).* =[ \t]*$", re.MULTILINE)
 
@@ -73,7 +74,7 @@ class WindowSettings:
     """How windows are scored.
 
     stride: tokens that each window predicts; None: as many as the model has positions.
-    batch_size: windows per forward pass and rank; None: 8, on a CPU 1.
+    batch_size: windows per forward pass and rank; None: by the size of their logits.
     progress: show a progress bar on the main process.
     """
 
@@ -286,8 +287,7 @@ def score_rows(
     Raises:
         UserError: a loss is not finite.
     """
-    default_batch_size = CPU_BATCH_SIZE if accelerator.device.type == "cpu" else BATCH_SIZE
-    batch_size = settings.batch_size or default_batch_size
+    batch_size = settings.batch_size or default_batch_size(model, rows, accelerator.device)
     # Longest first: rows of one batch have similar lengths, and a batch too large for the memory fails at the start.
     order = sorted(range(len(rows)), key=lambda r: -len(rows[r].ids))
     mine = _indices_of_rank(order, accelerator.process_index, accelerator.num_processes)
@@ -309,6 +309,14 @@ def score_rows(
             "or its precision is too low (float32 shows which)"
         )
     return [gathered[r] for r in range(len(rows))]
+
+
+def default_batch_size(model: Any, rows: list[Row], device: torch.device) -> int:
+    """Rows of which the logits take a reasonable amount of memory."""
+    longest = max((len(row.ids) for row in rows), default=1)
+    logits = CPU_BATCH_LOGITS if device.type == "cpu" else BATCH_LOGITS
+    fitting = logits // (longest * model.config.get_text_config().vocab_size)
+    return min(LARGEST_BATCH, max(1, fitting))
 
 
 def _indices_of_rank(order: list[int], rank: int, world_size: int) -> list[int]:

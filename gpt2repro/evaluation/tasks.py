@@ -1,0 +1,490 @@
+"""The tasks of a scorecard: what is measured, how, on which data, and which scores follow from it.
+
+A task measures a model unit by unit (`Task.measure`), as columns of numbers. Every score (`Metric`) is a ratio of two
+columns' sums, which is what gives it an interval (bootstrap.py) and lets two models be compared on the same units.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from accelerate import Accelerator
+
+from gpt2repro.data.manifest import MANIFEST, Manifest
+from gpt2repro.data.order import count_windows
+from gpt2repro.data.token_stream import TokenStream
+from gpt2repro.data.tokenization import build_tokenizer
+from gpt2repro.errors import UserError
+from gpt2repro.evaluation import hellaswag, lambada
+from gpt2repro.evaluation.bootstrap import Ratio
+from gpt2repro.evaluation.detokenizers import DETOKENIZERS
+from gpt2repro.evaluation.perplexity import (
+    BLOCK_CHARACTERS,
+    Document,
+    TextScore,
+    WindowSettings,
+    make_documents,
+    measure_documents,
+    model_positions,
+    token_nlls,
+    whole_text,
+    wikitext_pages,
+)
+from gpt2repro.evaluation.task_data import HubSource, hub_texts, read_text
+from gpt2repro.models.folder import load_tokenizer
+
+
+WIKIHOW_MARK = "[header]"
+BLOCK_TOKENS = 1024  # of prepared data without <|endoftext|>
+BATCH_SIZE = 16  # of HellaSwag's items
+CPU_BATCH_SIZE = 1
+Columns = dict[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A score, a ratio of the sums of two columns.
+
+    key: its name in scorecard.json.
+    unit: share, perplexity, nats or bits.
+    headline: it is spoken of in the sentences; the others stand in the table only.
+    needs_same_vocabulary: it is normalised by tokens, so that only models with the same vocabulary can be compared.
+    caveat: why figures published for this metric are not of this data; None: they are.
+    """
+
+    key: str
+    title: str
+    numerator: str
+    denominator: str
+    unit: str
+    higher_is_better: bool
+    headline: bool
+    needs_same_vocabulary: bool = False
+    caveat: str | None = None
+
+    def score(self, columns: Columns) -> Ratio:
+        transform = {"share": "mean", "nats": "mean", "perplexity": "perplexity", "bits": "bits"}[self.unit]
+        return Ratio(columns[self.numerator], columns[self.denominator], transform)
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a model is measured on.
+
+    name: as --tasks names it.
+    method: one line: what is done, in whose way.
+    version: raised when the method changes, so that cached columns are not used.
+    units: what a row of the columns is, in the plural.
+    data: name, sha256, hub_id and n of the data, for scorecard.json.
+    measure: called on all ranks; (model, tokenizer, accelerator, settings) -> columns, (U,) float64 each.
+    depends_on_windows: WindowSettings.stride changes the scores.
+    vocabulary: sha256 of the only vocabulary whose models it can measure; None: any.
+    """
+
+    name: str
+    title: str
+    method: str
+    version: int
+    units: str
+    data: dict[str, Any]
+    metrics: tuple[Metric, ...]
+    measure: Callable[[Any, Any, Accelerator, WindowSettings], Columns]
+    depends_on_windows: bool = True
+    vocabulary: str | None = None
+
+
+def content_sha256(content: Any) -> str:
+    """Of anything that JSON can hold."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True, ensure_ascii=False).encode("utf-8")).hexdigest()
+
+
+def spread(items: Sequence[Any], limit: int | None) -> list[Any]:
+    """`limit` items at equal distances, since benchmarks are sorted; all of them without a limit."""
+    if limit is None or limit >= len(items):
+        return list(items)
+    return [items[index * len(items) // limit] for index in range(limit)]
+
+
+def describe_data(file: str | None, source: str, texts: Any, n: int, units: str) -> dict[str, Any]:
+    """What scorecard.json says about a task's data; of a local file its name, not the path."""
+    hub_id = None if file else source
+    name = Path(file).name if file else source
+    return {"name": name, "hub_id": hub_id, "sha256": content_sha256(texts), "n": n, "units": units}
+
+
+def _part_of_a_set(is_complete: bool) -> str | None:
+    return None if is_complete else "the file holds a part of the set"
+
+
+def _sample_text(items: list[Any], of: Sequence[Any]) -> str:
+    """A --limit is part of the method."""
+    return "" if len(items) == len(of) else f"; {len(items):,} of {len(of):,}, evenly spread"
+
+
+# ---- HellaSwag ----
+
+
+def hellaswag_task(file: str | None, limit: int | None, flag: str) -> Task:
+    """HellaSwag in both styles.
+
+    Args:
+        file: local .jsonl or .jsonl.gz; None: from the Hub.
+    Raises:
+        UserError: as `hellaswag.load_items`.
+    """
+    loaded = hellaswag.load_items(file, flag=flag, styles=hellaswag.STYLES)
+    items = spread(loaded, limit)
+
+    def measure(model: Any, tokenizer: Any, accelerator: Accelerator, settings: WindowSettings) -> Columns:
+        default_batch_size = CPU_BATCH_SIZE if accelerator.device.type == "cpu" else BATCH_SIZE
+        scores = hellaswag.score_hellaswag(
+            model,
+            tokenizer,
+            items,
+            accelerator,
+            settings.batch_size or default_batch_size,
+            hellaswag.STYLES,
+            settings.progress,
+        )
+        columns = {"items": np.ones(len(items))}
+        for style, score in scores.items():
+            columns[f"{style}_acc"] = score.acc.astype(np.float64)
+            columns[f"{style}_acc_norm"] = score.acc_norm.astype(np.float64)
+        return columns
+
+    is_complete = len(loaded) >= hellaswag.FULL_SET
+    has_marks = any(WIKIHOW_MARK in item["ctx"] for item in loaded)
+    caveats = {
+        "completion": _part_of_a_set(is_complete)
+        or (None if has_marks else "this copy of the set lacks WikiHow's marks, which the completion style keeps"),
+        "harness": _part_of_a_set(is_complete),
+    }
+    metrics = [
+        Metric(
+            key=f"hellaswag_{style}_{name}",
+            title=f"HellaSwag {name} ({style})",
+            numerator=f"{style}_{name}",
+            denominator="items",
+            unit="share",
+            higher_is_better=True,
+            headline=name == "acc_norm",
+            caveat=caveats[style],
+        )
+        for style in hellaswag.STYLES
+        for name in ("acc_norm", "acc")
+    ]
+    return Task(
+        name="hellaswag",
+        title="HellaSwag",
+        method="zero-shot; completion style as build-nanogpt, harness style as lm-evaluation-harness"
+        + _sample_text(items, loaded),
+        version=1,
+        units="items",
+        data=describe_data(file, hellaswag.HUB_ID, items, len(items), "items"),
+        metrics=tuple(metrics),
+        measure=measure,
+        depends_on_windows=False,
+    )
+
+
+# ---- LAMBADA ----
+
+
+def lambada_task(file: str | None, limit: int | None, flag: str) -> Task:
+    """LAMBADA, OpenAI's variant.
+
+    Raises:
+        UserError: as `lambada.read_lambada` and `hub_texts`.
+    """
+    if file is None:
+        texts = hub_texts(lambada.HUB, "LAMBADA", f"give a local copy with {flag}")
+        texts = [lambada.check_passage({"text": text}, f"{lambada.HUB}, row {n}") for n, text in enumerate(texts)]
+    else:
+        texts = lambada.read_lambada(file, f"{flag.removesuffix('FILE')}{file}")
+    items = spread(texts, limit)
+    caveat = _part_of_a_set(len(texts) >= lambada.FULL_SET)
+
+    def measure(model: Any, tokenizer: Any, accelerator: Accelerator, settings: WindowSettings) -> Columns:
+        score = lambada.measure_lambada(model, tokenizer, items, accelerator, settings)
+        return {"items": np.ones(len(items)), "nll": score.nll, "correct": score.correct}
+
+    return Task(
+        name="lambada",
+        title="LAMBADA",
+        method="OpenAI's variant, the whole last word greedily, as lm-evaluation-harness' lambada_openai"
+        + _sample_text(items, texts),
+        version=1,
+        units="items",
+        data=describe_data(file, lambada.HUB.hub_id, items, len(items), "items"),
+        metrics=(
+            Metric("lambada_acc", "LAMBADA accuracy", "correct", "items", "share", True, True, caveat=caveat),
+            Metric(
+                "lambada_perplexity", "LAMBADA perplexity", "nll", "items", "perplexity", False, False, caveat=caveat
+            ),
+        ),
+        measure=measure,
+        depends_on_windows=False,
+    )
+
+
+# ---- texts ----
+
+
+@dataclass(frozen=True)
+class TextBenchmark:
+    """A benchmark of perplexity.
+
+    split: cuts a local file into documents.
+    join: whether the Hub's rows are lines of one text.
+    documents: of the whole set.
+    """
+
+    title: str
+    source: HubSource
+    split: Callable[[str], list[str]]
+    join: bool
+    detokenizer: str
+    documents: int
+
+    def caveat(self, texts: list[str]) -> str | None:
+        """Why figures published for the set are not of these texts."""
+        if any(UNKNOWN_WORD in text for text in texts) and not self.join:
+            return f"this copy has {UNKNOWN_WORD} for rare words, the set of the figures has none"
+        return _part_of_a_set(len(texts) == self.documents)
+
+
+UNKNOWN_WORD = "<unk>"
+TEXT_BENCHMARKS = {
+    "wikitext2": TextBenchmark(
+        "WikiText-2",
+        HubSource("EleutherAI/wikitext_document_level", "wikitext-2-raw-v1", "test", "page"),
+        wikitext_pages,
+        join=False,
+        detokenizer="wikitext",
+        documents=62,
+    ),
+    "wikitext103": TextBenchmark(
+        "WikiText-103",
+        HubSource("EleutherAI/wikitext_document_level", "wikitext-103-raw-v1", "test", "page"),
+        wikitext_pages,
+        join=False,
+        detokenizer="wikitext",
+        documents=62,
+    ),
+    "ptb": TextBenchmark(
+        "Penn Treebank",
+        # `datasets` runs no loading scripts any more; the Hub keeps what the script gave as Parquet on this branch.
+        HubSource("ptb-text-only/ptb_text_only", "penn_treebank", "test", "sentence", "refs/convert/parquet"),
+        whole_text,
+        join=True,
+        detokenizer="ptb",
+        documents=1,
+    ),
+}
+DETOKENIZED = {"none": "as it is", "wikitext": "de-tokenized as there", "ptb": "de-tokenized after Megatron-LM's rules"}
+
+
+def benchmark_task(
+    name: str, file: str | None, limit: int | None, flag: str, stride: int | None, detokenizer: str | None
+) -> Task:
+    """One of TEXT_BENCHMARKS.
+
+    Args:
+        detokenizer: a key of DETOKENIZERS; None: the benchmark's own.
+    Raises:
+        UserError: the file cannot be read, or the Hub not be reached.
+    """
+    benchmark = TEXT_BENCHMARKS[name]
+    if file is None:
+        rows = hub_texts(benchmark.source, benchmark.title, f"give a local copy with {flag}")
+        texts = [" \n".join(rows)] if benchmark.join else rows
+    else:
+        texts = benchmark.split(read_text(file, f"{flag.removesuffix('FILE')}{file}"))
+    rules = detokenizer or benchmark.detokenizer
+    caveat = benchmark.caveat(texts)
+    if stride or rules != benchmark.detokenizer:
+        caveat = "measured with other settings"
+    return _text_task(name, benchmark.title, texts, file, benchmark.source.hub_id, limit, stride, rules, caveat)
+
+
+def plain_text_task(file: str, stride: int | None, detokenizer: str | None) -> Task:
+    """A text file of the user's, as one document.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    texts = [read_text(file, f"--text {file}")]
+    name = Path(file).stem
+    return _text_task(f"text:{name}", name, texts, file, "", None, stride, detokenizer or "none", None)
+
+
+def _text_task(
+    name: str,
+    title: str,
+    texts: list[str],
+    file: str | None,
+    hub_id: str,
+    limit: int | None,
+    stride: int | None,
+    detokenizer: str,
+    caveat: str | None,
+) -> Task:
+    all_documents = make_documents(texts, DETOKENIZERS[detokenizer])
+    documents = spread(all_documents, limit)
+    units = "documents" if len(documents) > 1 else f"blocks of {BLOCK_CHARACTERS:,} characters"
+
+    def measure(model: Any, tokenizer: Any, accelerator: Accelerator, settings: WindowSettings) -> Columns:
+        return text_columns(measure_documents(model, tokenizer, documents, accelerator, settings, title))
+
+    data = describe_data(file, hub_id, [(doc.published, doc.text) for doc in documents], len(documents), "documents")
+    return Task(
+        name=name,
+        title=title,
+        method=f"{window_method(stride)}; {DETOKENIZED[detokenizer]}, normalised by the published text"
+        + _sample_text(documents, all_documents),
+        version=1,
+        units=units,
+        data=data,
+        metrics=text_metrics(name.replace("text:", "text_"), title, caveat),
+        measure=measure,
+    )
+
+
+def window_method(stride: int | None) -> str:
+    if stride is None:
+        return "rolling log-likelihood as lm-evaluation-harness, each document from <|endoftext|>"
+    return f"sliding window with stride {stride:,}, each document from <|endoftext|>"
+
+
+def text_columns(score: TextScore) -> Columns:
+    return {"nll": score.nll, "tokens": score.tokens, "words": score.words, "bytes": score.bytes}
+
+
+def text_metrics(key: str, title: str, caveat: str | None) -> tuple[Metric, ...]:
+    perplexity = f"{title} perplexity a word"
+    return (
+        Metric(f"{key}_word_perplexity", perplexity, "nll", "words", "perplexity", False, True, caveat=caveat),
+        Metric(f"{key}_bits_per_byte", f"{title} bits a byte", "nll", "bytes", "bits", False, False),
+        Metric(f"{key}_loss", f"{title} loss a token", "nll", "tokens", "nats", False, False, True),
+    )
+
+
+# ---- prepared data ----
+
+
+@dataclass(frozen=True)
+class PreparedData:
+    """The validation split of a prepared directory or of another trainer's folder.
+
+    tokens: (N,) int64, those that are predicted and the one before them.
+    starts: where documents start in there; without <|endoftext|>, blocks of BLOCK_TOKENS tokens.
+    """
+
+    directory: Path
+    manifest: Manifest
+    tokenizer: Any
+    tokens: np.ndarray
+    starts: np.ndarray
+
+    @classmethod
+    def open(cls, directory: str, max_tokens: int) -> "PreparedData":
+        """Open the first `max_tokens` of the validation split; 0: all.
+
+        Raises:
+            UserError: no such directory, unfinished or damaged; no validation tokens.
+        """
+        manifest = Manifest.open(directory)
+        if not manifest.splits["val"].tokens:
+            raise UserError(f"--data {directory} has no validation tokens; prepare it with --val_tokens")
+        stream = TokenStream.open(directory, "val", manifest)
+        tokens = stream.read(0, min(len(stream), max_tokens + 1) if max_tokens else len(stream))
+        eot = manifest.tokenizer.eot_id
+        starts = np.arange(0, len(tokens), BLOCK_TOKENS) if eot is None else np.flatnonzero(tokens == eot)
+        if not len(starts) or starts[0] != 0:
+            starts = np.concatenate([[0], starts])
+        folder = Path(directory) / "tokenizer"
+        has_manifest = (Path(directory) / MANIFEST).exists()
+        tokenizer = load_tokenizer(folder) if has_manifest and folder.is_dir() else build_tokenizer("gpt2", []).fast
+        return cls(Path(directory), manifest, tokenizer, tokens, starts)
+
+    @property
+    def title(self) -> str:
+        corpus = self.manifest.corpus
+        name = corpus["name"]
+        return name if corpus.get("revision") else Path(name).name
+
+    @property
+    def units(self) -> str:
+        return "documents" if self.manifest.tokenizer.eot_id is not None else f"blocks of {BLOCK_TOKENS:,} tokens"
+
+    def describe(self) -> dict[str, Any]:
+        hub_id = self.manifest.corpus.get("hub_id") if self.manifest.corpus.get("revision") else None
+        identity = [self.manifest.fingerprint, len(self.tokens)]
+        data = {"name": self.title, "hub_id": hub_id, "sha256": content_sha256(identity)}
+        return data | {"n": len(self.tokens) - 1, "units": "tokens"}
+
+    def texts(self) -> list[str]:
+        """The documents, or the blocks, as text without <|endoftext|>."""
+        ends = [*self.starts[1:], len(self.tokens)]
+        eot = self.manifest.tokenizer.eot_id
+        pieces = [self.tokens[start:end] for start, end in zip(self.starts, ends)]
+        return [self.tokenizer.decode(piece[piece != eot] if eot is not None else piece) for piece in pieces]
+
+
+def vocabulary_sha256(tokenizer: Any) -> str:
+    """Identity of a tokenizer's ids; models with the same can be compared token by token."""
+    return content_sha256(tokenizer.get_vocab())
+
+
+def validation_task(data: PreparedData) -> Task:
+    """The validation loss as the trainer measures it: windows of the model's length tile the split, whatever documents
+    they cut."""
+
+    def measure(model: Any, tokenizer: Any, accelerator: Accelerator, settings: WindowSettings) -> Columns:
+        positions = model_positions(model)
+        predicted = count_windows(len(data.tokens), positions) * positions or len(data.tokens) - 1
+        sequence = data.tokens[: predicted + 1]
+        [nll] = token_nlls(model, [sequence], accelerator, settings, data.title)
+        # A document's <|endoftext|> is predicted, too: it belongs to the document that it opens.
+        unit = np.searchsorted(data.starts, np.arange(1, predicted + 1), side="right") - 1
+        count = len(data.starts)
+        tokens = np.bincount(unit, minlength=count).astype(np.float64)
+        return {"nll": np.bincount(unit, weights=nll, minlength=count), "tokens": tokens}
+
+    title = f"held-out loss a token ({data.title})"
+    return Task(
+        name="validation",
+        title=title,
+        method="as the trainer's validation: windows of the model's length tile the split, in order",
+        version=1,
+        units=data.units,
+        data=data.describe(),
+        metrics=(Metric("validation_loss", title, "nll", "tokens", "nats", False, True, True),),
+        measure=measure,
+        vocabulary=vocabulary_sha256(data.tokenizer),
+    )
+
+
+def validation_text_task(data: PreparedData, stride: int | None) -> Task:
+    """The validation split as text, for models with different vocabularies."""
+    documents = [Document(text, text) for text in data.texts() if text.strip()]
+
+    def measure(model: Any, tokenizer: Any, accelerator: Accelerator, settings: WindowSettings) -> Columns:
+        return text_columns(measure_documents(model, tokenizer, documents, accelerator, settings, data.title))
+
+    title = f"held-out bits a byte ({data.title})"
+    metric = Metric("validation_bits_per_byte", title, "nll", "bytes", "bits", False, True)
+    return Task(
+        name="validation_text",
+        title=title,
+        method=f"the split decoded to text, since not all models have its vocabulary; {window_method(stride)}",
+        version=1,
+        units=data.units if len(documents) > 1 else f"blocks of {BLOCK_CHARACTERS:,} characters",
+        data=data.describe(),
+        metrics=(metric,),
+        measure=measure,
+    )
