@@ -4,29 +4,38 @@
     python publish.py runs/gpt2-124m-fineweb-edu --to owner/name --format gpt2  # plain GPT2LMHeadModel, no remote code
     python publish.py runs/demo/checkpoints/step_00000500 --to ./exported       # a folder, starting with . or / or ~
     python publish.py nanogpt/out/ckpt.pt --to ./converted                      # nanoGPT, build-nanogpt, llm.c
+    python publish.py owner/name --space owner/demo                             # a demo of a model that is on the Hub
+    python publish.py runs/demo --space ./try-it                                # a demo with its model, in a folder
 
 A published model consists of the weights as safetensors, the tokenizer, generation defaults and a model card with what
-the run measured. An upload is one commit.
+the run measured. A demo is a Gradio app that continues a prompt and shows the probabilities of the next token and the
+attention of each head; on the Hub it is a Space. --to and --space may be given together. An upload is one commit.
 """
 
 import argparse
 import os
 import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 from huggingface_hub.utils import HFValidationError, validate_repo_id
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from gpt2repro.data.tokenization import tokenizer_folder
-from gpt2repro.errors import Parser, UserError, first_line, os_error_number, run_script
+from gpt2repro.errors import Parser, UserError, first_line, os_error_number, refuse, run_script
 from gpt2repro.files import SCRATCH, scratch_folder, write_bytes, write_problem
 from gpt2repro.hub.model_card import model_card
-from gpt2repro.hub.upload import create_repository, upload
+from gpt2repro.hub.upload import create_repository, create_space, needs_token, upload, upload_space
+from gpt2repro.models.errors import explained
 from gpt2repro.models.folder import check_tokenizer, find_model, load_tokenizer, save_model_folder, tokenizer_for
 from gpt2repro.models.openai_weights import from_gpt2, to_gpt2
+from gpt2repro.processes import note
+from gpt2repro.recipe import Recipe
 from gpt2repro.run_folder import RunFolder
 from gpt2repro.show.logged_run import LoggedRun
 from gpt2repro.show.pictures import loss_picture
+from gpt2repro.show.space import MODEL_FOLDER, Space, write_space
 from gpt2repro.train import checkpoint
 from gpt2repro.train.metrics import read_metrics
 
@@ -34,49 +43,174 @@ from gpt2repro.train.metrics import read_metrics
 FOLDER_PREFIXES = (".", "/", "~")  # of --to; any other value is a Hub repository
 
 
+@dataclass(frozen=True)
+class Destination:
+    """A new folder or a repository on the Hub, as a flag names it."""
+
+    flag: str
+    value: str
+
+    @property
+    def is_folder(self) -> bool:
+        return self.value.startswith(FOLDER_PREFIXES)
+
+    @property
+    def path(self) -> Path:
+        """The folder; of a repository, a name for what is written before it is uploaded."""
+        if self.is_folder:
+            return Path(self.value).expanduser().resolve()
+        return Path("publish", self.value.split("/")[-1])
+
+    @property
+    def title(self) -> str:
+        return self.path.name
+
+    def problem(self) -> str | None:
+        """Why nothing can be written there; None if it can, as far as is known without asking the Hub."""
+        if self.is_folder:
+            if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+                return f"{self} exists already; choose a new folder, or delete it"
+        else:
+            try:
+                validate_repo_id(self.value)
+            except HFValidationError as error:
+                return f"{self} is not owner/name ({error}); a folder starts with ./"
+            if self.value.count("/") != 1:
+                return f"{self} is not owner/name; a folder starts with ./"
+        unwritable = write_problem(self.path.parent)
+        remedy = f"choose another {self.flag}" if self.is_folder else "run the command in a folder that can be written"
+        return f"{self}: {unwritable}; {remedy}" if unwritable else None
+
+    def __str__(self) -> str:
+        return f"{self.flag} {self.value}"
+
+
+@dataclass(frozen=True)
+class Export:
+    """A model with what is published beside it.
+
+    run: that trained it; None: there is no record of one.
+    last_step: the checkpoint's; None: the model is what the run exported.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    run: RunFolder | None
+    last_step: int | None
+    license: str | None
+
+    def write(self, folder: Path, title: str, repo_id: str | None = None) -> None:
+        """Write the model folder.
+
+        Args:
+            repo_id: where it will lie on the Hub; None: nowhere.
+        """
+        card = model_card(self.model, title, repo_id, self.run, self.last_step, self.license)
+        save_model_folder(folder, self.model, self.tokenizer, card)
+        if self.run is not None:
+            draw_losses(self.run, self.last_step, folder / "loss.png", title)
+
+
 def main(argv: list[str]) -> None:
     args = parse_arguments(argv)
+    to, space = args.to, args.space
     source = find_model(args.source)
-    last_step = checkpoint_step_of(Path(source))
-    is_folder = args.to.startswith(FOLDER_PREFIXES)
-    target = Path(args.to).expanduser().resolve() if is_folder else None
-    name = target.name if target else args.to.split("/")[-1]
-    parent = target.parent if target else Path("publish")
+    model_id = id_on_hub(source, to)
+    if space and not space.is_folder and model_id is None:
+        raise UserError(f"{space}: a Space on the Hub loads its model from there; add --to owner/name")
+    export = None
+    if to or model_id is None:
+        export = open_source(source, args)
+    else:
+        check_hub_model(source)
+    if to and not to.is_folder:
+        create_repository(to.value, private=args.private or None, revision=args.revision)
+    if space and not space.is_folder:
+        create_space(space.value, private=args.private or None)
 
-    unwritable = write_problem(parent)
-    if unwritable:
-        remedy = "choose another --to" if is_folder else "run the command in a folder that can be written"
-        raise UserError(f"--to {args.to}: {unwritable}; {remedy}")
+    if export and to:
+        repo_id = None if to.is_folder else to.value
+        deliver(
+            to,
+            write=lambda folder: export.write(folder, to.title, repo_id),
+            push=lambda folder, kept: upload(folder, to.value, args.revision, args.overwrite_readme, keep_as=kept),
+        )
+    if space:
+        deliver(
+            space,
+            write=lambda folder: write_demo(folder, space, model_id, export, args),
+            push=lambda folder, kept: upload_space(folder, space.value, keep_as=kept),
+        )
+        if model_id and needs_token(model_id):
+            note(f"{model_id} is not public: give {space.value} a token that may read it, as its secret HF_TOKEN")
+
+
+def id_on_hub(source: str, to: Destination | None) -> str | None:
+    """The repository on the Hub that holds the model once this command has ended; None: none does."""
+    if to and not to.is_folder:
+        return to.value
+    return None if Path(source).exists() else source
+
+
+def open_source(source: str, args: argparse.Namespace) -> Export:
+    """The model to publish, in the format that is asked for, with its tokenizer."""
+    last_step = checkpoint_step_of(Path(source))
     model = from_gpt2(source, drop_heads=args.drop_heads)
     tokenizer = choose_tokenizer(args.tokenizer, source, model)
     check_tokenizer(source, tokenizer, model.config)
-    if not is_folder:
-        create_repository(args.to, private=args.private or None, revision=args.revision)
     if args.format == "gpt2":
         model = to_gpt2(model)
+    return Export(model, tokenizer, RunFolder.around(Path(source)), last_step, args.license)
 
-    run = RunFolder.around(Path(source))
-    card = model_card(model, name, None if is_folder else args.to, run, last_step, args.license)
+
+def check_hub_model(model_id: str) -> None:
+    """Refuse a repository on the Hub whose model the demo could not open."""
+    tokenizer = load_tokenizer(model_id)
+    with explained(f"{model_id}: the demo cannot load it", "publish it with this command's --to, and add --space"):
+        config = AutoConfig.from_pretrained(model_id)
+    check_tokenizer(model_id, tokenizer, config)
+
+
+def write_demo(
+    folder: Path, space: Destination, model_id: str | None, export: Export | None, args: argparse.Namespace
+) -> None:
+    """Write the Space's folder, with the model in it if it is not on the Hub."""
+    record = export.run.read_record() if export and export.run else {}
+    prompts = record.get("sample_prompts") or Recipe().sample_prompts
+    license = args.license or record.get("license")
+    folder.mkdir()
+    write_space(folder, Space(space.title, model_id, args.revision, prompts, license))
+    if model_id is None and export:
+        export.write(folder / MODEL_FOLDER, space.title)
+
+
+def deliver(destination: Destination, write: Callable[[Path], None], push: Callable[[Path, Path], str]) -> None:
+    """Have `write` make a folder. Once it is complete, give it its name, or for the Hub `push` it and keep nothing here.
+
+    Args:
+        push: takes the folder, and where to move it if the upload fails; returns the commit's URL.
+    Raises:
+        UserError: it cannot be written, somebody else has made it meanwhile, or the upload failed.
+    """
+    parent = destination.path.parent
     parent.mkdir(parents=True, exist_ok=True)
     with scratch_folder(parent) as scratch:
-        folder, picture = scratch / name, scratch / "loss.png" if run is not None else None
+        folder = scratch / destination.title
         try:
-            if run is not None and picture is not None:
-                draw_losses(run, last_step, picture, name)
-            save_model_folder(folder, model, tokenizer, card, picture)
+            write(folder)
         except Exception as error:  # safetensors and tokenizers do not raise OSError
             if os_error_number(error) is None:
                 raise
-            raise UserError(f"--to {args.to} cannot be written ({first_line(error)}); make room for it") from error
-        if target is None:
-            kept = parent / scratch.name.replace(SCRATCH, args.to.replace("/", "--") + "_")
-            print(f"pushed to {upload(folder, args.to, args.revision, args.overwrite_readme, keep_as=kept)}")
+            raise UserError(f"{destination} cannot be written ({first_line(error)}); make room for it") from error
+        if not destination.is_folder:
+            kept = parent / scratch.name.replace(SCRATCH, destination.value.replace("/", "--") + "_")
+            print(f"pushed to {push(folder, kept)}")
             return
         try:
-            folder.rename(target)
+            folder.rename(destination.path)
         except OSError as error:  # rename replaces an empty folder only
-            raise UserError(f"--to {args.to} is no longer empty ({error.strerror}); choose a new folder") from error
-        print(f"written to {args.to}")
+            raise UserError(f"{destination} is no longer empty ({error.strerror}); choose a new folder") from error
+        print(f"written to {destination.value}")
 
 
 def choose_tokenizer(asked: str | None, source: str, model: PreTrainedModel) -> PreTrainedTokenizerBase:
@@ -114,7 +248,10 @@ def draw_losses(run: RunFolder, last_step: int | None, path: Path, name: str) ->
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser = Parser(__doc__)
     parser.add_argument("source", help="run, checkpoint, model folder, Hub id, or another trainer's checkpoint")
-    parser.add_argument("--to", required=True, metavar="REPO_OR_FOLDER", help="owner/name, or a new folder ./name")
+    parser.add_argument("--to", metavar="REPO_OR_FOLDER", help="owner/name, or a new folder ./name")
+    parser.add_argument(
+        "--space", metavar="REPO_OR_FOLDER", help="write a demo to owner/name, or to a new folder ./name"
+    )
     parser.add_argument(
         "--format",
         choices=("gpt2repro", "gpt2"),
@@ -128,20 +265,17 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--revision", help="branch to push to, created if missing (default: main)")
     parser.add_argument("--overwrite_readme", action="store_true", help="replace the README.md that is on the Hub")
     args = parser.parse_args(argv)
-    if args.to.startswith(FOLDER_PREFIXES):
-        folder = Path(args.to).expanduser()
-        if args.private or args.revision or args.overwrite_readme:
-            flags = "--private, --revision and --overwrite_readme"
-            raise UserError(f"{flags} are for the Hub; drop them, or pass --to owner/name")
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise UserError(f"--to {args.to} exists already; choose a new folder, or delete it")
-    else:
-        try:
-            validate_repo_id(args.to)
-        except HFValidationError as error:
-            raise UserError(f"--to {args.to} is not owner/name ({error}); a folder starts with ./") from error
-        if args.to.count("/") != 1:
-            raise UserError(f"--to {args.to} is not owner/name; a folder starts with ./")
+    args.to = Destination("--to", args.to) if args.to else None
+    args.space = Destination("--space", args.space) if args.space else None
+    given = [destination for destination in (args.to, args.space) if destination]
+    if not given:
+        raise UserError("nothing to write; add --to for the model, --space for a demo of it, or both")
+    problems = [destination.problem() for destination in given]
+    to_hub = [destination.flag for destination in given if not destination.is_folder]
+    if (args.private and not to_hub) or ((args.revision or args.overwrite_readme) and "--to" not in to_hub):
+        flags = "--private, --revision and --overwrite_readme"
+        problems.append(f"{flags} are for the Hub; drop them, or pass --to owner/name")
+    refuse([problem for problem in problems if problem])
     return args
 
 

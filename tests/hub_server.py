@@ -1,5 +1,6 @@
 """A Hugging Face Hub on the loopback interface, for tests, in memory: what huggingface_hub asks of model repositories,
-and what datasets and HfFileSystem ask of data set repositories, which go by the name datasets/owner/name here.
+and what datasets and HfFileSystem ask of data set repositories, which go by the name datasets/owner/name here, as
+Spaces do by spaces/owner/name.
 
 Spoken: whoami, creating a repository, access checks, information, branches, tags, history, file listings, downloads
 (HEAD, GET, byte ranges) and uploads: validation of the model card, the choice between a regular file and LFS, LFS
@@ -67,8 +68,12 @@ class Refusal(Exception):
         self.status, self.code, self.message, self.body = status, code, message, {"error": message} | body
 
 
+def without_kind(repo_id: str) -> str:
+    return repo_id.removeprefix("datasets/").removeprefix("spaces/")
+
+
 def owner(repo_id: str) -> str:
-    return repo_id.removeprefix("datasets/").split("/")[0]
+    return without_kind(repo_id).split("/")[0]
 
 
 def file_id(path: str, content: bytes) -> str:
@@ -128,7 +133,10 @@ class HubServer:
 
     def create(self, repo_id: str, **settings) -> Repo:
         repo = self.repos[repo_id] = Repo(**settings)
-        repo.commit("initial commit", {".gitattributes": GITATTRIBUTES})
+        files = {".gitattributes": GITATTRIBUTES}
+        if repo_id.startswith("spaces/"):
+            files["README.md"] = b"---\ntitle: As the Hub names it\nsdk: gradio\n---\n"
+        repo.commit("initial commit", files)
         return repo
 
     def commits(self, repo_id: str, branch: str = "main") -> list[Commit]:
@@ -271,16 +279,19 @@ class _Request:
     def create_repo(self):
         asked = json.loads(self.body)
         namespace = asked.get("organization") or self.user
-        repo_id = f"{namespace}/{asked['name']}"
+        kind = asked.get("type", "model")
+        repo_id = f"{'spaces/' if kind == 'space' else ''}{namespace}/{asked['name']}"
         if self.user is None:
             raise Refusal(401, "", "Invalid username or password.")
         if namespace != self.user:
-            raise Refusal(403, "", f'You don\'t have the rights to create a model under the namespace "{namespace}"')
+            raise Refusal(403, "", f'You don\'t have the rights to create a {kind} under the namespace "{namespace}"')
+        if kind == "space" and asked.get("sdk") not in ("gradio", "docker", "static"):
+            raise Refusal(400, "", 'Invalid input: "sdk" is required for a Space')
         url = f"{self.hub.url}/{repo_id}"
         if repo_id in self.hub.repos:
-            raise Refusal(409, "", "You already created this model repo", url=url)
+            raise Refusal(409, "", f"You already created this {kind} repo", url=url)
         self.hub.create(repo_id, private=asked.get("visibility") == "private")
-        return {"url": url, "name": repo_id}
+        return {"url": url, "name": f"{namespace}/{asked['name']}"}
 
     def auth_check(self, repo_id, write):
         (self.writable if write else self.open_to_user)(repo_id)
@@ -290,7 +301,7 @@ class _Request:
         repo = self.readable(repo_id)
         commit = repo.find(revision or "main")
         return {
-            "id": repo_id.removeprefix("datasets/"),
+            "id": without_kind(repo_id),
             "sha": commit.sha,
             "private": repo.private,
             "gated": "manual" if repo.gated else False,
@@ -444,9 +455,9 @@ class _Request:
         return {"success": True, "commitOid": sha, "commitUrl": f"{self.hub.url}/{repo_id}/commit/{sha}"}
 
 
-_REPO = r"(?P<repo_id>(?:datasets/)?[^/]+(?:/[^/]+)?)"
+_REPO = r"(?P<repo_id>(?:datasets/|spaces/)?[^/]+(?:/[^/]+)?)"
 _REVISION = r"(?P<revision>[^/]+)"
-_API = rf"/api/(?:models/|(?=datasets/)){_REPO}"
+_API = rf"/api/(?:models/|(?=datasets/|spaces/)){_REPO}"
 _ROUTES = [
     ("GET", r"/api/whoami-v2", _Request.whoami),
     ("POST", r"/api/repos/create", _Request.create_repo),

@@ -1,6 +1,7 @@
 """What a user without the checkout does with a model: `stranger.py FUNCTION ARGUMENT ...`, in an interpreter that finds
 neither the checkout nor an editable install of it."""
 
+import json
 import sys
 from pathlib import Path
 
@@ -44,6 +45,18 @@ def load_by_name(name: str, result: str) -> None:
     torch.save([logits(model), by_hand, text], result)
 
 
+def open_space(folder: str, result: str) -> None:
+    """Ask the model of a Space, with the code in the Space's folder only; save the probabilities of the next token."""
+    sys.path.insert(0, folder)
+    from language_model import LanguageModel
+
+    settings = json.loads(Path(folder, "settings.json").read_text())
+    language_model = LanguageModel(settings["model"] or str(Path(folder, "model")), settings["revision"])
+    code = sys.modules[type(language_model.model).__module__].__file__
+    assert Path(str(code)).parent == Path(folder)
+    torch.save(language_model.next_tokens("A cat ", temperature=1.0, top_k=0, count=4), result)
+
+
 def load_revisions(name: str, first: str, second: str, result: str) -> None:
     """Load a repository by every kind of revision; save the logits and the code's VERSION of each."""
     revisions = {
@@ -72,4 +85,5 @@ def load_plain(name: str, revision: str, result: str) -> None:
 if __name__ == "__main__":
     _, function, *arguments = sys.argv
     globals()[function](*arguments)
-    assert "modeling_gpt2repro" not in sys.modules, "the checkout's own model was imported"
+    found = sys.modules.get("modeling_gpt2repro")  # a Space has a copy of its own
+    assert found is None or Path(str(found.__file__)).parent != ROOT, "the checkout's own model was imported"

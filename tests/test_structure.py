@@ -27,7 +27,8 @@ DOORS = {"gpt2repro.plot"}  # run with `python -m`; like scripts they may import
 MODULES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
     for path in sorted(PACKAGE.rglob("*.py"))
-    if "metrics" not in path.relative_to(PACKAGE).parts  # a script that `evaluate` copies and executes
+    # `evaluate` copies and executes a metric; a demo runs on its own
+    if not {"metrics", "space_app"} & set(path.relative_to(PACKAGE).parts)
 }
 
 

@@ -1,4 +1,4 @@
-"""Uploading a model folder to the Hugging Face Hub."""
+"""Uploading a model folder, or the demo of a model, to the Hugging Face Hub."""
 
 import shlex
 from pathlib import Path
@@ -10,6 +10,7 @@ from gpt2repro.processes import note
 
 
 README = "README.md"
+MADE_BY_THE_HUB = {README, ".gitattributes"}  # what a new Space holds
 OTHER_WEIGHTS = [  # model.safetensors is what we write
     "model.safetensors.index.json",
     "model-*-of-*.safetensors",
@@ -39,6 +40,61 @@ def create_repository(repo_id: str, private: bool | None = None, revision: str |
         ) from error
     if public:
         raise UserError(f"{repo_id} already exists and is public; omit --private, or choose another name")
+
+
+def create_space(repo_id: str, private: bool | None = None) -> None:
+    """Make sure that a Space for a Gradio app exists, is writable and holds no app yet.
+
+    Raises:
+        UserError: no network, no permission, an invalid name, or the Space holds an app.
+    """
+    api = HfApi()
+    try:
+        api.create_repo(repo_id, private=private, exist_ok=True, repo_type="space", space_sdk="gradio")
+        api.auth_check(repo_id, repo_type="space", write=True)
+        files = set(api.list_repo_files(repo_id, repo_type="space"))
+    except Exception as error:  # as in create_repository
+        raise UserError(
+            f"cannot push to the Space {repo_id} ({first_line(error)}); check the network, and log in with "
+            "`hf auth login` to an account with write access"
+        ) from error
+    if files - MADE_BY_THE_HUB:
+        raise UserError(f"the Space {repo_id} exists already; choose another name, or delete it")
+
+
+def needs_token(model_id: str) -> bool:
+    """Whether a Space cannot read a model without a token: it is private or gated.
+
+    Raises:
+        UserError: the Hub does not say.
+    """
+    try:
+        model = HfApi().model_info(model_id)
+    except Exception as error:
+        raise UserError(f"cannot look up {model_id} ({first_line(error)}); check the network") from error
+    return bool(model.private or model.gated)
+
+
+def upload_space(folder: Path, repo_id: str, keep_as: Path) -> str:
+    """Upload a Space's folder to a Space without an app, as one commit.
+
+    Args:
+        keep_as: where the folder is moved if the upload fails.
+    Returns:
+        The commit's URL.
+    Raises:
+        UserError: the upload failed; the message says where the folder is.
+    """
+    try:
+        return HfApi().upload_folder(
+            repo_id=repo_id, repo_type="space", folder_path=folder, commit_message="Upload the demo"
+        )
+    except Exception as error:
+        place = folder.rename(keep_as)
+        raise UserError(
+            f"the upload to the Space {repo_id} failed ({first_line(error)}); {place} is complete: repeat the "
+            f"command, or run `hf upload {repo_id} {shlex.quote(str(place))} --repo-type space`"
+        ) from error
 
 
 def upload(

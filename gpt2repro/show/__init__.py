@@ -1,4 +1,4 @@
-"""What a run shows to people: its pictures.
+"""What a run shows to people: its pictures, and a demo of its model.
 
-Read logged_run, pictures.
+Read logged_run, pictures, space.
 """

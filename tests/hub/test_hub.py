@@ -9,8 +9,10 @@ import sys
 import pytest
 import torch
 from hub_server import HubServer
+from pytest import approx
 from support import PATIENCE, ROOT, contents, prepare
 from tiny_models import tiny_model
+from transformers import AutoTokenizer
 
 from gpt2repro.data.tokenization import build_tokenizer
 from gpt2repro.hub.model_card import model_card
@@ -357,6 +359,50 @@ def test_publish_refuses_at_once_what_it_may_not_or_cannot_do(hub, folder, attem
     assert "ada/not-bobs" in error_line(*forbidden) and not (tmp_path / "publish").exists()
     assert "public" in error_line(*public)
     assert [commit.title for commit in hub.commits("ada/seen-by-all")] == ["initial commit"]
+
+
+def test_publish_writes_demos(hub, folder, attempt, stranger, tmp_path):
+    """With the model in one command; of a branch; of a model that is on the Hub already. Never over another's app.
+
+    The Space runs the code that lies in it, no other.
+    """
+    hub.create("spaces/ada/notes").commit("Upload", {"index.html": b"mine"})
+    hub.fail("POST /api/spaces/ada/tried/commit", 500)
+    both = (ADA, folder, "--to", "ada/tried", "--space", "ada/tried", "--private")
+    attempts = [
+        both,
+        both,
+        both,
+        (ADA, "ada/tried", "--space", "./of-tried"),
+        (ADA, folder, "--to", "ada/branched", "--revision", "v2", "--space", "ada/of-branch"),
+        (BOB, folder, "--to", "bob/branched", "--space", "ada/of-bob"),
+        (ADA, "ada/tried", "--space", "ada/notes"),
+        (ADA, "ada/missing-model", "--space", "ada/unmade"),
+        (ADA, folder, "--space", "ada/unmade"),
+    ]
+    failed, done, again, *others, forbidden, taken, missing, local = attempt("publish", attempts, cwd=tmp_path)
+    (kept,) = (tmp_path / "publish").iterdir()
+    assert f"hf upload ada/tried publish/{kept.name} --repo-type space" in error_line(*failed)
+    assert [code for code, _ in (done, *others)] == [0, 0, 0], others
+    assert "give ada/tried a token that may read it" in done[1] and hub.repos["spaces/ada/tried"].private
+    files = hub.files("spaces/ada/tried")
+    app = {"app.py", "language_model.py", "modeling_gpt2repro.py", "settings.json", "requirements.txt", "README.md"}
+    assert files.keys() - {".gitattributes"} == app == contents(kept).keys() == contents(tmp_path / "of-tried").keys()
+    assert b"\nmodels:\n- ada/tried\n" in files["README.md"]
+    assert [commit.title for commit in hub.commits("spaces/ada/tried")] == ["initial commit", "Upload the demo"]
+    assert json.loads(hub.files("spaces/ada/of-branch")["settings.json"])["revision"] == "v2"
+
+    assert "the Space ada/tried exists already" in error_line(*again)
+    assert "cannot push to the Space ada/of-bob" in error_line(*forbidden)
+    assert "the Space ada/notes exists already" in error_line(*taken)
+    assert hub.files("spaces/ada/notes") == {"index.html": b"mine"}
+    assert "ada/missing-model" in error_line(*missing) and "add --to owner/name" in error_line(*local)
+    assert "spaces/ada/unmade" not in hub.repos
+
+    likeliest = stranger("open_space", tmp_path / "of-tried", token=ADA)
+    ids = AutoTokenizer.from_pretrained(folder)("A cat ", return_tensors="pt").input_ids
+    logits = GPT2ReproForCausalLM.from_pretrained(folder)(ids).logits[0, -1]
+    assert [probability for _, probability in likeliest] == approx(logits.softmax(0).topk(4).values.tolist())
 
 
 def test_from_gpt2_reads_a_revision_of_a_hub_repository(hub, client):
