@@ -185,7 +185,7 @@ def write_demo(
 
 
 def deliver(destination: Destination, write: Callable[[Path], None], push: Callable[[Path, Path], str]) -> None:
-    """Have `write` make a folder. Once it is complete, give it its name, or for the Hub `push` it and keep nothing here.
+    """Have `write` make a folder. Once it is complete, give it its name, or for the Hub `push` it and keep nothing.
 
     Args:
         push: takes the folder, and where to move it if the upload fails; returns the commit's URL.

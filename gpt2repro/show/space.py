@@ -17,7 +17,6 @@ from gpt2repro.files import write_json, write_text
 APP = Path(__file__).with_name("space_app")
 MODEL_FOLDER = "model"  # in the Space's folder
 GRADIO, PLOTLY = "6.31.0", "7.1.0"  # the releases that the app is tested with
-TESTED_WITH = {"transformers": version("transformers"), "torch": version("torch").partition("+")[0]}
 
 
 @dataclass(frozen=True)
@@ -53,7 +52,8 @@ def write_space(folder: Path, space: Space) -> None:
         "prompts": space.prompts,
     }
     write_json(folder / "settings.json", settings)
-    pins = {"gradio": GRADIO, "plotly": PLOTLY} | TESTED_WITH
+    pins = {"gradio": GRADIO, "plotly": PLOTLY}
+    pins |= {name: version(name).partition("+")[0] for name in ("transformers", "torch")}
     write_text(folder / "requirements.txt", "".join(f"{name}=={release}\n" for name, release in pins.items()))
     write_text(folder / "README.md", _readme(space))
 

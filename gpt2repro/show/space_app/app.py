@@ -11,6 +11,7 @@ from language_model import LanguageModel
 SHOWN_TOKENS = 20
 LONGEST_ATTENTION = 64  # tokens
 GRAY = "#808080"  # the text of the charts: legible on the light and on the dark page
+CLEAR = "rgba(0, 0, 0, 0)"
 FULL_BLUE = 0.5  # the attention from which on the color is the same
 NO_BLUE, BLUE = "rgba(59, 130, 246, 0)", "rgb(59, 130, 246)"
 
@@ -40,7 +41,7 @@ def draw_attention(prompt, layer, head):
     triangle = [row[: place + 1].tolist() for place, row in enumerate(weights)]  # no token looks ahead
     pairs = [[(token, other) for other in tokens] for token in tokens]
     heatmap = go.Heatmap(z=triangle, x=places, y=places, customdata=pairs, zmin=0, zmax=FULL_BLUE)
-    heatmap.update(colorscale=[(0, NO_BLUE), (1, BLUE)], showscale=False)
+    heatmap.update(colorscale=[(0, NO_BLUE), (1, BLUE)], showscale=False, hoverongaps=False)
     heatmap.update(hovertemplate="%{customdata[0]} looks at %{customdata[1]}: %{z:.1%}<extra></extra>")
     figure = chart(heatmap, height=640)
     figure.update_xaxes(tickvals=places, ticktext=tokens, tickangle=-90, title="looks at")
@@ -52,7 +53,7 @@ def chart(trace, height):
     """The first place on top, on the page's own ground."""
     figure = go.Figure(trace)
     figure.update_layout(height=height, margin=dict(l=10, r=50, t=40, b=10), font_color=GRAY)
-    figure.update_layout(paper_bgcolor="rgba(0, 0, 0, 0)", plot_bgcolor="rgba(0, 0, 0, 0)")
+    figure.update_layout(paper_bgcolor=CLEAR, plot_bgcolor=CLEAR, modebar=dict(bgcolor=CLEAR, color=GRAY))
     figure.update_xaxes(showgrid=False, zeroline=False)
     figure.update_yaxes(showgrid=False, zeroline=False, autorange="reversed")
     return figure
