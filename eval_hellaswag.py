@@ -26,12 +26,12 @@ from gpt2repro.evaluation.hellaswag import (
     OPENAI_GPT2,
     STYLES,
     Scores,
-    check_style,
     download_problems,
     load_items,
     positions,
     read_items,
     score_hellaswag,
+    style_problem,
     with_error,
 )
 from gpt2repro.files import write_problem
@@ -112,7 +112,8 @@ def styles_asked(args: argparse.Namespace) -> tuple[str, ...]:
 
 def check_arguments(args: argparse.Namespace) -> None:
     """Raise one UserError with every mistake that can be found before anything is loaded."""
-    problems = [] if args.style == "both" else problems_of(check_style, args.style)
+    style = style_problem(args.style, (*STYLES, "both"))
+    problems = [f"--style {args.style}: {style}"] if style else []
     for name in ("limit", "batch_size"):
         value = getattr(args, name)
         if value is not None and value < 1:

@@ -313,4 +313,4 @@ def test_scripts_use_the_gpu_and_agree_with_the_cpu(new_run, run_script, tmp_pat
         )
         assert sampled.returncode == 0, sampled.stderr
         outputs.append(json.loads(out.read_text()))
-    assert outputs[0]["acc_norm"] == outputs[1]["acc_norm"]
+    assert outputs[0]["results"] == outputs[1]["results"]

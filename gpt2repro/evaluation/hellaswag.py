@@ -40,7 +40,7 @@ from accelerate import Accelerator
 from huggingface_hub import HfApi, constants
 
 from gpt2repro.data.hub import HUB_TIMEOUT
-from gpt2repro.errors import UserError, first_line
+from gpt2repro.errors import UserError, first_line, refuse
 from gpt2repro.evaluation.multiple_choice import Question, score_questions
 
 
@@ -174,7 +174,7 @@ def harness_problem(item: dict) -> str | None:
     """Why an item that can be scored in completion style cannot be in harness style; None if it can."""
     activity, ctx_a, ctx_b = (item.get(name) for name in ("activity_label", "ctx_a", "ctx_b"))
     if not is_text(activity):
-        return f"activity_label is {activity!r} and must be a text, with which the context begins in harness style"
+        return f"activity_label is {activity!r} and must be a text in harness style (completion style needs none)"
     if (ctx_a is not None and not is_text(ctx_a)) or (ctx_b and not is_text(ctx_b)):
         return f"ctx_a is {ctx_a!r} and ctx_b {ctx_b!r}; both must be texts of whole characters"
     for ending in item["endings"]:
@@ -415,8 +415,8 @@ def score_hellaswag(
     Raises:
         UserError: an unknown style, or see `encode_item` and `score_encoded`.
     """
-    for style in styles:
-        check_style(style)
+    problems = {style: style_problem(style) for style in styles}
+    refuse([f"HellaSwag style {style}: {problem}" for style, problem in problems.items() if problem])
     max_length = positions(model)
     encoded = {style: [encode_item(item, tokenizer, max_length, style) for item in items] for style in styles}
     return {style: score_encoded(model, encoded[style], accelerator, batch_size, style, progress) for style in styles}
@@ -457,13 +457,12 @@ def positions(model) -> int | None:
     return getattr(model.config.get_text_config(), "max_position_embeddings", None)  # an alias of n_positions
 
 
-def check_style(style: str) -> None:
-    """Raise a UserError for a style that does not exist."""
-    if style in STYLES:
-        return
-    nearest = difflib.get_close_matches(style, STYLES, n=1)
-    remedy = f"did you mean {nearest[0]}?" if nearest else f"give {' or '.join(STYLES)}"
-    raise UserError(f"HellaSwag has no style {style!r}; {remedy}")
+def style_problem(style: str, known: Sequence[str] = STYLES) -> str | None:
+    """What is wrong with the name of a style; None if it is known."""
+    if style in known:
+        return None
+    nearest = difflib.get_close_matches(style, known, n=1)
+    return f"no such style; did you mean {nearest[0]}?" if nearest else f"no such style; choose {', '.join(known)}"
 
 
 def with_error(accuracy: float, standard_error: float | None) -> str:

@@ -368,11 +368,13 @@ def test_items_without_a_text_in_harness_style(tmp_path, tokenizer, change, comp
 
 
 @pytest.mark.parametrize(
-    ("style", "remedy"), [("harnes", "did you mean harness?"), ("zero-shot", "give completion or harness")]
+    ("style", "remedy"), [("harnes", "did you mean harness?"), ("zero-shot", "choose completion, harness")]
 )
-def test_an_unknown_style(style, remedy, ours, tokenizer, accelerator):
-    with pytest.raises(UserError, match=rf"no style '{style}'; {re.escape(remedy)}"):
+def test_an_unknown_style(style, remedy, ours, tokenizer, accelerator, run_main):
+    with pytest.raises(UserError, match=re.escape(f"style {style}: no such style; {remedy}")):
         score_hellaswag(ours, tokenizer, make_items(), accelerator, batch_size=1, styles=[style])
+    with pytest.raises(UserError, match=re.escape(f"--style {style}: no such style; {remedy}")):
+        run_main("model", "--style", style)
 
 
 # Data
@@ -578,7 +580,7 @@ def run_main(folder, monkeypatch):
     """`main` in this process, on the CPU, in the model's parent folder."""
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     monkeypatch.chdir(folder)
-    yield lambda *flags: eval_hellaswag.main([*flags, "--data", "items.jsonl"])
+    yield lambda *flags: eval_hellaswag.main(["--data", "items.jsonl", *flags])
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
@@ -636,6 +638,31 @@ def test_folders_without_a_causal_language_model(run_main, ours, theirs, tokeniz
     small.save_pretrained(tmp_path / "small")
     tokenizer.save_pretrained(tmp_path / "small")
     assert "the model 100: it belongs to another model" in complaint_about("small")
+
+
+def test_both_styles_in_one_report(run_main, folder, capsys):
+    items = [item | {"activity_label": "Painting", "source_id": f"wikihow~{i}"} for i, item in enumerate(make_items())]
+    write_jsonl(folder / "labelled.jsonl", items)
+    run_main("model", "--style", "both", "--output", "both.json", "--data", "labelled.jsonl")
+    output = capsys.readouterr().out
+    assert output.index("completion style, build-nanogpt") < output.index("harness style, lm-evaluation-harness")
+    assert output.count("\n  WikiHow ") == 2 and "13 items have no ctx_a and ctx_b" in output
+    report = json.loads((folder / "both.json").read_text())
+    harness = report["harness"]
+    assert (report["style"], harness["style"]) == ("completion", "harness")
+    assert report["results"] != harness["results"] and "hellaswag_acc_bytes" in harness["results"]
+    assert report["by_source"] == {"WikiHow": report["results"]}
+    for item, record in zip(items, harness["items"]):
+        nll, characters = torch.tensor(record["summed_nll"]), torch.tensor(list(map(len, item["endings"])))
+        assert record["prediction_norm"] == (nll / characters).argmin()
+
+
+def test_only_a_limit_gives_the_first_items(run_main, capsys):
+    run_main("model", "--limit", "3")
+    assert "only the first 3 items, not a random sample" in capsys.readouterr().out
+    run_main("model", "--limit", "100")
+    output = capsys.readouterr().out
+    assert "13 items; the full set has 10,042" in output and "first" not in output
 
 
 def test_truncated_items_are_reported(run_main, tokenizer, tmp_path, capsys):
