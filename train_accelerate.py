@@ -219,6 +219,8 @@ def wrap(
 def print_losses(plan: Plan, accelerator: Accelerator) -> None:
     """--eval_only: print the losses of init_from on equally many tokens of the training and validation splits."""
     data = plan.data
+    if plan.recipe.verify_data:
+        on_main(lambda: data.verify_changed({}))
     tokens = plan.recipe.validation_tokens or max(len(stream) for stream in data.val.streams)
     recipe = dataclasses.replace(plan.recipe, validation_tokens=tokens)
     raw_model = build_model(plan)

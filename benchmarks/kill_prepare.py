@@ -6,11 +6,12 @@ it leaves with what an uninterrupted one leaves, byte for byte.
     python benchmarks/kill_prepare.py --what publish --kills 60
 
 SIGKILL goes to all processes of the command or, every other time on average, to its first one alone; the repetition
-then starts while the others may still be ending. Beside the output lie folders of somebody else with names such as our
-own temporary ones.
+then starts while the others may still be ending. Every other kill, on average, waits until the command has begun to
+write. Beside the output lie folders of somebody else with names such as our own temporary ones.
 """
 
 import argparse
+import contextlib
 import datetime
 import json
 import random
@@ -125,26 +126,65 @@ FAULTS = (
 MOST_LEFT = "leftovers beside the output, at most"
 
 
+class Attempted(Killable):
+    """A command that writes into a place of its own."""
+
+    def __init__(self, job: Job, place: Path):
+        super().__init__(job.command(place), place.with_suffix(".log"))
+        self.place = place
+
+    def start(self) -> None:
+        self.before = self.written()
+        super().start()
+
+    def written(self) -> set[tuple[Path, int]]:
+        """Every file and folder there, with its modification time."""
+        found = set()
+        for path in self.place.rglob("*"):
+            with contextlib.suppress(FileNotFoundError):
+                found.add((path, path.stat().st_mtime_ns))
+        return found
+
+    def reaches_writing(self) -> bool:
+        """Wait until something is written; False: the command ended first."""
+        while self.written() == self.before:
+            if not self.reaches(0.01):
+                return False
+        return True
+
+
 def kill_and_repeat(job: Job, kills: int, root: Path, rng: random.Random) -> dict:
     """Kill the command `kills` times in all; returns what to report."""
+    undisturbed = Attempted(job, new_place(root / "uninterrupted"))
     began = time.monotonic()
-    place = new_place(root / "uninterrupted")
-    command = Killable(job.command(place), root / "uninterrupted.log")
-    command.start()
-    assert command.wait() == 0, command.printed()
-    duration, expected = time.monotonic() - began, job.result(place)
+    undisturbed.start()
+    assert undisturbed.reaches_writing(), undisturbed.printed()
+    first = last = time.monotonic()
+    seen = undisturbed.written()
+    while undisturbed.reaches(0.01):
+        if (written := undisturbed.written()) != seen:
+            last, seen = time.monotonic(), written
+    assert undisturbed.wait() == 0, undisturbed.printed()
+    duration, writing, expected = time.monotonic() - began, last - first, job.result(undisturbed.place)
 
-    found = {"runs": 0, "kills": 0, "kills of the parent alone": 0, **dict.fromkeys(FAULTS, 0)}
-    found[MOST_LEFT] = 0
+    found = {"runs": 0, "kills": 0, "kills of the parent alone": 0, "kills after the first write": 0}
+    found |= dict.fromkeys((*FAULTS, MOST_LEFT), 0)
     while found["kills"] < kills:
         place = new_place(root / f"killed_{found['runs']}")
-        command = Killable(job.command(place), root / f"killed_{found['runs']}.log")
+        command = Attempted(job, place)
         command.start()
-        while found["kills"] < kills and command.reaches(rng.uniform(0, duration)):
+        while found["kills"] < kills:
+            anywhere = rng.random() < 0.5
+            if not anywhere and not command.reaches_writing():
+                break
+            if not command.reaches(rng.uniform(0, duration if anywhere else writing)):
+                break
+            has_written = command.written() != command.before
             alone = rng.random() < 0.5
             orphans = command.kill(alone)
             found["kills"] += 1
             found["kills of the parent alone"] += alone
+            found["kills after the first write"] += has_written
             left = leftovers(place)
             found[MOST_LEFT] = max(len(left), found[MOST_LEFT])
             is_partial = job.done is not None and (place / "out").exists() and ours(job.result(place)) != ours(expected)
@@ -158,10 +198,14 @@ def kill_and_repeat(job: Job, kills: int, root: Path, rng: random.Random) -> dic
         if (code != 0 and not was_done) or "Traceback" in printed:
             found["repetitions that failed"] += 1
             print(printed, file=sys.stderr, flush=True)
-        elif job.result(place) != expected:
+        elif ours(job.result(place)) != ours(expected) or not foreign(expected) <= set(job.result(place)):
             found["results that differ"] += 1
             print(sorted(set(expected) ^ set(job.result(place))), file=sys.stderr, flush=True)
-    return found | {"seconds of an uninterrupted run": round(duration, 1), "files": len(ours(expected))}
+    seconds = {
+        "seconds of an uninterrupted run": round(duration, 1),
+        "of these after the first write": round(writing, 1),
+    }
+    return found | seconds | {"files": len(ours(expected))}
 
 
 def new_place(place: Path) -> Path:
@@ -178,6 +222,10 @@ def leftovers(place: Path) -> list[str]:
 
 def ours(files: list[str]) -> list[str]:
     return [file for file in files if file.startswith("out/")]
+
+
+def foreign(files: list[str]) -> set[str]:
+    return set(files) - set(ours(files))
 
 
 if __name__ == "__main__":

@@ -16,7 +16,8 @@ from gpt2repro.errors import CHECK_PERMISSIONS, UserError, first_line
 
 CHECKOUT = Path(__file__).resolve().parents[1]  # the root of the checkout, if this is one
 REPLACED = "replaced_"
-SCRATCH, SCRATCH_LOCK = "unfinished_", ".gpt2repro.lock"
+SAMPLE_BLOCKS, SAMPLE_BLOCK = 16, 4096  # bytes a block
+SCRATCH, SCRATCH_LOCK = "unfinished_gpt2repro_", ".lock"
 
 
 def flush(path: Path) -> None:
@@ -100,15 +101,16 @@ def new_folder(folder: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def scratch_folder(parent: Path) -> Iterator[Path]:
-    """An empty folder in `parent` under a name of its own, deleted at the end. Those that killed processes left there
-    are deleted first; they are told by a lock file that nobody holds any more."""
-    for lock_file in parent.glob(f"{SCRATCH}*/{SCRATCH_LOCK}"):
+    """A folder in `parent` under a name of its own, empty but for a lock file, deleted at the end. Those that killed
+    processes left there are deleted first: their locks are free."""
+    for leftover in parent.glob(f"{SCRATCH}*"):
         with contextlib.suppress(UserError, OSError):
-            lock = acquire_lock(lock_file, busy=f"{lock_file.parent} is in use")
-            delete(lock_file.parent)
+            lock = acquire_lock(leftover / SCRATCH_LOCK, busy=f"{leftover} is in use")
+            delete(leftover)
             lock.release()
     scratch = Path(tempfile.mkdtemp(dir=parent, prefix=SCRATCH))
-    lock = acquire_lock(scratch / SCRATCH_LOCK, busy=f"{scratch} is in use")
+    busy = f"{scratch} is in use"  # for a moment: another process takes it for a leftover until it is locked
+    lock = acquire_lock(scratch / SCRATCH_LOCK, busy, timeout=60)
     try:
         yield scratch
     finally:
@@ -183,6 +185,17 @@ def file_sha256(path: Path) -> str:
     """SHA-256 of a file's content, in hex."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def file_sample(path: Path) -> str:
+    """SHA-256 of a few blocks spread evenly over a file, its first and last included; a few milliseconds."""
+    last = max(0, path.stat().st_size - SAMPLE_BLOCK)
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        for number in range(SAMPLE_BLOCKS):
+            file.seek(last * number // (SAMPLE_BLOCKS - 1))
+            digest.update(file.read(SAMPLE_BLOCK))
+    return digest.hexdigest()
 
 
 def file_problem(path: Path, sha256: str | None, recorded: str = "the manifest's") -> str | None:

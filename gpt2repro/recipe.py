@@ -69,6 +69,9 @@ class Recipe:
         {}, "weighted mixture of such directories, instead of data_dir, e.g. --data DIR=0.7 DIR=0.3", changeable=True
     )
     corpus: str = option("fineweb-edu", "corpus from which prepare_data.py builds data_dir", changeable=True)
+    verify_data: bool = option(
+        False, "hash all shards at this start, not only those that seem to have changed", changeable=True
+    )
     sampling: Sampling = option("shuffle", "order of the training windows: shuffle, sequential or random")
 
     option = options_of("model")

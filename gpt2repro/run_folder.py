@@ -7,7 +7,8 @@ loss.png                    training and validation loss
 checkpoints/step_00001000/  complete or absent
 model/                      what from_pretrained opens; complete or absent
 .lock                       held by the process that writes here
-.verified.json              sizes and times of the shards whose hashes were verified, so that a resume skips them
+.verified.json              sizes, times and a sample of the shards whose hashes were verified, so that a resume skips
+                            them
 """
 
 import json
@@ -108,7 +109,7 @@ class RunFolder:
             return []
         return [override["step"] for override in self.read_record().get("overrides", [])]
 
-    def read_verified(self) -> dict[str, list[int]]:
+    def read_verified(self) -> dict[str, list]:
         """What the last `write_verified` wrote; empty if there is none or it is damaged: all is verified again."""
         try:
             verified = json.loads(self.verified.read_text())
@@ -116,7 +117,7 @@ class RunFolder:
             return {}
         return verified if isinstance(verified, dict) else {}
 
-    def write_verified(self, verified: dict[str, list[int]]) -> None:
+    def write_verified(self, verified: dict[str, list]) -> None:
         write_json(self.verified, verified)
 
     def lock(self) -> None:

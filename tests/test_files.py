@@ -1,8 +1,10 @@
 """Files and folders that are complete or absent, whatever interrupts their writing."""
 
+import hashlib
 import json
 import os
 
+import numpy as np
 import pytest
 from filelock import FileLock, SoftFileLock
 from support import DAMAGED_JSON
@@ -13,6 +15,7 @@ from gpt2repro.files import (
     acquire_lock,
     delete_folder,
     delete_unfinished,
+    file_sample,
     new_folder,
     scratch_folder,
     write_json,
@@ -100,9 +103,11 @@ def test_a_replacement_that_is_cut_off_loses_no_folder(tmp_path, monkeypatch, cr
 
 
 def test_scratch_folders_of_killed_processes_are_deleted_and_nothing_else(tmp_path):
-    for name in ("unfinished_essay/a", "unfinished_killed/.gpt2repro.lock", "unfinished_killed/model/weights", "out/a"):
+    killed = "unfinished_gpt2repro_x"
+    for name in ("unfinished_essay/a", f"{killed}/.lock", f"{killed}/model/weights", "out/a"):
         (tmp_path / name).parent.mkdir(exist_ok=True, parents=True)
         (tmp_path / name).write_text("")
+    (tmp_path / "unfinished_gpt2repro_y").mkdir()  # killed before it had its lock
     with scratch_folder(tmp_path) as first, scratch_folder(tmp_path) as second:
         (first / "a").write_text("")
         names = {path.name for path in tmp_path.iterdir()}
@@ -118,6 +123,27 @@ def test_a_folder_is_deleted_under_another_name(tmp_path, monkeypatch):
     monkeypatch.undo()
     delete_unfinished(tmp_path)
     assert names(tmp_path) == []
+
+
+@pytest.mark.parametrize("size", [1, 4096, 100_000, 3_000_000])
+def test_a_sample_is_of_blocks_spread_evenly_over_the_file(tmp_path, size):
+    path = tmp_path / "file"
+    path.write_bytes(bytes(size))
+    sample = file_sample(path)
+    for place in np.linspace(0, size - 1, 16, dtype=int).tolist():
+        with path.open("r+b") as file:
+            file.seek(place)
+            file.write(b"x")
+            file.flush()
+            assert file_sample(path) != sample, place
+            file.seek(place)
+            file.write(b"\0")
+        assert file_sample(path) == sample
+
+
+def test_a_sample_of_an_empty_file(tmp_path):
+    (tmp_path / "file").touch()
+    assert file_sample(tmp_path / "file") == hashlib.sha256().hexdigest()
 
 
 def test_a_lock_that_another_holds_is_one_line(tmp_path):

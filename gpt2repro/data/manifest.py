@@ -19,7 +19,7 @@ import numpy as np
 from gpt2repro.data.foreign_tokens import GPT2_VOCAB_SIZE, ForeignTokens, TokenFile, foreign_format, read_foreign_tokens
 from gpt2repro.data.shards import SPLITS, Shard, Split, checked_value, has_tokens, map_npy, token_dtype
 from gpt2repro.errors import CHECK_PERMISSIONS, UserError, first_line, refuse
-from gpt2repro.files import file_problem, write_json
+from gpt2repro.files import file_problem, file_sample, write_json
 from gpt2repro.run_folder import RunFolder
 
 
@@ -29,6 +29,8 @@ UNFINISHED = ("preparing.json", "parts")  # what prepare_data.py removes when it
 PREPARED = ("tokenizer", "deduplicated")  # and what it leaves
 TEXT_FORMATS = (".txt", ".jsonl", ".json", ".parquet")  # what `prepare_data.py files` reads
 TABLE_FORMATS = (".csv", ".tsv")  # what `prepare_data.py FOLDER` reads, as datasets.load_dataset does
+
+States = dict[str, list]  # of each shard, by its path; see shard_state
 
 
 @dataclass(frozen=True)
@@ -223,33 +225,34 @@ class Manifest:
         problems += self._tokenizer_problems(root)
         refuse_damage(problems, root)
 
-    def verify_changed(self, data_dir: str | Path, verified: dict[str, list[int]]) -> dict[str, list[int]]:
-        """Hash the shards that have changed since the last call. Another trainer's files have no hashes, and pass.
+    def verify_changed(self, data_dir: str | Path, verified: States, all_shards: bool = False) -> States:
+        """Hash the shards that have changed since the last call. Another trainer's files have no hashes: only their
+        state tells a change.
 
         Args:
-            verified: what the last call returned.
-        Returns:
-            Size in bytes and times of the last modification and change of status in nanoseconds of each shard, by its
-            path. The latter shows a change after which the former was set back, as `rsync -t` does.
+            verified: what the last call returned; in entries of another form, as older versions wrote them, all shards
+                count as changed.
+            all_shards: hash the others, too.
         Raises:
             UserError: one line for each shard that is missing or not what was prepared.
         """
-        root = Path(data_dir)
-        found: dict[str, list[int]] = {}
-        to_hash: dict[Path, str] = {}
-        for shard in self.shards:
-            path = root / shard.file
-            if path.exists():
-                status = path.stat()
-                found[str(path)] = [status.st_size, status.st_mtime_ns, status.st_ctime_ns]
-            is_unchanged = str(path) in found and found[str(path)] == verified.get(str(path))
-            if shard.sha256 and not is_unchanged:
-                to_hash[path] = shard.sha256
+        paths = [Path(data_dir) / shard.file for shard in self.shards]
+
+        def problem(path: Path, shard: Shard) -> str | None:
+            before, now = verified.get(str(path)), states[str(path)]
+            if now == before and not all_shards:
+                return None
+            if shard.sha256:
+                damage = file_problem(path, shard.sha256)
+                return damage and f"{damage}; {remedy(data_dir)}"
+            if _content(before) in (None, _content(now)):
+                return None
+            return f"{path} is not what it was when the run began; restore it, or choose another --output_dir"
+
         with ThreadPoolExecutor() as pool:  # hashing releases the GIL
-            checked = pool.map(file_problem, to_hash.keys(), to_hash.values())
-            problems = [problem for problem in checked if problem]
-        refuse_damage(problems, root)
-        return found
+            states = dict(zip(map(str, paths), pool.map(shard_state, paths)))
+            refuse([line for line in pool.map(problem, paths, self.shards) if line])
+        return states
 
     def _shard_problem(self, root: Path, shard: Shard) -> str | None:
         path, vocab_size, eot_id = root / shard.file, self.tokenizer.vocab_size, self.tokenizer.eot_id
@@ -300,6 +303,25 @@ class Manifest:
 def corpus_title(corpus: dict[str, Any]) -> str:
     """A corpus's name for everyone to read; of one on this machine, which has no revision, the path's last part."""
     return corpus["name"] if corpus.get("revision") else Path(corpus["name"]).name
+
+
+def shard_state(path: Path) -> list:
+    """Size in bytes, times of the last modification and change of status in nanoseconds, and a hash of a sample of the
+    content; empty if it cannot be read.
+
+    The second time shows a change after which the first was set back, as `rsync -t` does; the sample one that left no
+    trace in the file system, such as a rotten disk's.
+    """
+    try:
+        status = path.stat()
+        return [status.st_size, status.st_mtime_ns, status.st_ctime_ns, file_sample(path)]
+    except OSError:
+        return []
+
+
+def _content(state: Any) -> list | None:
+    """What a state says about the content; None if it is of another form."""
+    return [state[0], state[3]] if isinstance(state, list) and len(state) == 4 else None
 
 
 def refuse_damage(problems: list[str], data_dir: str | Path) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from gpt2repro.data.manifest import Manifest, TokenizerRecord
+from gpt2repro.data.manifest import Manifest, States, TokenizerRecord
 from gpt2repro.data.order import MIXTURE_BLOCK, count_windows, mixture_slots
 from gpt2repro.data.shards import SPLITS, Split
 from gpt2repro.data.token_stream import TokenStream
@@ -151,12 +151,12 @@ class RunData:
                 return Path(source.directory) / "tokenizer"
         return None
 
-    def verify_changed(self, verified: dict[str, list[int]]) -> dict[str, list[int]]:
+    def verify_changed(self, verified: States, all_shards: bool = False) -> States:
         """`Manifest.verify_changed` for all sources."""
-        found = {}
+        states: States = {}
         for source in self.sources:
-            found.update(source.manifest.verify_changed(source.directory, verified))
-        return found
+            states |= source.manifest.verify_changed(source.directory, verified, all_shards)
+        return states
 
 
 def source_name(directory: str) -> str:

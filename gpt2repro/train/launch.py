@@ -66,7 +66,7 @@ def begin_run(recipe: Recipe, data: RunData, accelerator: Accelerator) -> RunFol
         The folder, locked by the main process.
 
     Raises:
-        UserError: this rank has other data than the main process.
+        UserError: this rank has other data than the main process, or with verify_data a damaged shard.
         SharedError: a shard has changed, another run holds the directory or has begun there with another recipe, or
             the tracker does not start.
     """
@@ -75,8 +75,13 @@ def begin_run(recipe: Recipe, data: RunData, accelerator: Accelerator) -> RunFol
     _refuse_other_data(data)
     hardware = f"{accelerator.num_processes} x {device_name(accelerator.device)}"
 
+    is_copy_of_another_machine = accelerator.is_local_main_process and not accelerator.is_main_process
+    if recipe.verify_data and is_copy_of_another_machine:
+        data.verify_changed({})
+
     def begin() -> None:
-        verified = data.verify_changed(folder.read_verified())
+        verified = {} if folder.is_untouched() else folder.read_verified()
+        verified = data.verify_changed(verified, all_shards=recipe.verify_data)
         with report_write_errors(folder.path):
             folder.lock()
             refuse(output_problems(recipe, folder, data))  # again: another run may have begun here meanwhile
@@ -110,9 +115,10 @@ def run_settings(recipe: Recipe, data: RunData) -> dict[str, Any]:
     """The part of the record that follows from the command alone."""
     return {
         **dataclasses.asdict(recipe),
-        "resume": True,  # these three are not settings but concern one start
+        "resume": True,  # these four are not settings but concern one start
         "extend": False,
         "override_recipe": False,
+        "verify_data": False,
         "corpus": data.name,  # the recipe's may be another one's, if --data_dir was given
         "data": data.record(),
     }

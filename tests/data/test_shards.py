@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from gpt2repro.data import shards
-from gpt2repro.data.manifest import Manifest
+from gpt2repro.data.manifest import Manifest, shard_state
 from gpt2repro.data.shards import ShardWriter, Split
 from gpt2repro.data.token_stream import TokenStream, unigram_entropy
 from gpt2repro.data.tokenization import build_tokenizer
@@ -390,6 +390,55 @@ def test_what_has_changed_is_verified_again_whatever_its_time_says(tmp_path):
     flip_byte(tmp_path)
     os.utime(path, ns=times)
     with pytest.raises(UserError, match="train_00002.npy is damaged"):
+        manifest.verify_changed(tmp_path, verified)
+
+
+def rot(path, verified, sample):
+    """Flip a byte without a trace in the file system: what was recorded says the same times; if it missed the sample,
+    also the same sample."""
+    flip_byte(path.parent)
+    state = shard_state(path)
+    verified[str(path)] = state if not sample else [*state[:3], verified[str(path)][3]]
+
+
+def test_rot_in_a_sample_of_a_shard_is_found_at_every_start(tmp_path):
+    manifest = Manifest.read(write_prepared(tmp_path))
+    verified = manifest.verify_changed(tmp_path, {})
+    rot(tmp_path / "train_00002.npy", verified, sample=True)
+    with pytest.raises(UserError, match="train_00002.npy is damaged: its sha256 differs.*; prepare the data again"):
+        manifest.verify_changed(tmp_path, verified)
+
+
+def test_rot_anywhere_is_found_when_all_shards_are_hashed(tmp_path):
+    manifest = Manifest.read(write_prepared(tmp_path))
+    verified = manifest.verify_changed(tmp_path, {})
+    rot(tmp_path / "train_00002.npy", verified, sample=False)
+    manifest.verify_changed(tmp_path, verified)
+    with pytest.raises(UserError, match="train_00002.npy is damaged"):
+        manifest.verify_changed(tmp_path, verified, all_shards=True)
+
+
+@pytest.mark.parametrize("recorded", [[1, 2, 3], {"a": 1}, None, 7, "x", []])
+def test_what_an_older_version_or_nobody_recorded_is_verified_again(tmp_path, recorded):
+    manifest = Manifest.read(write_prepared(tmp_path))
+    verified = manifest.verify_changed(tmp_path, {})
+    assert manifest.verify_changed(tmp_path, dict.fromkeys(verified, recorded)) == verified
+    flip_byte(tmp_path)
+    with pytest.raises(UserError, match="train_00002.npy is damaged"):
+        manifest.verify_changed(tmp_path, dict.fromkeys(verified, recorded))
+
+
+def test_another_trainers_shard_that_changed_since_the_run_began(tmp_path):
+    for name in ("train.bin", "val.bin"):
+        np.arange(50_000, dtype=np.uint16).tofile(tmp_path / name)
+    manifest = Manifest.open(tmp_path)
+    verified = manifest.verify_changed(tmp_path, {})
+    (tmp_path / "val.bin").touch()
+    manifest.verify_changed(tmp_path, verified)
+    tokens = np.memmap(tmp_path / "train.bin", np.uint16)
+    tokens[0] += 1
+    tokens.flush()
+    with pytest.raises(UserError, match="train.bin is not what it was when the run began; restore it"):
         manifest.verify_changed(tmp_path, verified)
 
 

@@ -25,6 +25,7 @@ from fork_server import ENVIRONMENT, ForkServer
 from safetensors.torch import load_file
 from support import PATIENCE, ROOT, metric_rows, prepare, wait_until, write_jsonl
 
+from gpt2repro.data.manifest import shard_state
 from gpt2repro.run_folder import RunFolder
 from gpt2repro.train.metrics import without_clock
 from gpt2repro.train.stopping import EXIT_CODE, FORWARDING_SECONDS
@@ -397,6 +398,19 @@ def test_a_shard_that_changed_is_refused(data_dir, stopped, tmp_path):
     tokens[1000] += 1
     np.save(changed / "train_00000.npy", tokens)
     resumed = Training(tmp_path, changed)
+    assert resumed.wait() == 2 and "train_00000.npy is damaged: its sha256 differs" in resumed.printed
+
+
+def test_all_shards_are_hashed_on_request(data_dir, stopped, tmp_path):
+    """A byte outside the sample rots, and leaves no trace in the file system."""
+    rotten = tmp_path / "data"
+    shutil.copytree(data_dir, rotten)
+    shard, record = rotten / "train_00000.npy", tmp_path / "run" / ".verified.json"
+    with shard.open("r+b") as file:
+        file.seek(5000)
+        file.write(b"xx")
+    record.write_text(json.dumps({str(shard): shard_state(shard)}))
+    resumed = Training(tmp_path, rotten, "--verify_data")
     assert resumed.wait() == 2 and "train_00000.npy is damaged: its sha256 differs" in resumed.printed
 
 
