@@ -29,7 +29,10 @@ from gpt2repro.show.logged_run import LoggedRun
 from gpt2repro.train.report import open_run
 
 
-NO_SETTINGS = ("seed", "init_from", "sequence_length", "model", "extend", "override_recipe")  # conditions, or listed so
+NO_SETTINGS = (  # conditions; what the model's fields stand for; and what does not change the loss of AdamW and cosine
+    *("seed", "init_from", "sequence_length", "model", "patience", "spike_zscore", "compile", "decay_fraction"),
+    *("decay_shape", "muon_learning_rate", "muon_momentum", "muon_weight_decay"),
+)
 MODEL_SETTINGS = (
     "n_head",
     "bias",
@@ -39,8 +42,8 @@ MODEL_SETTINGS = (
     "embd_pdrop",
     "attn_pdrop",
 )
-SIGMAS = np.geomspace(1e-5, 1, 300)  # nats per token, tried
-PROGRESSES = np.concatenate([[0.0], np.geomspace(1e-5, 1, 300)])  # shares of the tokens, tried
+SIGMAS = np.geomspace(1e-5, 1, 200)  # nats per token, tried
+PROGRESSES = np.concatenate([[0.0], np.geomspace(1e-5, 1, 200)])  # shares of the tokens, tried
 
 
 def main(argv: list[str]) -> None:
@@ -49,6 +52,8 @@ def main(argv: list[str]) -> None:
     refuse(problems_of_runs(runs))
     losses = np.array([run.series("val_loss")[1] for run in runs])  # (runs, validations)
     curve = make_curve(args.title, runs, runs[0].series("val_loss")[0], losses)
+    if args.corpus:
+        curve = dataclasses.replace(curve, conditions=curve.conditions | {"corpus": args.corpus})
     print_table(curve, losses)
     args.output.write_text(as_yaml(curve))
     print(f"written to {args.output}")
@@ -147,6 +152,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser = Parser(__doc__)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="output_dir of a finished run")
     parser.add_argument("--title", required=True, help="what the curve is called in pictures and verdicts")
+    parser.add_argument("--corpus", nargs="+", metavar="NAME", help="all names of the corpus (default: the runs')")
     parser.add_argument("--output", required=True, type=Path, metavar="FILE", help="the YAML file to write")
     return parser.parse_args(argv)
 

@@ -3,7 +3,7 @@
 recipe.yaml                 the resolved recipe, with versions and git commit; written at the first start, and when a
                             resumed run changes it
 metrics.jsonl               one JSON object per row, appended and never rewritten
-loss.png                    training and validation loss
+loss.png                    training and validation loss, drawn anew as the run trains
 checkpoints/step_00001000/  complete or absent
 model/                      what from_pretrained opens; complete or absent
 .lock                       held by the process that writes here

@@ -58,11 +58,13 @@ class ReferenceCurve:
         """The loss after `tokens` tokens, which the curve must cover: between two points linear in their logarithm,
         in which losses are closer to a line than in the tokens themselves."""
         left = self._segment(tokens)
-        return self.losses[left] + self._slope(left) * math.log(tokens / self.tokens[left])
+        return self.losses[left] + self._slope(left, left + 1) * math.log(tokens / self.tokens[left])
 
     def slope_at(self, tokens: int) -> float:
-        """Nats per token for e times the tokens, negative where the loss falls."""
-        return self._slope(self._segment(tokens))
+        """Nats per token for e times the tokens, negative where the loss falls; over three segments, as the points of a
+        single one are noisy."""
+        left = self._segment(tokens)
+        return self._slope(max(left - 1, 0), min(left + 2, len(self.tokens) - 1))
 
     def deviation(self, tokens: int) -> float:
         """The standard deviation between equally good runs after `tokens` tokens, nats per token.
@@ -80,10 +82,9 @@ class ReferenceCurve:
         """The index of the point where the segment begins that `tokens` lies in."""
         return min(bisect.bisect(self.tokens, tokens), len(self.tokens) - 1) - 1
 
-    def _slope(self, left: int) -> float:
-        """Nats per token for e times the tokens, in the segment that begins at a point."""
-        rise = self.losses[left + 1] - self.losses[left]
-        return rise / math.log(self.tokens[left + 1] / self.tokens[left])
+    def _slope(self, left: int, right: int) -> float:
+        """Nats per token for e times the tokens, between two points."""
+        return (self.losses[right] - self.losses[left]) / math.log(self.tokens[right] / self.tokens[left])
 
     def mismatches(self, record: dict[str, Any]) -> list[str]:
         """Why the losses of a run are not comparable with these; empty: they are.

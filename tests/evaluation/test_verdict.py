@@ -1,10 +1,13 @@
 """The verdict on a run, by rows that are written out here."""
 
 import dataclasses
+import importlib.util
 import math
 
+import numpy as np
 import pytest
 import yaml
+from logged_runs import FINEWEB, STEP, fineweb_record, record_of, rows_like
 from support import ROOT
 
 from gpt2repro.errors import UserError
@@ -19,39 +22,10 @@ from gpt2repro.evaluation.reference_curves import (
 )
 from gpt2repro.evaluation.verdict import judge
 from gpt2repro.recipe import Recipe
-from gpt2repro.recipe_file import parse_recipe
 from modeling_gpt2repro import GPT2ReproConfig
 
 
 LLMC = "llmc-124m-fineweb"
-STEP = 524_288  # tokens
-FINEWEB = {
-    "corpus": {"name": "fineweb", "hub_id": "HuggingFaceFW/fineweb", "config": "sample-10BT", "revision": "0a1"},
-    "tokenizer": {"name": "gpt2", "vocab_size": 50257},
-    "splits": {"train": {"tokens": 10_200_000_000}, "val": {"tokens": 100_000_000}},
-}
-
-
-def record_of(recipe: str, data: dict, **fields) -> dict:
-    """What recipe.yaml records of a run of one of recipes/."""
-    resolved, problems = parse_recipe(["--config", str(ROOT / "recipes" / f"{recipe}.yaml")], None, GPT2ReproConfig)
-    assert not problems
-    return dataclasses.asdict(dataclasses.replace(resolved, **fields)) | {"data": data}
-
-
-def fineweb_run(**fields) -> dict:
-    return record_of("gpt2-124m-fineweb", FINEWEB, **fields)
-
-
-def rows_like(
-    curve: ReferenceCurve, above: float = 0.0, until: int = 10**12, tokens_per_step: int = STEP
-) -> list[dict]:
-    """The validations of a run whose losses are those of the curve and some more."""
-    return [
-        {"step": tokens // tokens_per_step, "tokens": tokens, "val_loss": loss + above}
-        for tokens, loss in zip(curve.tokens, curve.losses)
-        if tokens <= until
-    ]
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +37,7 @@ def llmc() -> ReferenceCurve:
 
 
 def test_a_run_that_follows_llmc_is_on_track(llmc):
-    verdict = judge(fineweb_run(), rows_like(llmc))
+    verdict = judge(fineweb_record(), rows_like(llmc))
     assert verdict.status == "on track" and {at.status for at in verdict.validations} == {"on track"}
     assert len(verdict.validations) == 79 and verdict.validations[-1].step == 19_560
     assert verdict.headline.startswith("on track: validation loss 3.2722 after 10,255,073,280 tokens (llm.c's ")
@@ -73,7 +47,7 @@ def test_a_run_that_follows_llmc_is_on_track(llmc):
 
 
 def test_a_run_that_ends_005_above_llmc_is_off(llmc):
-    verdict = judge(fineweb_run(), rows_like(llmc, above=0.05))
+    verdict = judge(fineweb_record(), rows_like(llmc, above=0.05))
     since = verdict.off_since
     assert verdict.status == "off" and 250 < since <= 2000, "early runs differ by more"
     compared = "off: validation loss 3.3222 after 10,255,073,280 tokens is 0.05 above the reference since step "
@@ -82,7 +56,7 @@ def test_a_run_that_ends_005_above_llmc_is_off(llmc):
 
 
 def test_the_causes_are_named_once_and_are_the_runs_own_settings(llmc):
-    record = fineweb_run(learning_rate=6e-3, sampling="sequential", model={"attn_pdrop": 0.1})
+    record = fineweb_record(learning_rate=6e-3, sampling="sequential", model={"attn_pdrop": 0.1})
     rows = rows_like(llmc, above=0.3)
     causes = "this run has learning_rate=0.006 (there 0.0006), model.attn_pdrop=0.1 (there 0.0)"
     assert causes in judge(record, rows).headline, "the reference's own sampling is not known"
@@ -91,7 +65,7 @@ def test_the_causes_are_named_once_and_are_the_runs_own_settings(llmc):
 
 
 def test_a_loss_below_the_tolerance_is_better(llmc):
-    verdict = judge(fineweb_run(), rows_like(llmc, above=-0.1))
+    verdict = judge(fineweb_record(), rows_like(llmc, above=-0.1))
     assert verdict.status == "better" and "0.1 below the reference" in verdict.headline
 
 
@@ -99,14 +73,14 @@ def test_a_run_is_off_only_as_long_as_it_is(llmc):
     rows = rows_like(llmc)
     rows[40]["val_loss"] += 0.2
     rows[-1]["val_loss"] += 0.2
-    verdict = judge(fineweb_run(), rows)
+    verdict = judge(fineweb_record(), rows)
     assert [at.step for at in verdict.validations if at.status == "off"] == [rows[40]["step"], 19_560]
     assert verdict.off_since == 19_560
 
 
 def test_runs_are_compared_by_tokens(llmc):
     """Half the batch, twice the steps."""
-    record = fineweb_run(global_batch_tokens=STEP // 2, max_steps=2 * 19_560)
+    record = fineweb_record(global_batch_tokens=STEP // 2, max_steps=2 * 19_560)
     verdict = judge(record, rows_like(llmc, tokens_per_step=STEP // 2))
     assert verdict.status == "on track" and verdict.validations[-1].step == 2 * 19_560
 
@@ -123,19 +97,19 @@ def test_runs_are_compared_by_tokens(llmc):
 )
 def test_what_is_expected_of_a_shorter_and_of_a_longer_schedule(llmc, max_steps, above, status):
     rows = rows_like(llmc, above, until=9000 * STEP)
-    assert judge(fineweb_run(max_steps=max_steps), rows).status == status
+    assert judge(fineweb_record(max_steps=max_steps), rows).status == status
 
 
 def test_a_longer_run_must_not_end_above_the_reference(llmc):
-    record = fineweb_run(max_steps=40_000)
+    record = fineweb_record(max_steps=40_000)
     for loss, step, status in ((3.2, 40_000, "better"), (3.3, 40_000, "off"), (3.3, 30_000, "no verdict")):
         verdict = judge(record, [{"step": step, "tokens": step * STEP, "val_loss": loss}])
         assert verdict.status == status
 
 
 def test_before_the_reference_begins_there_is_no_verdict_yet():
-    assert judge(fineweb_run(), []).headline == "no verdict yet: the run has not been validated"
-    verdict = judge(fineweb_run(), [{"step": 100, "tokens": 100 * STEP, "val_loss": 6.5}])
+    assert judge(fineweb_record(), []).headline == "no verdict yet: the run has not been validated"
+    verdict = judge(fineweb_record(), [{"step": 100, "tokens": 100 * STEP, "val_loss": 6.5}])
     assert verdict.status == "no verdict" and verdict.remark(100) == ""
     assert "begins at 131,072,000;" in verdict.headline
 
@@ -160,7 +134,7 @@ def test_before_the_reference_begins_there_is_no_verdict_yet():
     ],
 )
 def test_what_cannot_be_compared_gets_no_verdict_but_the_reason(llmc, change, mismatch):
-    verdict = judge(fineweb_run() | change, rows_like(llmc, above=0.5))
+    verdict = judge(fineweb_record() | change, rows_like(llmc, above=0.5))
     assert (
         verdict.status == "no verdict"
         and not verdict.validations
@@ -172,16 +146,16 @@ def test_what_cannot_be_compared_gets_no_verdict_but_the_reason(llmc, change, mi
 
 def test_llmcs_own_token_files_are_the_references_data(llmc):
     data = FINEWEB | {"corpus": {"name": "fineweb10B (llm.c's tokens)"}}
-    assert judge(fineweb_run() | {"data": data}, rows_like(llmc)).status == "on track"
+    assert judge(fineweb_record() | {"data": data}, rows_like(llmc)).status == "on track"
 
 
 def test_without_a_reference_there_is_nothing_to_say_but_openais_level(llmc):
-    elsewhere = fineweb_run(reference_curve=None) | {"data": FINEWEB | {"corpus": {"name": "mine"}}}
+    elsewhere = fineweb_record(reference_curve=None) | {"data": FINEWEB | {"corpus": {"name": "mine"}}}
     assert judge(elsewhere, rows_like(llmc)).headline == ""
-    assert judge(fineweb_run(reference_curve=None), rows_like(llmc)).headline == (
+    assert judge(fineweb_record(reference_curve=None), rows_like(llmc)).headline == (
         "0.15 below OpenAI gpt2 (124M) on the same data (3.425)"
     )
-    old = {key: value for key, value in fineweb_run().items() if key != "reference_curve"}
+    old = {key: value for key, value in fineweb_record().items() if key != "reference_curve"}
     assert judge(old, rows_like(llmc)).status == "no verdict", "of a run that is older than the field"
 
 
@@ -242,7 +216,7 @@ def test_the_recipes_name_curves_that_exist_and_have_their_settings():
         named[path.stem] = yaml.safe_load(path.read_text()).get("reference_curve")
         assert reference_problems(named[path.stem]) == []
     assert named["gpt2-124m-fineweb"] == LLMC
-    assert load_curve(LLMC).differences(fineweb_run()) == []
+    assert load_curve(LLMC).differences(fineweb_record()) == []
 
 
 def test_an_unknown_curve_is_one_line_with_the_nearest_name():
@@ -250,7 +224,20 @@ def test_an_unknown_curve_is_one_line_with_the_nearest_name():
     assert problem == f"reference_curve=llmc-124m-finweb does not exist; did you mean {LLMC}?"
     assert "use one of " in reference_problems("x")[0]
     with pytest.raises(UserError, match="does not exist"):
-        judge(fineweb_run(reference_curve="openai"), [])
+        judge(fineweb_record(reference_curve="openai"), [])
+
+
+def test_the_spread_between_runs_is_recovered(llmc):
+    """benchmarks/reference_curve.py, on many runs of a known spread."""
+    path = ROOT / "benchmarks" / "reference_curve.py"
+    spec = importlib.util.spec_from_file_location("reference_curve_benchmark", path)
+    benchmark = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(benchmark)
+    slopes = np.array([llmc.slope_at(tokens) for tokens in llmc.tokens])
+    noise = np.random.default_rng(0).normal(size=(200, len(slopes)))
+    losses = llmc.losses + np.hypot(0.003, 0.02 * slopes) * noise
+    sigma, progress = benchmark.fit_spread(losses.var(axis=0, ddof=1), slopes)
+    assert sigma == pytest.approx(0.003, rel=0.1) and progress == pytest.approx(0.02, rel=0.1)
 
 
 # ---- levels ----
@@ -266,5 +253,5 @@ def test_openais_levels_are_those_of_the_same_data_and_size():
 
 
 def test_hellaswag_levels_are_of_the_same_size_and_of_all_items():
-    assert hellaswag_levels(fineweb_run(), 10_042) == {"GPT-2 (124M)": 0.294463, "GPT-3 (124M)": 0.337}
-    assert hellaswag_levels(fineweb_run(), 1000) == {}
+    assert hellaswag_levels(fineweb_record(), 10_042) == {"GPT-2 (124M)": 0.294463, "GPT-3 (124M)": 0.337}
+    assert hellaswag_levels(fineweb_record(), 1000) == {}

@@ -1,9 +1,11 @@
 """The pictures of runs: what is on them."""
 
 import pytest
+from logged_runs import STEP, fineweb_record, rows_like
 from matplotlib.figure import Figure
 
 from gpt2repro.data.manifest import corpus_title
+from gpt2repro.evaluation.reference_curves import load_curve
 from gpt2repro.show.logged_run import LoggedRun
 from gpt2repro.show.pictures import loss_picture, shortened, training_picture
 
@@ -75,3 +77,58 @@ def test_a_title_holds_no_path_of_this_machine(corpus, title, drawn):
 )
 def test_counts_are_shown_in_their_unit(number, text):
     assert shortened(number) == text
+
+
+# ---- runs beside what is known ----
+
+
+@pytest.fixture(scope="module")
+def llmc():
+    return load_curve("llmc-124m-fineweb")
+
+
+def hellaswag_rows(items: int) -> list[dict]:
+    score = {"hellaswag_acc_norm": 0.29, "hellaswag_acc_norm_stderr": 0.01, "hellaswag_items": items}
+    return [{"step": 250 * n, "tokens": 250 * n * STEP, **score} for n in (1, 2)]
+
+
+def test_the_reference_is_drawn_and_the_difference_from_it(drawn, llmc):
+    rows = [{"step": 10, "tokens": 10 * STEP, "loss": 9.0}, *rows_like(llmc, above=0.05)]
+    loss_picture([LoggedRun("a run", fineweb_record(), rows)])
+    losses, differences = drawn[-1].axes
+    assert labels(losses) == ["training", "validation, last 3.3222, off", f"{llmc.title}, last 3.2722"]
+    _, (tokens, gaps) = [line.get_data() for line in differences.lines]
+    assert tuple(tokens) == llmc.tokens and gaps == pytest.approx(0.05)
+    (band,) = differences.collections
+    assert band.get_datalim(differences.transData).y1 == pytest.approx(max(map(llmc.tolerance, llmc.tokens)))
+    assert [text.get_text() for text in losses.texts] == ["OpenAI gpt2 (124M), 3.4250"]
+
+
+def test_hellaswag_stands_beside_gpt2_and_gpt3_with_its_interval(drawn):
+    for items, levels in (
+        (10_042, ["chance, 25.0%", "GPT-2 (124M), 29.4%", "GPT-3 (124M), 33.7%"]),
+        (100, ["chance, 25.0%"]),
+    ):
+        rows = [{"step": 1, "tokens": STEP, "loss": 9.0}, *hellaswag_rows(items)]
+        loss_picture([LoggedRun("a run", fineweb_record(), rows)])
+        axes = drawn[-1].axes[-1]
+        assert [text.get_text() for text in axes.texts] == levels
+        limits = axes.collections[0].get_datalim(axes.transData)
+        assert (limits.y0, limits.y1) == pytest.approx((0.29 - 1.96 * 0.01, 0.29 + 1.96 * 0.01))
+
+
+def test_several_runs_have_their_names_and_colours_and_one_reference(drawn, llmc):
+    good, bad = (LoggedRun(f"run {above}", fineweb_record(), rows_like(llmc, above)) for above in (0.0, 0.5))
+    loss_picture([good, bad])
+    names = ["run 0.0, last 3.2722, on track", "run 0.5, last 3.7722, off", f"{llmc.title}, last 3.2722"]
+    assert labels(drawn[-1].axes[0]) == names
+    training_picture([good, bad])
+    axes = drawn[-1].axes[0]
+    assert labels(axes) == ["run 0.0", "run 0.5"] and len({line.get_color() for line in axes.lines}) == 2
+
+
+def test_the_first_losses_do_not_flatten_the_rest(drawn, llmc):
+    rows = [{"step": 1, "tokens": STEP, "loss": 11.0}, *rows_like(llmc)]
+    loss_picture([LoggedRun("a run", fineweb_record(), rows)])
+    low, high = drawn[-1].axes[0].get_ylim()
+    assert 3.0 < low < 3.2722 and 3.8 < high < 5.0

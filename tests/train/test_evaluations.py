@@ -3,6 +3,7 @@
 from types import SimpleNamespace
 
 import pytest
+from logged_runs import FINEWEB, STEP
 
 from gpt2repro.evaluation.reference_curves import load_curve
 from gpt2repro.evaluation.verdict import GUIDE
@@ -11,14 +12,6 @@ from gpt2repro.run_folder import RunFolder
 from gpt2repro.train import evaluations
 from gpt2repro.train.evaluations import Evaluations
 from gpt2repro.train.metrics import Metrics
-
-
-STEP = 524_288  # tokens
-FINEWEB = {
-    "corpus": {"name": "fineweb", "hub_id": "HuggingFaceFW/fineweb", "config": "sample-10BT", "revision": "0a1"},
-    "tokenizer": {"name": "gpt2", "vocab_size": 50257},
-    "splits": {"train": {"tokens": 10_200_000_000}, "val": {"tokens": 100_000_000}},
-}
 
 
 class Telemetry:
