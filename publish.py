@@ -18,14 +18,17 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from gpt2repro.data.tokenization import tokenizer_folder
 from gpt2repro.errors import Parser, UserError, first_line, os_error_number, refuse, run_script
+from gpt2repro.evaluation.score_cache import model_folder, model_sha256
+from gpt2repro.evaluation.scorecard import public_part, read_scorecard
 from gpt2repro.files import SCRATCH, scratch_folder, write_bytes, write_problem
-from gpt2repro.hub.model_card import model_card
+from gpt2repro.hub.model_card import THIS_MODEL, model_card
 from gpt2repro.hub.upload import create_repository, create_space, needs_token, upload, upload_space
 from gpt2repro.models.errors import explained
 from gpt2repro.models.folder import check_tokenizer, find_model, load_tokenizer, save_model_folder, tokenizer_for
@@ -40,6 +43,7 @@ from gpt2repro.train import checkpoint
 from gpt2repro.train.metrics import read_metrics
 
 
+CARD_FILE = "scorecard.json"  # in a run's folder, where `scorecard.py RUN --output RUN` writes it
 FOLDER_PREFIXES = (".", "/", "~")  # of --to; any other value is a Hub repository
 
 
@@ -91,6 +95,7 @@ class Export:
 
     run: that trained it; None: there is no record of one.
     last_step: the checkpoint's; None: the model is what the run exported.
+    scorecard: what is published of it; None: there is none.
     """
 
     model: PreTrainedModel
@@ -98,6 +103,7 @@ class Export:
     run: RunFolder | None
     last_step: int | None
     license: str | None
+    scorecard: dict[str, Any] | None
 
     def write(self, folder: Path, title: str, repo_id: str | None = None) -> None:
         """Write the model folder.
@@ -105,7 +111,7 @@ class Export:
         Args:
             repo_id: where it will lie on the Hub; None: nowhere.
         """
-        card = model_card(self.model, title, repo_id, self.run, self.last_step, self.license)
+        card = model_card(self.model, title, repo_id, self.run, self.last_step, self.license, self.scorecard)
         save_model_folder(folder, self.model, self.tokenizer, card)
         if self.run is not None:
             draw_losses(self.run, self.last_step, folder / "loss.png", title)
@@ -160,7 +166,9 @@ def open_source(source: str, args: argparse.Namespace) -> Export:
     check_tokenizer(source, tokenizer, model.config)
     if args.format == "gpt2":
         model = to_gpt2(model)
-    return Export(model, tokenizer, RunFolder.around(Path(source)), last_step, args.license)
+    run = RunFolder.around(Path(source))
+    scorecard = find_scorecard(args.scorecard, source, run)
+    return Export(model, tokenizer, run, last_step, args.license, scorecard)
 
 
 def check_hub_model(model_id: str) -> None:
@@ -221,6 +229,27 @@ def choose_tokenizer(asked: str | None, source: str, model: PreTrainedModel) -> 
     return load_tokenizer(tokenizer_folder(Path(name)) or name)
 
 
+def find_scorecard(asked: str | None, source: str, run: RunFolder | None) -> dict[str, Any] | None:
+    """What is published of the scorecard that is asked for, else of the run's, if there is one and it is of this model.
+
+    Raises:
+        UserError: the one asked for is not of this model, or is damaged.
+    """
+    if asked is not None:
+        path = Path(asked).expanduser()
+    elif run is not None and (run.path / CARD_FILE).is_file():
+        path = run.path / CARD_FILE
+    else:
+        return None
+    folder = model_folder(source)
+    part = public_part(read_scorecard(path), model_sha256(folder), THIS_MODEL) if folder else None
+    if part is None and asked is not None:
+        raise UserError(f"--scorecard {asked} does not hold {source}, or holds it with other weights; make it again")
+    if part is None:
+        note(f"{path} is of other weights than {source}; the model card leaves it out")
+    return part
+
+
 def checkpoint_step_of(source: Path) -> int | None:
     """The step of a checkpoint; None if the source is not one.
 
@@ -260,6 +289,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--tokenizer", help="folder, run, prepared directory or Hub id, if SOURCE has none")
     parser.add_argument("--drop_heads", action="store_true", help="leave out value heads and other trainers' extras")
+    parser.add_argument("--scorecard", help="scorecard.json for the model card (default: the run's, if it has one)")
     parser.add_argument("--license", help="license of the weights, for the model card (default: the run's recipe's)")
     parser.add_argument("--private", action="store_true", help="create a private repository")
     parser.add_argument("--revision", help="branch to push to, created if missing (default: main)")

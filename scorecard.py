@@ -148,7 +148,7 @@ def make_plan(args: argparse.Namespace, notes: list[str]) -> Plan:
         except UserError as error:
             problems += str(error).splitlines()
     if not problems and not tasks and not data:
-        problems.append("nothing to measure: " + "; ".join(notes or ["give --tasks, --data or --text"]))
+        problems += [*notes, "nothing is left to measure; give --task_data NAME=FILE, --data DIR or --text FILE"]
     refuse(problems)
     vocabularies = {subject.name: vocabulary_sha256(subject.tokenizer()) for subject in subjects}
     for prepared in data:
@@ -210,10 +210,12 @@ def load_tasks(args: argparse.Namespace, problems: list[str], notes: list[str]) 
     for name in args.tasks or DEFAULT_TASKS:
         if name == "validation":
             continue  # what becomes of it depends on the models' vocabularies
+        if name in names_of(args.task_data) and name not in args.task_files:
+            continue  # the entry is refused already
         try:
             tasks.append(load_task(name, args))
         except UserError as error:
-            if args.tasks or name in args.task_data:
+            if args.tasks or name in args.task_files:
                 problems += str(error).splitlines()
             else:
                 notes.append(f"{name} is left out: {error}")
@@ -226,7 +228,7 @@ def load_tasks(args: argparse.Namespace, problems: list[str], notes: list[str]) 
 
 
 def load_task(name: str, args: argparse.Namespace) -> Task:
-    file, flag = args.task_data.get(name), f"--task_data {name}=FILE"
+    file, flag = args.task_files.get(name), f"--task_data {name}=FILE"
     if name == "hellaswag":
         return hellaswag_task(file, args.limit, flag)
     if name == "lambada":
@@ -402,7 +404,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
 
 
 def check_card(args: argparse.Namespace) -> list[str]:
-    """The mistakes in the flags of a scorecard; --task_data becomes a dict."""
+    """The mistakes in the flags of a scorecard. The files of --task_data become args.task_files."""
     problems = []
     if not args.models:
         problems.append("no MODEL given; `python scorecard.py runs/mine` measures one")
@@ -437,7 +439,7 @@ def task_problems(name: str, flag: str) -> list[str]:
 
 
 def task_data_problems(args: argparse.Namespace) -> list[str]:
-    """Turn --task_data into a dict; one line for each entry that cannot be used."""
+    """Turn --task_data into args.task_files; one line for each entry that cannot be used."""
     problems = []
     files: dict[str, str] = {}
     for entry in args.task_data:
@@ -455,8 +457,13 @@ def task_data_problems(args: argparse.Namespace) -> list[str]:
             problems.append(f"--task_data {entry}: no such file; without it, {name} comes from the Hub")
         else:
             files[name] = str(path)
-    args.task_data = files
+    args.task_files = files
     return problems
+
+
+def names_of(entries: list[str]) -> set[str]:
+    """The tasks in --task_data."""
+    return {entry.partition("=")[0] for entry in entries}
 
 
 def check_comparison(args: argparse.Namespace) -> None:

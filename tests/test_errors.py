@@ -65,10 +65,14 @@ def test_a_full_gpu_is_one_line(printed):
         ("sample", "./nope --num_samples 0 --temperature 0", ["--num_samples 0", "--temperature 0", "./nope does not"]),
         (
             "scorecard",
-            "./nope ./no --text missing --tokens 0 --output no/such/folder",
+            "--weights-only ./nope ./no --text missing --tokens 0 --output no/such/folder",
             ["./nope does not exist", "./no does not exist", "--text missing", "--tokens 0", "--output no/such/folder"],
         ),
-        ("scorecard", "./nope --tokens 0", ["1 models given", "./nope does not exist", "--tokens 0"]),
+        (
+            "scorecard",
+            "./nope --tasks hellaswag2 --text no --limit 0 --data no",
+            ["--limit 0", "--tasks hellaswag2", "./nope does not exist", "--text no", "data directory no"],
+        ),
         ("eval_hellaswag", f"./nope --data {__file__}", ["line 1: not JSON", "./nope does not exist"]),
     ],
 )

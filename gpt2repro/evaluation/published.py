@@ -37,6 +37,10 @@ def openai_title(size: str) -> str:
     return _content()["models"][size]["title"]
 
 
+def openai_titles() -> list[str]:
+    return [openai_title(size) for size in _content()["models"]]
+
+
 def openai_parameters(size: str) -> int:
     return _content()["models"][size]["parameters"]
 

@@ -13,7 +13,8 @@
       "metrics": [                                 # in the order of the table's rows
         {"key": "hellaswag_completion_acc_norm", "task": "hellaswag", "title": "HellaSwag acc_norm (completion)",
          "unit": "share", "higher_is_better": true, "headline": true, "method": "one line: what was done",
-         "data": {"name": "hellaswag_val.jsonl.gz", "sha256": "...", "hub_id": null, "n": 10042, "units": "items"}}],
+         "data": {"name": "hellaswag_val.jsonl.gz", "hub_id": "Rowan/hellaswag", "sha256": "...", "n": 10042,
+                  "units": "items", "complete": true}}],
       "results": [                                 # at most one for each model and metric
         {"model": "demo", "metric": "hellaswag_completion_acc_norm", "value": 0.2581, "low": 0.2496, "high": 0.2667,
          "origin": "measured", "source": null, "same_method": true, "note": null},
@@ -26,26 +27,31 @@
       "notes": ["gpt2: ... cannot be reached (...); its published figures stand in its place"]
     }
 
-unit: "share" (0 to 1; shown in percent, differences in points), "perplexity", "nats" or "bits". low and high: the ends
+hub_id: the dataset on the Hub that the data is, null if that is not known; complete: all of it was measured. unit:
+"share" (0 to 1; shown in percent, differences in points), "perplexity", "nats" or "bits". low and high: the ends
 of the 95% interval, null where there is none. interval: "paired bootstrap over items" (or documents, or blocks of 1,024
 characters), or "sampling error of MODEL alone" against a published figure, whose own error is not known. verdict:
 "above", "below", or "level" if the interval contains 0; null if there is no interval or the method is another.
 """
 
+import json
 import math
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from gpt2repro.errors import UserError, first_line
 from gpt2repro.evaluation.bootstrap import Ratio, interval, resample
-from gpt2repro.evaluation.published import openai_parameters, openai_title, published_score
+from gpt2repro.evaluation.published import openai_parameters, openai_title, openai_titles, published_score
 from gpt2repro.evaluation.tasks import Columns, Metric, Task
 
 
 FORMAT = "gpt2repro scorecard 1"
+HUGE = 1e6  # numbers from here on are shown with an exponent
 PACKAGES = ("torch", "transformers", "accelerate")
 
 
@@ -146,7 +152,7 @@ def _metric_entry(task: Task, metric: Metric) -> dict[str, Any]:
         "higher_is_better": metric.higher_is_better,
         "headline": metric.headline,
         "method": task.method,
-        "data": task.data,
+        "data": task.data | {"complete": task.data["complete"] and metric.caveat is None},
     }
 
 
@@ -305,15 +311,23 @@ def _amount_on(metric: dict[str, Any], difference: dict[str, Any]) -> str:
 
 def amount(difference: dict[str, Any], metric: dict[str, Any]) -> str:
     """How much, without a sign where the words say the direction: "by 1.9 points [0.9, 2.9]"; of a metric of which less
-    is better "by 3.1 less [2.0, 4.2]"; where the two are level "(+0.3 points [-0.5, 1.1])"."""
+    is better "(3.1 less [2.0, 4.2])"; where the two are level "(+0.3 points [-0.5, 1.1])"."""
     scale, name = (100, " points") if metric["unit"] == "share" else (1, "")
     value, low, high = (scale * difference[key] for key in ("value", "low", "high"))
     digits = decimals(high - low)
     if difference["verdict"] == "level":
-        return f"({value:+,.{digits}f}{name} [{low:,.{digits}f}, {high:,.{digits}f}])"
+        sign = "+" if value >= 0 else ""
+        return f"({sign}{as_text(value, digits)}{name} [{as_text(low, digits)}, {as_text(high, digits)}])"
     least, most = sorted((abs(low), abs(high)))
-    direction = "" if metric["higher_is_better"] else " more" if value > 0 else " less"
-    return f"by {abs(value):,.{digits}f}{name}{direction} [{least:,.{digits}f}, {most:,.{digits}f}]"
+    size, ends = as_text(abs(value), digits), f"[{as_text(least, digits)}, {as_text(most, digits)}]"
+    if metric["higher_is_better"]:
+        return f"by {size}{name} {ends}"
+    return f"({size} {'more' if value > 0 else 'less'} {ends})"
+
+
+def as_text(value: float, digits: int) -> str:
+    """A number with so many digits after the point; a huge one, such as an untrained model's perplexity, in short."""
+    return f"{value:.1e}" if abs(value) >= HUGE else f"{value:,.{digits}f}"
 
 
 def decimals(width: float) -> int:
@@ -321,3 +335,54 @@ def decimals(width: float) -> int:
     if not width:
         return 1
     return min(5, max(0, 1 - math.floor(math.log10(width))))
+
+
+# ---- reading ----
+
+
+def read_scorecard(path: Path) -> dict[str, Any]:
+    """The content of a scorecard.json.
+
+    Raises:
+        UserError: it cannot be read, or is no scorecard of this format.
+    """
+    try:
+        card = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(card, dict) or card.get("format") != FORMAT:
+            raise ValueError(f"its format is not {FORMAT!r}")
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(
+            f"{path} cannot be used ({first_line(error)}); make it again with `python scorecard.py MODEL --output DIR`"
+        ) from error
+    return card
+
+
+def public_part(card: dict[str, Any], sha256: str, name: str = "this model") -> dict[str, Any] | None:
+    """What a card says of one model, beside OpenAI's: other models of the user's are left out.
+
+    Args:
+        sha256: of the model, as `score_cache.model_sha256` gives it.
+        name: what it is called in there.
+    Returns:
+        A card; None if the model is not on it.
+    """
+    own = next((model["name"] for model in card["models"] if model["sha256"] == sha256), None)
+    if own is None:
+        return None
+    names = {own: name} | {title: title for title in openai_titles()}
+
+    def renamed(entries: list[dict[str, Any]], *keys: str) -> list[dict[str, Any]]:
+        chosen = [entry for entry in entries if all(entry[key] in names for key in keys)]
+        return [entry | {key: names[entry[key]] for key in keys} for entry in chosen]
+
+    differences = renamed(card["differences"], "model", "against")
+    for difference in differences:
+        difference["interval"] = difference["interval"].replace(own, name)
+    own_differences = [difference for difference in differences if difference["model"] == name]
+    return card | {
+        "models": renamed(card["models"], "name"),
+        "results": renamed(card["results"], "model"),
+        "differences": own_differences,
+        "sentences": make_sentences(card["metrics"], own_differences),
+        "notes": [],
+    }

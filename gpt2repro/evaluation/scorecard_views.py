@@ -2,10 +2,11 @@
 
 import io
 import math
+import re
 from pathlib import Path
 from typing import Any
 
-from gpt2repro.evaluation.scorecard import decimals
+from gpt2repro.evaluation.scorecard import as_text, decimals
 from gpt2repro.files import write_bytes
 
 
@@ -23,10 +24,10 @@ def shown_value(result: dict[str, Any], unit: str) -> str:
     value = scale * result["value"]
     if result["low"] is None:
         mark = "" if result["origin"] == "measured" else f" {PUBLISHED if result['same_method'] else OTHER_METHOD}"
-        return f"{value:,.{DEFAULT_DIGITS[unit]}f}{sign}{mark}"
+        return f"{as_text(value, DEFAULT_DIGITS[unit])}{sign}{mark}"
     low, high = scale * result["low"], scale * result["high"]
     digits = decimals(high - low)
-    return f"{value:,.{digits}f}{sign} [{low:,.{digits}f}, {high:,.{digits}f}]"
+    return f"{as_text(value, digits)}{sign} [{as_text(low, digits)}, {as_text(high, digits)}]"
 
 
 def table_rows(card: dict[str, Any]) -> list[list[str]]:
@@ -47,7 +48,7 @@ def legend_lines(card: dict[str, Any]) -> list[str]:
     lines = ["↑ more is better, ↓ less is better; in brackets the 95% interval, by resampling"]
     for mark, same_method, meaning in (
         (PUBLISHED, True, "published, measured in the same way"),
-        (OTHER_METHOD, False, "published, measured in another way: not comparable"),
+        (OTHER_METHOD, False, "published, measured in another way or on other data: not comparable"),
     ):
         chosen = [
             result
@@ -83,23 +84,35 @@ def as_table(card: dict[str, Any]) -> str:
 def as_markdown(card: dict[str, Any]) -> str:
     """The whole card as a Markdown document."""
     made = card["made"]
-    rows = table_rows(card)
-    head, *body = [[cell.replace("|", "\\|").replace("*", "\\*") for cell in row] for row in rows]
-    table = "\n".join(f"| {' | '.join(line)} |" for line in [head, ["---"] * len(head), *body])
     versions = ", ".join(f"{package} {version}" for package, version in made["versions"].items())
     setting = f"{made['device']}, dtype {made['dtype']}, mixed precision {made['mixed_precision']}, {versions}"
     parts = [
         "# Scorecard",
         bullets(card["sentences"]),
-        table,
-        bullets([line.replace("*", "\\*") for line in legend_lines(card)]),
+        markdown_table(card),
         "## How it was measured",
-        bullets(method_lines(card)),
-        bullets(difference_lines(card)),
+        markdown_methods(card),
         bullets(card["notes"]),
         f"Made {made['date']} on {setting}.",
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def markdown_table(card: dict[str, Any]) -> str:
+    """The table and what its marks mean."""
+    head, *body = [[escaped(cell) for cell in row] for row in table_rows(card)]
+    lines = [head, ["---"] * len(head), *body]
+    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return f"{table}\n\n{bullets(legend_lines(card))}"
+
+
+def markdown_methods(card: dict[str, Any]) -> str:
+    return bullets([*method_lines(card), *difference_lines(card)])
+
+
+def escaped(text: str) -> str:
+    """Text in which Markdown finds no marks of its own."""
+    return re.sub(r"([*_|<>`])", r"\\\1", text)
 
 
 def difference_lines(card: dict[str, Any]) -> list[str]:
@@ -109,7 +122,7 @@ def difference_lines(card: dict[str, Any]) -> list[str]:
 
 
 def bullets(lines: list[str]) -> str:
-    return "\n".join(f"- {line}" for line in lines)
+    return "\n".join(f"- {escaped(line)}" for line in lines)
 
 
 # ---- picture ----
@@ -137,6 +150,8 @@ def draw_scorecard(card: dict[str, Any], path: Path) -> None:
         _draw_panel(axes, metric, results, names, colors)
     for axes in grid.flat[len(metrics) :]:
         axes.set_visible(False)
+    marks = f"{PUBLISHED} measured in the same way, {OTHER_METHOD} in another or on other data: not comparable"
+    figure.supxlabel(f"lines: 95% intervals; hollow: published figures, {marks}", fontsize=9)
     picture = io.BytesIO()
     figure.savefig(picture, format="png", dpi=120)
     pyplot.close(figure)
@@ -150,7 +165,7 @@ def _colors(models: list[dict[str, Any]]) -> dict[str, str]:
 
 
 def _draw_panel(axes: Any, metric: dict[str, Any], results: dict[str, dict], names: list[str], colors: dict) -> None:
-    scale, sign = (100, " (%)") if metric["unit"] == "share" else (1, "")
+    scale, sign = (100, ", %") if metric["unit"] == "share" else (1, "")
     present = [name for name in names if name in results]
     for y, name in enumerate(reversed(present)):
         result = results[name]
@@ -165,6 +180,8 @@ def _draw_panel(axes: Any, metric: dict[str, Any], results: dict[str, dict], nam
     values = [results[name]["value"] for name in present]
     if min(values) > 0 and max(values) > LOG_RATIO * min(values):
         axes.set_xscale("log")
+        axes.xaxis.set_major_formatter("{x:,g}")
+        axes.xaxis.set_minor_formatter("")
     axes.set_yticks(range(len(present)), list(reversed(present)))
     axes.set_ylim(-0.6, len(present) - 0.3)
     axes.margins(x=0.15)

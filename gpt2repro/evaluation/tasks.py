@@ -18,7 +18,7 @@ from gpt2repro.data.manifest import MANIFEST, Manifest
 from gpt2repro.data.order import count_windows
 from gpt2repro.data.token_stream import TokenStream
 from gpt2repro.data.tokenization import build_tokenizer
-from gpt2repro.errors import UserError
+from gpt2repro.errors import UserError, refuse
 from gpt2repro.evaluation import hellaswag, lambada
 from gpt2repro.evaluation.bootstrap import Ratio
 from gpt2repro.evaluation.detokenizers import DETOKENIZERS
@@ -34,7 +34,7 @@ from gpt2repro.evaluation.perplexity import (
     whole_text,
     wikitext_pages,
 )
-from gpt2repro.evaluation.task_data import HubSource, hub_texts, read_text
+from gpt2repro.evaluation.task_data import HubSource, download_problems, hub_texts, read_text
 from gpt2repro.models.folder import load_tokenizer
 
 
@@ -79,7 +79,8 @@ class Task:
     method: one line: what is done, in whose way.
     version: raised when the method changes, so that cached columns are not used.
     units: what a row of the columns is, in the plural.
-    data: name, sha256, hub_id and n of the data, for scorecard.json.
+    data: name, hub_id, sha256, n, units and complete, for scorecard.json: `hub_id` is the dataset on the Hub that the
+        data is, None if that is not known; `complete`: it is all of it, without --limit.
     measure: called on all ranks; (model, tokenizer, accelerator, settings) -> columns, (U,) float64 each.
     depends_on_windows: WindowSettings.stride changes the scores.
     vocabulary: sha256 of the only vocabulary whose models it can measure; None: any.
@@ -109,11 +110,24 @@ def spread(items: Sequence[Any], limit: int | None) -> list[Any]:
     return [items[index * len(items) // limit] for index in range(limit)]
 
 
-def describe_data(file: str | None, source: str, texts: Any, n: int, units: str) -> dict[str, Any]:
-    """What scorecard.json says about a task's data; of a local file its name, not the path."""
-    hub_id = None if file else source
-    name = Path(file).name if file else source
-    return {"name": name, "hub_id": hub_id, "sha256": content_sha256(texts), "n": n, "units": units}
+def describe_data(
+    file: str | None, hub_id: str | None, items: list[Any], of: Sequence[Any], units: str, caveat: str | None
+) -> dict[str, Any]:
+    """What scorecard.json says about a task's data; of a local file its name, not the path.
+
+    Args:
+        hub_id: the dataset on the Hub; the file is a copy of it if there is no `caveat`.
+        items: those measured, `of` all that were read.
+    """
+    is_of_hub = hub_id is not None and (file is None or caveat is None)
+    return {
+        "name": Path(file).name if file else hub_id,
+        "hub_id": hub_id if is_of_hub else None,
+        "sha256": content_sha256(items),
+        "n": len(items),
+        "units": units,
+        "complete": is_of_hub and caveat is None and len(items) == len(of),
+    }
 
 
 def _part_of_a_set(is_complete: bool) -> str | None:
@@ -136,6 +150,9 @@ def hellaswag_task(file: str | None, limit: int | None, flag: str) -> Task:
     Raises:
         UserError: as `hellaswag.load_items`.
     """
+    if file is None:
+        source = HubSource(hellaswag.HUB_ID, None, "validation", "ctx")
+        refuse(download_problems(source, "HellaSwag", f"give a local copy with {flag}"))
     loaded = hellaswag.load_items(file, flag=flag, styles=hellaswag.STYLES)
     items = spread(loaded, limit)
 
@@ -184,7 +201,7 @@ def hellaswag_task(file: str | None, limit: int | None, flag: str) -> Task:
         + _sample_text(items, loaded),
         version=1,
         units="items",
-        data=describe_data(file, hellaswag.HUB_ID, items, len(items), "items"),
+        data=describe_data(file, hellaswag.HUB_ID, items, loaded, "items", caveats["harness"]),
         metrics=tuple(metrics),
         measure=measure,
         depends_on_windows=False,
@@ -219,7 +236,7 @@ def lambada_task(file: str | None, limit: int | None, flag: str) -> Task:
         + _sample_text(items, texts),
         version=1,
         units="items",
-        data=describe_data(file, lambada.HUB.hub_id, items, len(items), "items"),
+        data=describe_data(file, lambada.HUB.hub_id, items, texts, "items", caveat),
         metrics=(
             Metric("lambada_acc", "LAMBADA accuracy", "correct", "items", "share", True, True, caveat=caveat),
             Metric(
@@ -319,7 +336,7 @@ def plain_text_task(file: str, stride: int | None, detokenizer: str | None) -> T
     """
     texts = [read_text(file, f"--text {file}")]
     name = Path(file).stem
-    return _text_task(f"text:{name}", name, texts, file, "", None, stride, detokenizer or "none", None)
+    return _text_task(f"text:{name}", name, texts, file, None, None, stride, detokenizer or "none", None)
 
 
 def _text_task(
@@ -327,7 +344,7 @@ def _text_task(
     title: str,
     texts: list[str],
     file: str | None,
-    hub_id: str,
+    hub_id: str | None,
     limit: int | None,
     stride: int | None,
     detokenizer: str,
@@ -340,7 +357,8 @@ def _text_task(
     def measure(model: Any, tokenizer: Any, accelerator: Accelerator, settings: WindowSettings) -> Columns:
         return text_columns(measure_documents(model, tokenizer, documents, accelerator, settings, title))
 
-    data = describe_data(file, hub_id, [(doc.published, doc.text) for doc in documents], len(documents), "documents")
+    pairs = [(document.published, document.text) for document in documents]
+    data = describe_data(file, hub_id, pairs, all_documents, "documents", caveat)
     return Task(
         name=name,
         title=title,
@@ -425,7 +443,7 @@ class PreparedData:
         hub_id = self.manifest.corpus.get("hub_id") if self.manifest.corpus.get("revision") else None
         identity = [self.manifest.fingerprint, len(self.tokens)]
         data = {"name": self.title, "hub_id": hub_id, "sha256": content_sha256(identity)}
-        return data | {"n": len(self.tokens) - 1, "units": "tokens"}
+        return data | {"n": len(self.tokens) - 1, "units": "tokens", "complete": False}
 
     def texts(self) -> list[str]:
         """The documents, or the blocks, as text without <|endoftext|>."""

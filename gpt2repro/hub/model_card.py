@@ -11,12 +11,14 @@ from transformers import PreTrainedModel
 
 from gpt2repro.data.manifest import corpus_title
 from gpt2repro.data.token_stream import bits_per_byte
+from gpt2repro.evaluation import scorecard_views
 from gpt2repro.evaluation.hellaswag import FULL_SET, HUB_ID, OPENAI_GPT2, with_error
 from gpt2repro.models.padding import without_padding
 from gpt2repro.run_folder import RunFolder
 from gpt2repro.train.metrics import exported_step, read_metrics
 
 
+THIS_MODEL = "this model"  # its name in the part of a scorecard that is published
 # Fields of recipe.yaml that the card does not list: its table shows them already, or they are paths on the machine that
 # ran it.
 NOT_SHOWN = ("data", "versions", "hardware", "data_dir", "output_dir", "hellaswag_data")
@@ -44,6 +46,7 @@ def model_card(
     run: RunFolder | None = None,
     last_step: int | None = None,
     license: str | None = None,
+    scorecard: dict[str, Any] | None = None,
 ) -> ModelCard:
     """The card of one of our models, or of its export as GPT2LMHeadModel.
 
@@ -53,6 +56,7 @@ def model_card(
         run: the run that trained it; None: there is no record of one.
         last_step: the checkpoint's step if the model is a checkpoint; None: it is the run's exported model.
         license: of the weights, as the Hub abbreviates it; None: what the run's recipe says, if anything.
+        scorecard: what a scorecard says of this model, see `public_part` in evaluation/scorecard.py.
     """
     model = without_padding(model)  # as it is saved
     record: dict[str, Any] = {}
@@ -61,9 +65,11 @@ def model_card(
         record = run.read_record()
         if run.metrics.is_file():  # absent before the first step
             metrics = _metrics_of_step(read_metrics(run.metrics), record, last_step)
+    if scorecard is not None and _measures(scorecard, "hellaswag"):
+        metrics = {key: value for key, value in metrics.items() if not key.startswith("hellaswag_")}
     results = _results(metrics, record)
     license = license or record.get("license")
-    metadata = _metadata(name, license, record, metrics, results)
+    metadata = _metadata(name, license, record, metrics, results, scorecard)
     sections = [
         f"# {name}",
         'GPT-2\'s architecture (Radford et al. 2019, "Language Models are Unsupervised Multitask Learners"), '
@@ -71,6 +77,7 @@ def model_card(
         _usage(model, repo_id or "PATH_OR_REPO"),
         _table(["", ""], _facts(model, record, metrics)),
         *_evaluation(results, metrics),
+        *_scorecard_sections(scorecard),
     ]
     if "loss" in metrics:
         sections.append("![training and validation loss](loss.png)")
@@ -159,6 +166,18 @@ def _evaluation(results: list[Result], metrics: dict[str, Any]) -> list[str]:
     return sections
 
 
+def _scorecard_sections(card: dict[str, Any] | None) -> list[str]:
+    if card is None:
+        return []
+    sentences = scorecard_views.bullets(card["sentences"])
+    table, methods = scorecard_views.markdown_table(card), scorecard_views.markdown_methods(card)
+    return [section for section in ("## Scorecard", sentences, table, methods) if section]
+
+
+def _measures(card: dict[str, Any], task: str) -> bool:
+    return any(metric["task"] == task for metric in card["metrics"])
+
+
 def _results(metrics: dict[str, Any], record: dict[str, Any]) -> list[Result]:
     results = []
     if metrics.get("loss") is not None:  # None: no finite loss since the last row
@@ -187,7 +206,12 @@ def _results(metrics: dict[str, Any], record: dict[str, Any]) -> list[Result]:
 
 
 def _metadata(
-    name: str, license: str | None, record: dict[str, Any], metrics: dict[str, Any], results: list[Result]
+    name: str,
+    license: str | None,
+    record: dict[str, Any],
+    metrics: dict[str, Any],
+    results: list[Result],
+    scorecard: dict[str, Any] | None,
 ) -> ModelCardData:
     """What the Hub reads: the YAML header of the card."""
     data = record.get("data", {})
@@ -200,6 +224,7 @@ def _metadata(
         is_partial_hellaswag = is_hellaswag and not has_full_hellaswag
         if not is_training_loss and not is_partial_hellaswag:
             published.append(_hub_result(result, data, is_hellaswag))
+    published += _benchmark_results(scorecard)
     return ModelCardData(
         license=license,
         library_name="transformers",
@@ -230,6 +255,27 @@ def _hub_result(result: Result, data: dict[str, Any], is_hellaswag: bool) -> Eva
         metric_name=result.title,
         metric_value=round(result.value, 6),
         **dataset,
+    )
+
+
+def _benchmark_results(card: dict[str, Any] | None) -> list[EvalResult]:
+    """The scorecard's results on whole benchmarks of the Hub."""
+    if card is None:
+        return []
+    metrics = {metric["key"]: metric for metric in card["metrics"] if metric["data"]["complete"]}
+    measured = [result for result in card["results"] if result["model"] == THIS_MODEL and result["metric"] in metrics]
+    return [_benchmark_result(result["value"], metrics[result["metric"]]) for result in measured]
+
+
+def _benchmark_result(value: float, metric: dict[str, Any]) -> EvalResult:
+    return EvalResult(
+        task_type="text-generation",
+        dataset_type=metric["data"]["hub_id"],
+        dataset_name=metric["task"],
+        metric_type=metric["key"].removeprefix(f"{metric['task']}_"),
+        metric_name=metric["title"],
+        metric_value=round(value, 6),
+        metric_args={"method": metric["method"]},
     )
 
 

@@ -88,7 +88,7 @@ def test_scorecard_prints_the_comparison_and_writes_it(folders, run_script):
 
 def test_scorecard_refuses_short_texts_and_different_tokenizers(folders, run_script, tmp_path):
     (tmp_path / "short.txt").write_text("a b")
-    done = run_script("scorecard.py", *[folders / "ours"] * 2, "--text", tmp_path / "short.txt")
+    done = run_script("scorecard.py", "--weights-only", *[folders / "ours"] * 2, "--text", tmp_path / "short.txt")
     assert done.returncode == 2 and "fewer than one window" in done.stderr
     model = from_gpt2(folders / "gpt2")
     other = build_tokenizer("bpe:300", ["another text " * 3 + "".join(map(chr, range(192, 400)))])
