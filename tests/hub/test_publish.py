@@ -18,6 +18,7 @@ import publish
 from gpt2repro.data.tokenization import build_tokenizer
 from gpt2repro.errors import UserError
 from gpt2repro.evaluation.hellaswag import OPENAI_GPT2
+from gpt2repro.evaluation.score_cache import model_sha256
 from gpt2repro.files import file_sha256
 from gpt2repro.hub.model_card import model_card
 from gpt2repro.models.folder import save_model_folder
@@ -305,6 +306,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from transformers import AutoTokenizer
+from gpt2repro.evaluation.score_cache import model_sha256
 from gpt2repro.files import file_sha256
 from gpt2repro.hub.model_card import model_card
 from gpt2repro.models.folder import save_model_folder
@@ -435,3 +437,73 @@ def test_a_damaged_checkpoint_is_refused(run_dir, tmp_path, name):
     path.write_bytes(path.read_bytes()[:-1] + b" ")
     with pytest.raises(UserError, match=f"step_00000010 is damaged .*{name}.*; publish another checkpoint"):
         publish.main([str(path.parent), "--to", str(tmp_path / "out")])
+
+
+# ---- the scorecard in the card ----
+
+
+def write_scorecard(run_dir, sha256, complete=True):
+    """A scorecard of the run's model and another one of the user's, beside published figures."""
+    data = {"name": "val.jsonl", "hub_id": "Rowan/hellaswag", "sha256": "0" * 64, "n": 10_042, "units": "items"}
+    metric = {
+        "key": "hellaswag_harness_acc_norm",
+        "task": "hellaswag",
+        "title": "HellaSwag acc_norm (harness)",
+        "unit": "share",
+        "higher_is_better": True,
+        "headline": True,
+        "method": "zero-shot",
+        "data": data | {"complete": complete},
+    }
+    models = [("mine", sha256, "measured"), ("private", "other", "measured"), ("gpt2 (124M)", None, "published")]
+    values = {"mine": 0.33, "private": 0.3, "gpt2 (124M)": 0.3114}
+    pair = {"model": "mine", "metric": metric["key"], "low": 0.01, "high": 0.03, "verdict": "above"}
+    card = {
+        "format": "gpt2repro scorecard 1",
+        "made": {},
+        "models": [{"name": name, "sha256": sha, "origin": origin} for name, sha, origin in models],
+        "metrics": [metric],
+        "results": [
+            {"model": name, "metric": metric["key"], "value": value, "low": None, "high": None}
+            | {"origin": "published" if name.startswith("gpt2") else "measured"}
+            | {"source": "a paper", "same_method": True, "note": None}
+            for name, value in values.items()
+        ],
+        "differences": [
+            pair | {"against": "private", "value": 0.03, "interval": "paired bootstrap over items"},
+            pair | {"against": "gpt2 (124M)", "value": 0.0186, "interval": "sampling error of mine alone"},
+        ],
+        "sentences": [],
+        "notes": [],
+    }
+    (run_dir / "scorecard.json").write_text(json.dumps(card))
+
+
+def test_the_runs_scorecard_stands_in_the_card(run_dir, tmp_path):
+    write_scorecard(run_dir, model_sha256(run_dir / "model"))
+    publish.main([str(run_dir), "--to", str(tmp_path / "out")])
+    card = ModelCard.load(tmp_path / "out" / "README.md")
+    assert "- this model: above gpt2 (124M) on HellaSwag acc\\_norm (harness) by 1.9 points [1.0, 3.0]" in card.text
+    assert "|  | this model | gpt2 (124M) |" in card.text and "33.00%" in card.text
+    assert "private" not in card.text and "mine" not in card.text.replace("determine", "")
+    [result] = [result for result in card.data.eval_results if result.dataset_type == "Rowan/hellaswag"]
+    assert (result.metric_type, result.metric_value) == ("harness_acc_norm", 0.33)
+    assert result.metric_args == {"method": "zero-shot"}
+    assert "HellaSwag acc | " not in card.text  # in training it was scored in another style: one is enough
+
+
+def test_a_part_of_a_benchmark_is_no_result_of_it(run_dir, tmp_path):
+    write_scorecard(run_dir, model_sha256(run_dir / "model"), complete=False)
+    publish.main([str(run_dir), "--to", str(tmp_path / "out")])
+    card = ModelCard.load(tmp_path / "out" / "README.md")
+    assert "33.00%" in card.text
+    assert not [result for result in card.data.eval_results if result.dataset_type == "Rowan/hellaswag"]
+
+
+def test_a_scorecard_of_other_weights_is_left_out(run_dir, tmp_path, capsys):
+    write_scorecard(run_dir, "sha of weights before the last step")
+    publish.main([str(run_dir), "--to", str(tmp_path / "out")])
+    assert "is of other weights than" in capsys.readouterr().err
+    assert "Scorecard" not in (tmp_path / "out" / "README.md").read_text()
+    with pytest.raises(UserError, match="does not hold"):
+        publish.main([str(run_dir), "--to", str(tmp_path / "out2"), "--scorecard", str(run_dir / "scorecard.json")])
