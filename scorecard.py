@@ -207,7 +207,7 @@ def unique(name: str, taken: list[str]) -> str:
 def load_tasks(args: argparse.Namespace, problems: list[str], notes: list[str]) -> list[Task]:
     """The tasks that are asked for. Of the default ones those are left out that cannot be had."""
     tasks = []
-    for name in args.tasks or DEFAULT_TASKS:
+    for name in DEFAULT_TASKS if args.tasks is None else args.tasks:
         if name == "validation":
             continue  # what becomes of it depends on the models' vocabularies
         if name in names_of(args.task_data) and name not in args.task_files:
@@ -219,9 +219,11 @@ def load_tasks(args: argparse.Namespace, problems: list[str], notes: list[str]) 
                 problems += str(error).splitlines()
             else:
                 notes.append(f"{name} is left out: {error}")
+    titles: list[str] = []
     for file in args.text:
+        titles.append(unique(Path(file).stem, titles))
         try:
-            tasks.append(plain_text_task(file, args.stride, args.detokenize))
+            tasks.append(plain_text_task(file, titles[-1], args.stride, args.detokenize))
         except UserError as error:
             problems += str(error).splitlines()
     return tasks
@@ -416,7 +418,7 @@ def check_card(args: argparse.Namespace) -> list[str]:
     if "validation" in (args.tasks or []) and not args.data:
         problems.append("--tasks validation needs the prepared directory: give --data DIR")
     problems += task_data_problems(args)
-    args.tasks = args.tasks and [name for name in args.tasks if name in TASKS]
+    args.tasks = args.tasks and [name for name in TASKS if name in args.tasks]
     if args.output:
         existing = [name for name in CARD_FILES if (args.output / name).exists()]
         if existing:
@@ -451,7 +453,7 @@ def task_data_problems(args: argparse.Namespace) -> list[str]:
             problems += unknown
         elif name == "validation":
             problems.append("--task_data validation: prepared data is given with --data DIR")
-        elif name not in (args.tasks or DEFAULT_TASKS):
+        elif name not in (DEFAULT_TASKS if args.tasks is None else args.tasks):
             problems.append(f"--task_data {entry}: {name} is not measured; add it to --tasks")
         elif not path.is_file():
             problems.append(f"--task_data {entry}: no such file; without it, {name} comes from the Hub")

@@ -293,14 +293,18 @@ def score_rows(
     mine = _indices_of_rank(order, accelerator.process_index, accelerator.num_processes)
     hidden = not (settings.progress and accelerator.is_main_process)
     scores: list[tuple[int, RowScore]] = []
+    was_training = model.training
     model.eval()
     bar = tqdm(total=len(mine), desc=title, unit=" windows", disable=hidden)
-    with torch.no_grad(), accelerator.autocast(), bar:
-        for start in range(0, len(mine), batch_size):
-            indices = mine[start : start + batch_size]
-            batch = score_batch(model, [rows[r] for r in indices], accelerator.device, with_likeliest)
-            scores += zip(indices, batch)
-            bar.update(len(indices))
+    try:
+        with torch.no_grad(), accelerator.autocast(), bar:
+            for start in range(0, len(mine), batch_size):
+                indices = mine[start : start + batch_size]
+                batch = score_batch(model, [rows[r] for r in indices], accelerator.device, with_likeliest)
+                scores += zip(indices, batch)
+                bar.update(len(indices))
+    finally:
+        model.train(was_training)
     gathered = dict(gather_object(scores))
     broken = sum(not np.isfinite(score.nll).all() for score in gathered.values())
     if broken:

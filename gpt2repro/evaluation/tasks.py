@@ -328,14 +328,15 @@ def benchmark_task(
     return _text_task(name, benchmark.title, texts, file, benchmark.source.hub_id, limit, stride, rules, caveat)
 
 
-def plain_text_task(file: str, stride: int | None, detokenizer: str | None) -> Task:
+def plain_text_task(file: str, name: str, stride: int | None, detokenizer: str | None) -> Task:
     """A text file of the user's, as one document.
 
+    Args:
+        name: in the table.
     Raises:
         UserError: it cannot be read.
     """
     texts = [read_text(file, f"--text {file}")]
-    name = Path(file).stem
     return _text_task(f"text:{name}", name, texts, file, None, None, stride, detokenizer or "none", None)
 
 
