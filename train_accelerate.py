@@ -48,7 +48,7 @@ from gpt2repro.train.launch import begin_run, build_accelerator, run_settings
 from gpt2repro.train.metrics import read_metrics
 from gpt2repro.train.optimizers import build_optimizers, launch_problems, set_lr
 from gpt2repro.train.preflight import Plan, resolve_and_check
-from gpt2repro.train.report import baseline_loss, files_text, losses_text
+from gpt2repro.train.report import baseline_loss, files_text, losses_text, write_report
 from gpt2repro.train.run_state import RunState
 from gpt2repro.train.schedule import lr_at
 from gpt2repro.train.stopping import EXIT_CODE, StopRequest
@@ -246,7 +246,8 @@ def exit_resumable(run: RunState, accelerator: Accelerator) -> NoReturn:
 
 
 def finish(plan: Plan, folder: RunFolder, model: PreTrainedModel, run: RunState) -> None:
-    """Draw the losses, save the model folder, push it if asked to, and print verdict, results and where they are.
+    """Draw the losses, save the model folder, push it if asked to, and print verdict, results and where they are; with
+    a report of it all.
 
     Args:
         model: unwrapped and without padding rows, with the weights to export.
@@ -260,6 +261,7 @@ def finish(plan: Plan, folder: RunFolder, model: PreTrainedModel, run: RunState)
 
     card = card_maker(plan, folder)(model, last_step=step)
     save_model_folder(folder.model, model, plan.tokenizer, card, folder.picture)
+    report = write_report(folder, LoggedRun(folder.name, folder.read_record(), logged.rows))
 
     at_step = f", at step {step:,}" if recipe.patience else ""
     if logged.verdict.headline:
@@ -267,7 +269,7 @@ def finish(plan: Plan, folder: RunFolder, model: PreTrainedModel, run: RunState)
     print(f"\n{losses_text(run.val_loss, baseline_loss(data), data, at_step)}")
     for number, sample in enumerate(samples[-1] if samples else [], start=1):
         print(f"\n--- sample {number} ---\n{sample}")
-    print(f"\n{files_text(folder)}")
+    print(f"\n{files_text(folder, report)}")
     if recipe.push_to_hub:
         print(f"pushed to {upload(folder.model, recipe.hub_model_id)}")
 

@@ -4,6 +4,7 @@ recipe.yaml                 the resolved recipe, with versions and git commit; w
                             resumed run changes it
 metrics.jsonl               one JSON object per row, appended and never rewritten
 loss.png                    training and validation loss, drawn anew as the run trains
+report.html                 verdict, curves, samples, recipe, data and cost; written at the end, with the extra [report]
 checkpoints/step_00001000/  complete or absent
 model/                      what from_pretrained opens; complete or absent
 .lock                       held by the process that writes here
@@ -36,6 +37,7 @@ class RunFolder:
         self.recipe = self.path / "recipe.yaml"
         self.metrics = self.path / "metrics.jsonl"
         self.picture = self.path / "loss.png"
+        self.report = self.path / "report.html"
         self.checkpoints = self.path / "checkpoints"
         self.model = self.path / MODEL_FOLDER
         self.lock_file = self.path / ".lock"
@@ -63,7 +65,7 @@ class RunFolder:
 
     def layout_problem(self) -> str | None:
         """A file of the run that is a folder, or the other way round; None: there is none."""
-        files = (self.recipe, self.metrics, self.picture, self.lock_file, self.verified)
+        files = (self.recipe, self.metrics, self.picture, self.report, self.lock_file, self.verified)
         folders = (self.checkpoints, self.model)
         for path in (*files, *folders):
             if path.exists() and path.is_dir() != (path in folders):

@@ -23,7 +23,8 @@ ROOMS = {  # room -> the rooms that it may import from, besides itself
     "train": {GROUND, "data", "models", "evaluation", "show"},
     "hub": {GROUND, "data", "models", "evaluation", "show", "train"},
 }
-DOORS = {"gpt2repro.plot"}  # run with `python -m`; like scripts they may import every room, and nobody imports them
+# Run with `python -m`; like scripts they may import every room, and nobody imports them.
+DOORS = {"gpt2repro.plot", "gpt2repro.report"}
 MODULES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
     for path in sorted(PACKAGE.rglob("*.py"))

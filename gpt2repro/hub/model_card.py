@@ -2,7 +2,6 @@
 
 import math
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import yaml
@@ -15,13 +14,11 @@ from gpt2repro.evaluation import scorecard_views
 from gpt2repro.evaluation.hellaswag import FULL_SET, HUB_ID, OPENAI_GPT2, with_error
 from gpt2repro.models.padding import without_padding
 from gpt2repro.run_folder import RunFolder
+from gpt2repro.show.public import origin, public_name, public_settings, sources_of, started_from
 from gpt2repro.train.metrics import exported_step, read_metrics
 
 
 THIS_MODEL = "this model"  # its name in the part of a scorecard that is published
-# Fields of recipe.yaml that the card does not list: its table shows them already, or they are paths on the machine that
-# ran it.
-NOT_SHOWN = ("data", "versions", "hardware", "data_dir", "output_dir", "hellaswag_data")
 
 
 @dataclass(frozen=True)
@@ -82,7 +79,7 @@ def model_card(
     if "loss" in metrics:
         sections.append("![training and validation loss](loss.png)")
     if record:
-        sections += ["## Recipe", f"```yaml\n{yaml.safe_dump(_public_settings(record), sort_keys=False)}```"]
+        sections += ["## Recipe", f"```yaml\n{yaml.safe_dump(public_settings(record), sort_keys=False)}```"]
     if license:
         terms = "The training text keeps its own terms."
         sections += ["## License", f"{license}, for the weights. {terms}"]
@@ -126,12 +123,12 @@ def _facts(model: PreTrainedModel, record: dict[str, Any], metrics: dict[str, An
     if not record:
         return facts
     data = record["data"]
-    origins = " + ".join(_origin(source) for source in _sources(data))
+    origins = " + ".join(origin(source) for source in sources_of(data))
     facts.append(
         [
             "data",
             f"{origins}: {data['splits']['train']['tokens']:,} training tokens of the tokenizer "
-            f"{_public_name(data['tokenizer']['name'])}; sha256 of the manifest {data['manifest_sha256']}",
+            f"{public_name(data['tokenizer']['name'])}; sha256 of the manifest {data['manifest_sha256']}",
         ]
     )
     if "tokens" in metrics:
@@ -140,7 +137,7 @@ def _facts(model: PreTrainedModel, record: dict[str, Any], metrics: dict[str, An
             [
                 "training",
                 f"{metrics['step']:,} steps of {growing}{record['global_batch_tokens']:,} tokens, "
-                f"{metrics['tokens']:,} in all, starting from {_started_from(record)}",
+                f"{metrics['tokens']:,} in all, starting from {started_from(record)}",
             ]
         )
     if "hardware" in record:
@@ -215,7 +212,7 @@ def _metadata(
 ) -> ModelCardData:
     """What the Hub reads: the YAML header of the card."""
     data = record.get("data", {})
-    hub_ids = [source["corpus"]["hub_id"] for source in _sources(data) if source["corpus"].get("revision")]
+    hub_ids = [source["corpus"]["hub_id"] for source in sources_of(data) if source["corpus"].get("revision")]
     has_full_hellaswag = metrics.get("hellaswag_items") == FULL_SET
     published = []
     for result in results:
@@ -282,45 +279,9 @@ def _benchmark_result(value: float, metric: dict[str, Any]) -> EvalResult:
 # ---- names ----
 
 
-def _public_settings(record: dict[str, Any]) -> dict[str, Any]:
-    """The recipe without paths on the machine that ran it."""
-    settings = {name: value for name, value in record.items() if name not in NOT_SHOWN}
-    if "corpus" in settings:
-        settings["corpus"] = corpus_title(record["data"]["corpus"])  # the recipe may have named another one
-    settings["init_from"] = _started_from(record)
-    return settings
-
-
-def _sources(data: dict[str, Any]) -> list[dict[str, Any]]:
-    """The records of a mixture's directories, or of the single directory."""
-    if not data:
-        return []
-    return data.get("sources", [data])
-
-
-def _origin(source: dict[str, Any]) -> str:
-    """Hub id, configuration and commit of a corpus, or its name; in a mixture preceded by its share."""
-    corpus = source["corpus"]
-    share = f"{100 * source['weight']:g}% " if "weight" in source else ""
-    if not corpus.get("revision"):  # a local folder has none
-        return share + corpus_title(corpus)
-    parts = [str(corpus[key]) for key in ("hub_id", "config", "revision") if corpus.get(key)]
-    return share + ", ".join(parts)
-
-
 def _full_hub_id(name: str | None) -> str | None:
     """`gpt2` is openai-community/gpt2."""
     return f"openai-community/{name}" if name and "/" not in name else name
-
-
-def _started_from(record: dict[str, Any]) -> str:
-    return record.get("base_model") or _public_name(record.get("init_from", "scratch"))
-
-
-def _public_name(name: str) -> str:
-    """Hub ids and plain names as they are; of a path on the machine that ran it, only the last part."""
-    is_path = name.startswith((".", "/", "~")) or name.count("/") > 1
-    return Path(name).name if is_path else name
 
 
 def _table(head: list[str], rows: list[list]) -> str:

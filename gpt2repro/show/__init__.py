@@ -1,4 +1,4 @@
-"""What a run shows to people: its pictures, and a demo of its model.
+"""What a run shows to people: its pictures, its report, and a demo of its model.
 
-Read logged_run, pictures, space.
+Read logged_run, public, pictures, page, space.
 """

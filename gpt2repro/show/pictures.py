@@ -136,12 +136,12 @@ def _draw_losses(axes: "Axes", runs: list[LoggedRun], theme: Theme, exported: in
         levels |= run.record.get("reference_losses", {})
     _draw_levels(axes, levels, theme, "{:.4f}", side="right")
     axes.set_ylabel("loss, nats per token")
-    axes.set_ylim(_loss_range(runs, [*levels.values()]))
+    axes.set_ylim(loss_range(runs, [*levels.values()]))
     _finish(axes)
     axes.legend(loc="upper right")
 
 
-def _loss_range(runs: list[LoggedRun], levels: list[float]) -> tuple[float, float]:
+def loss_range(runs: list[LoggedRun], levels: list[float]) -> tuple[float, float]:
     """The loss axis: all losses but those of the first tokens, and all levels."""
     points = [point for run in runs for key in ("loss", "val_loss") for point in zip(*run.series(key))]
     last = max((tokens for tokens, _ in points), default=0)

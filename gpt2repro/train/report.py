@@ -4,17 +4,23 @@ import contextlib
 import platform
 import subprocess
 from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from gpt2repro.data.mixture import RunData
 from gpt2repro.data.token_stream import bits_per_byte, unigram_entropy
-from gpt2repro.errors import CHECK_PERMISSIONS, UserError, first_line
-from gpt2repro.files import CHECKOUT
+from gpt2repro.errors import CHECK_PERMISSIONS, UserError, first_line, problems_of
+from gpt2repro.files import CHECKOUT, write_text
 from gpt2repro.run_folder import RunFolder
 from gpt2repro.show.logged_run import LoggedRun
+from gpt2repro.show.public import REPORT_MARK
 from gpt2repro.train.metrics import read_metrics
+
+
+REPORT_PACKAGES = ("bokeh", "jinja2")
 
 
 def provenance() -> dict[str, Any]:
@@ -59,6 +65,35 @@ def open_run(path: str) -> LoggedRun:
     return LoggedRun(folder.path.resolve().name, record, rows)
 
 
+def check_report_packages() -> None:
+    """Raises UserError: what report.html is made with is not installed."""
+    missing = [package for package in REPORT_PACKAGES if find_spec(package) is None]
+    if missing:
+        raise UserError(f'a report needs {" and ".join(missing)}; run `pip install "gpt2repro[report]"`')
+
+
+def is_report(path: Path) -> bool:
+    """Whether a file is a report that we wrote."""
+    return path.is_file() and REPORT_MARK.encode() in path.read_bytes()[:1000]
+
+
+def write_report(folder: RunFolder, run: LoggedRun) -> str:
+    """Write report.html into a run's folder if its packages are installed and nothing else is there.
+
+    Returns:
+        Its path, or why there is none.
+    """
+    problems = problems_of(check_report_packages)
+    if folder.report.exists() and not is_report(folder.report):
+        problems.append(f"{folder.report} exists and is no report of ours; move it away")
+    if problems:
+        return f"none: {'; '.join(problems)}; then `python -m gpt2repro.report {folder.path}` writes it"
+    from gpt2repro.show.page import report_page
+
+    write_text(folder.report, report_page([run]))
+    return str(folder.report)
+
+
 def losses_text(val_loss: float, baseline: float, data: RunData, at_step: str) -> str:
     """The validation loss and the baseline, for readers.
 
@@ -76,11 +111,16 @@ def losses_text(val_loss: float, baseline: float, data: RunData, at_step: str) -
     )
 
 
-def files_text(folder: RunFolder) -> str:
-    """Where the run's files are, and how to load the model."""
+def files_text(folder: RunFolder, report: str) -> str:
+    """Where the run's files are, and how to load the model.
+
+    Args:
+        report: what `write_report` returned.
+    """
     return (
         f"metrics     {folder.metrics}\n"
         f"picture     {folder.picture}\n"
+        f"report      {report}\n"
         f"checkpoint  {folder.latest_checkpoint()}\n"
         f"model       {folder.model}\n"
         "\n"

@@ -1,0 +1,93 @@
+"""Write a report of a run, or of several beside each other: one HTML file that needs no network.
+
+    python -m gpt2repro.report runs/demo                             # report.html in runs/demo
+    python -m gpt2repro.report runs/a runs/b --output compared.html
+    python -m gpt2repro.report runs/demo --scorecard card/scorecard.json
+
+It shows the verdict, curves, samples through time, the scorecard (one in the run's folder is found there), the recipe
+beside the defaults and the reference, data with hashes, versions and cost. A run may still be training; at its end it
+writes its own. Needs `pip install "gpt2repro[report]"`.
+"""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from gpt2repro.errors import Parser, UserError, first_line, problems_of, refuse, report_write_errors, run_script
+from gpt2repro.evaluation.scorecard import FORMAT
+from gpt2repro.files import write_problem, write_text
+from gpt2repro.run_folder import RunFolder
+from gpt2repro.train.report import check_report_packages, is_report, open_run
+
+
+SCORECARD = "scorecard.json"  # in a run's folder
+
+
+def main(argv: list[str]) -> None:
+    args = parse_arguments(argv)
+    from gpt2repro.show.page import report_page
+
+    page = report_page([open_run(path) for path in args.runs], args.scorecard and read_scorecard(args.scorecard))
+    with report_write_errors(args.output):
+        write_text(args.output, page)
+    print(f"written to {args.output}")
+
+
+def read_scorecard(path: Path) -> dict[str, Any]:
+    """The content of a scorecard.json.
+
+    Raises:
+        UserError: there is none, or it is damaged.
+    """
+    try:
+        card = json.loads(path.read_text())
+        if isinstance(card, dict) and card.get("format") == FORMAT:
+            return card
+        problem = "it is no scorecard of this version"
+    except (OSError, ValueError, RecursionError) as error:
+        problem = first_line(error)
+    raise UserError(f"{path} cannot be shown ({problem}); make one with `python scorecard.py ... --output FOLDER`")
+
+
+def check_run(path: str) -> None:
+    """Refuse what is no run, and a run without a validation."""
+    if not open_run(path).series("val_loss")[0]:
+        raise UserError(f"{path} has not been validated yet; wait for its first validation, or set validate_every")
+
+
+def check_output(path: Path) -> None:
+    """Refuse to write over what is no report, and where nothing can be written."""
+    unwritable = write_problem(path.parent)
+    if path.exists() and not is_report(path):
+        raise UserError(f"{path} exists and is no report of ours; choose another --output")
+    if unwritable:
+        raise UserError(f"--output {path}: {unwritable}; choose another")
+
+
+def parse_arguments(argv: list[str]) -> argparse.Namespace:
+    parser = Parser(__doc__)
+    parser.prog = "-m gpt2repro.report"
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="output_dir of a run")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="what to write (default: report.html in the run)")
+    parser.add_argument("--scorecard", type=Path, metavar="FILE", help="a scorecard.json to show as well")
+    args = parser.parse_args(argv)
+    problems = problems_of(check_report_packages)
+    problems += [problem for path in dict.fromkeys(args.runs) for problem in problems_of(check_run, path)]
+    first = RunFolder(args.runs[0])
+    if len(args.runs) == 1:
+        args.output = args.output or first.report
+        own = first.path / SCORECARD
+        args.scorecard = args.scorecard or (own if own.is_file() else None)
+    if args.output is None:
+        problems.append(f"a report of {len(args.runs)} runs needs a place; add --output FILE")
+    else:
+        problems += problems_of(check_output, args.output)
+    if args.scorecard:
+        problems += problems_of(read_scorecard, args.scorecard)
+    refuse(problems)
+    return args
+
+
+if __name__ == "__main__":
+    run_script(main)
