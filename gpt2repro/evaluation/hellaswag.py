@@ -257,7 +257,7 @@ def encode_item(item: dict, tokenizer, max_length: int | None = None, style: str
             raise UserError(f"{problem}; such an item has a score in completion style only")
         context_text, texts = harness_texts(item)
         context, endings = tokenize_together(context_text, texts, tokenizer)
-        limit = max_length and max_length + 1
+        limit = None if max_length is None else max_length + 1
     questions, cut = fit(context, endings, limit)
     return EncodedItem(
         questions=questions,
@@ -338,15 +338,13 @@ class Scores:
         # Importing it imports `evaluate`, which takes a second that most training runs need not spend.
         from gpt2repro.evaluation.metrics.hellaswag.hellaswag import predict
 
-        tokens = [item.ending_tokens for item in self.items]
-        characters = [item.ending_characters for item in self.items]
-        by_style = {
-            "completion": {"acc_norm": tokens},
-            "harness": {"acc_norm": characters, "acc_bytes": [item.ending_bytes for item in self.items]},
-        }
-        unit = np.ones_like(self.summed_nll)
-        lengths = {"acc": unit} | by_style[self.style]
-        return {name: predict(self.summed_nll, divisor) for name, divisor in lengths.items()}
+        divisors: dict[str, Sequence | np.ndarray] = {"acc": np.ones_like(self.summed_nll)}
+        if self.style == "completion":
+            divisors["acc_norm"] = [item.ending_tokens for item in self.items]
+        else:
+            divisors["acc_norm"] = [item.ending_characters for item in self.items]
+            divisors["acc_bytes"] = [item.ending_bytes for item in self.items]
+        return {name: predict(self.summed_nll, divisor) for name, divisor in divisors.items()}
 
     @property
     def acc(self) -> np.ndarray:
@@ -383,19 +381,19 @@ class Scores:
 
     def records(self) -> list[dict]:
         """What is needed to check each item's score, or to compare two models item by item."""
-        predictions = self.predictions
         names = {"acc": "prediction", "acc_norm": "prediction_norm", "acc_bytes": "prediction_bytes"}
-        return [
-            {
+        predictions = {names[name]: predicted.tolist() for name, predicted in self.predictions.items()}
+        records = []
+        for i, item in enumerate(self.items):
+            record = {
                 "label": item.label,
                 "summed_nll": self.summed_nll[i].tolist(),
                 "ending_tokens": item.ending_tokens,
                 "ending_characters": item.ending_characters,
                 "ending_bytes": item.ending_bytes,
             }
-            | {names[name]: int(predicted[i]) for name, predicted in predictions.items()}
-            for i, item in enumerate(self.items)
-        ]
+            records.append(record | {name: predicted[i] for name, predicted in predictions.items()})
+        return records
 
 
 def score_hellaswag(
