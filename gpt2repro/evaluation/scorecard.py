@@ -177,7 +177,7 @@ def _ends(sample: np.ndarray) -> dict[str, float | None]:
 
 def _value_ends(sample: np.ndarray) -> dict[str, float | None]:
     """Of units that are all alike, such as items none of which is right, resampling says nothing."""
-    return _ends(sample if np.ptp(sample) else sample[:0])
+    return _ends(sample[:0] if np.all(sample == sample[:1]) else sample)
 
 
 def _measured_results(task: Task, models: list[MeasuredModel], samples: dict) -> list[dict[str, Any]]:

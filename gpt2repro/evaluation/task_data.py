@@ -21,6 +21,7 @@ class HubSource:
 
     column: the one that holds the texts.
     revision: a branch or commit; None: main.
+    folder: where its files lie; None: as the dataset's card says.
     """
 
     hub_id: str
@@ -28,6 +29,7 @@ class HubSource:
     split: str
     column: str
     revision: str | None = None
+    folder: str | None = None
 
     def __str__(self) -> str:
         config = f", {self.config}" if self.config else ""
@@ -46,7 +48,7 @@ def hub_texts(source: HubSource, title: str, remedy: str) -> list[str]:
     try:
         _ask_hub_once(source)
         rows = datasets.load_dataset(
-            source.hub_id, source.config, split=source.split, revision=source.revision, trust_remote_code=False
+            source.hub_id, source.config, data_dir=source.folder, split=source.split, revision=source.revision
         )
         return list(rows[source.column])
     except (OSError, ValueError, KeyError, RuntimeError, datasets.exceptions.DatasetsError) as error:

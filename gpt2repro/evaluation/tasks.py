@@ -295,7 +295,7 @@ TEXT_BENCHMARKS = {
     "ptb": TextBenchmark(
         "Penn Treebank",
         # `datasets` runs no loading scripts any more; the Hub keeps what the script gave as Parquet on this branch.
-        HubSource("ptb-text-only/ptb_text_only", "penn_treebank", "test", "sentence", "refs/convert/parquet"),
+        HubSource("ptb-text-only/ptb_text_only", None, "test", "sentence", "refs/convert/parquet", "penn_treebank"),
         whole_text,
         join=True,
         detokenizer="ptb",

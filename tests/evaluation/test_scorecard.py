@@ -154,6 +154,15 @@ def test_what_is_the_same_for_all_items_has_no_interval():
     assert find(card["differences"], against="b", metric="hellaswag_harness_acc_norm")["verdict"] == "below"
 
 
+def test_a_single_unit_has_a_value_and_no_interval():
+    columns = {"hellaswag": {"right": np.ones(1), "items": np.full(1, 2.0), "nll": np.full(1, 6.0)}}
+    models = [MeasuredModel(name, name, 1, "v", columns) for name in ("a", "b")]
+    card = card_of(*models)
+    assert find(card["results"], model="a", metric="text_loss")["value"] == 3
+    assert {entry["low"] for entry in card["results"] + card["differences"]} == {None}
+    assert card["sentences"] == [] and "50.00%" in as_table(card)
+
+
 @pytest.mark.parametrize("width, digits", [(2.0, 1), (0.013, 3), (150, 0), (0.9, 2), (0, 1), (1e-9, 5)])
 def test_intervals_are_shown_with_two_digits_of_their_width(width, digits):
     assert decimals(width) == digits
