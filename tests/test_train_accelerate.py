@@ -103,7 +103,8 @@ def run_command(*command, cwd=ROOT, **environment):
 def trained(train, tmp_path_factory):
     """A run that is long enough to learn something, under accelerate launch."""
     output_dir = tmp_path_factory.mktemp("runs") / "trained"
-    done = train(output_dir, "--max_steps", 60, "--checkpoint_every", 20, "--validate_every", 20, config="cpu")
+    flags = ("--max_steps", 60, "--checkpoint_every", 20, "--validate_every", 20)
+    done = train(output_dir, *flags, "--reference_curve", "shakespeare-char-cpu", config="cpu")
     return output_dir, done.stdout
 
 
@@ -149,6 +150,16 @@ def test_run_directory_is_as_documented(trained):
     assert record["max_steps"] == 60 and record["versions"]["torch"] == torch.__version__
     for name in ("metrics.jsonl", "loss.png", "checkpoints/step_00000060", "model"):
         assert str(output_dir / name) in stdout
+
+
+def test_the_verdict_is_announced_and_stands_first_at_the_end(trained):
+    """Here it says why there is none."""
+    lines = trained[1].splitlines()
+    validations = [number for number, line in enumerate(lines) if line.startswith("step ") and "validation" in line]
+    reason = "no verdict: the run is not comparable with reference_curve=shakespeare-char-cpu: corpus "
+    announced, repeated = (number for number, line in enumerate(lines) if line.startswith(reason))
+    assert announced < validations[0]
+    assert repeated == validations[-1] + 2, "after an empty line"
 
 
 def test_validation_loss_is_that_of_the_saved_model_over_all_windows(trained, data_dir):
