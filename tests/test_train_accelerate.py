@@ -1,6 +1,7 @@
 """The trainer as users run it: on real text, in processes of its own, some under accelerate launch."""
 
 import dataclasses
+import html
 import itertools
 import json
 import math
@@ -142,9 +143,10 @@ def test_metrics_have_every_step_once_with_the_documented_keys(trained):
 
 def test_run_directory_is_as_documented(trained):
     output_dir, stdout = trained
-    assert sorted(path.name for path in output_dir.iterdir()) == [
+    names = {path.name for path in output_dir.iterdir()}
+    assert names - {"report.html"} == {
         ".lock", ".verified.json", "checkpoints", "loss.png", "metrics.jsonl", "model", "recipe.yaml",
-    ]  # fmt: skip
+    }  # fmt: skip
     assert [path.name for path in sorted((output_dir / "checkpoints").iterdir())] == ["step_00000040", "step_00000060"]
     record = yaml.safe_load((output_dir / "recipe.yaml").read_text())
     assert record["max_steps"] == 60 and record["versions"]["torch"] == torch.__version__
@@ -160,6 +162,18 @@ def test_the_verdict_is_announced_and_stands_first_at_the_end(trained):
     announced, repeated = (number for number, line in enumerate(lines) if line.startswith(reason))
     assert announced < validations[0]
     assert repeated == validations[-1] + 2, "after an empty line"
+
+
+def test_the_report_shows_the_run(trained):
+    pytest.importorskip("bokeh")
+    output_dir, stdout = trained
+    report = output_dir / "report.html"
+    page = report.read_text()
+    assert f"report      {report}" in stdout
+    assert f"<td>{measured(output_dir, 'val_loss')[-1]:.4f}</td>" in page
+    texts = [text for samples in measured(output_dir, "samples") for text in samples]
+    assert texts and all(text in html.unescape(page) for text in texts)
+    assert str(output_dir) not in page
 
 
 def test_validation_loss_is_that_of_the_saved_model_over_all_windows(trained, data_dir):
