@@ -16,7 +16,7 @@ import statistics
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from importlib.resources import files
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import yaml
@@ -29,7 +29,7 @@ from jinja2 import Environment, StrictUndefined
 from gpt2repro.data.manifest import corpus_title
 from gpt2repro.data.token_stream import bits_per_byte
 from gpt2repro.evaluation.hellaswag import with_error
-from gpt2repro.evaluation.reference_curves import ReferenceCurve, model_of
+from gpt2repro.evaluation.reference_curves import ReferenceCurve, hellaswag_levels, model_of
 from gpt2repro.evaluation.scorecard_views import legend_lines, method_lines, table_rows
 from gpt2repro.recipe import Recipe
 from gpt2repro.show.logged_run import LoggedRun
@@ -81,7 +81,7 @@ def report_page(runs: list[LoggedRun], scorecard: dict[str, Any] | None = None) 
         samples=[(run, _samples(run)) for run in runs if _samples(run)],
         scorecard=scorecard and _scorecard(scorecard),
         recipe=_recipe_rows(runs),
-        recipe_columns=["default", *(curve.title for curve in _curves_of(runs))],
+        recipe_columns=["default", *(curve.name for curve in _curves_of(runs))],
         changes=[(run, _changes(run)) for run in runs if _changes(run)],
         settings=[(run, yaml.safe_dump(public_settings(run.record), sort_keys=False)) for run in runs],
         data=_compared(runs, DATA),
@@ -167,18 +167,24 @@ def _loss_panel(runs: list[LoggedRun], tokens: Range1d) -> Any:
     panel = _panel(tokens, height=420)
     panel.toolbar_location = "above"  # its reset mends the other panels too, as they share their axis
     panel.y_range = Range1d(*loss_range(runs, list(_levels(runs).values())))
+    for loss in _levels(runs).values():
+        _draw_level(panel, loss, f"{loss:.4f}")
     for curve in _curves_of(runs):
         expected, tolerance = np.array(curve.losses), np.array([curve.tolerance(at) for at in curve.tokens])
         panel.varea(curve.tokens, expected - tolerance, expected + tolerance, color=GRAY, alpha=0.2)
+    training = [
+        panel.line("tokens", "value", source=_series(run, "loss"), color=color, alpha=0.5)
+        for run, color in zip(runs, _colors(runs))
+    ]
+    validation = [_marked_line(panel, _series(run, "val_loss"), color) for run, color in zip(runs, _colors(runs))]
+    for curve in _curves_of(runs):
         line = panel.line("tokens", "value", source=_points(curve.title, curve.tokens, curve.losses))
         line.glyph.update(line_color=GRAY, line_width=2, line_dash="dashed")
-        _hover(panel, [line], "0.0000")
-    _draw_levels(panel, _levels(runs))
-    for run, color in zip(runs, _colors(runs)):
-        training = panel.line("tokens", "value", source=_series(run, "loss"), color=color, alpha=0.6)
-        validation = panel.line("tokens", "value", source=_series(run, "val_loss"), color=color, line_width=2.5)
-        panel.scatter("tokens", "value", source=validation.data_source, color=color, size=6)
-        _hover(panel, [training, validation], "0.0000")
+        _hover(panel, line, "0.0000")
+    for line in validation:
+        _hover(panel, line, "0.0000")
+    for line in training:
+        _hover(panel, line, "0.0000", side="left")
     return panel
 
 
@@ -191,9 +197,8 @@ def _difference_panel(runs: list[LoggedRun], tokens: Range1d) -> Any:
     for run, color in zip(runs, _colors(runs)):
         judged = [(at.tokens, at.loss - at.expected) for at in run.verdict.validations if at.expected is not None]
         if judged:
-            line = panel.line("tokens", "value", source=_points(run.name, *zip(*judged)), color=color, line_width=2)
-            panel.scatter("tokens", "value", source=line.data_source, color=color, size=6)
-            _hover(panel, [line], "+0.0000")
+            line = _marked_line(panel, _points(run.name, *zip(*judged)), color)
+            _hover(panel, line, "+0.0000")
     return panel
 
 
@@ -201,9 +206,24 @@ def _metric_panel(runs: list[LoggedRun], key: str, number: str, tokens: Range1d)
     panel = _panel(tokens, height=220)
     panel.yaxis.formatter = NumeralTickFormatter(format=number)
     for run, color in zip(runs, _colors(runs)):
-        line = panel.line("tokens", "value", source=_series(run, key), color=color, line_width=1.5)
-        _hover(panel, [line], number)
+        line = panel.line("tokens", "value", source=_series(run, key), color=color, alpha=0.8)
+        _hover(panel, line, number)
+    if key == "hellaswag_acc_norm":
+        levels = _hellaswag_levels(runs)
+        for name, score in levels.items():
+            _draw_level(panel, score, f"{name}, {score:.1%}")
+        shown = [*levels.values(), *(score for run in runs for score in run.series(key)[1])]
+        panel.y_range = Range1d(min(shown) - 0.01, max(shown) + 0.02)
     return panel
+
+
+def _hellaswag_levels(runs: list[LoggedRun]) -> dict[str, float]:
+    """GPT-2's and GPT-3's scores of the same size, beside runs that are evaluated on the whole set."""
+    levels: dict[str, float] = {}
+    for run in runs:
+        _, items = run.series("hellaswag_items")
+        levels |= hellaswag_levels(run.record, int(items[-1])) if items else {}
+    return levels
 
 
 def _panel(tokens: Range1d, height: int) -> Any:
@@ -221,10 +241,9 @@ def _panel(tokens: Range1d, height: int) -> Any:
     return panel
 
 
-def _draw_levels(panel: Any, levels: dict[str, float]) -> None:
-    for loss in levels.values():
-        panel.add_layout(Span(location=loss, dimension="width", line_color=GRAY, line_dash="dotted", line_width=2))
-        panel.add_layout(Label(x=0, y=loss, text=f"{loss:.4f}", text_color=GRAY, text_font_size="12px"))
+def _draw_level(panel: Any, value: float, label: str) -> None:
+    panel.add_layout(Span(location=value, dimension="width", line_color=GRAY, line_dash="dotted", line_width=2))
+    panel.add_layout(Label(x=0, y=value, x_offset=4, text=label, text_color=GRAY, text_font_size="12px"))
 
 
 def _series(run: LoggedRun, key: str) -> ColumnDataSource:
@@ -236,13 +255,21 @@ def _points(name: str, tokens: Iterable[int], values: Iterable[float]) -> Column
     return ColumnDataSource({"tokens": places, "value": np.array(list(values)), "name": [name] * len(places)})
 
 
-def _hover(panel: Any, lines: list[Any], number: str) -> None:
-    """Show the point of each of at most two lines that is nearest to the pointer, wherever in the panel it is."""
-    for line, side in zip(lines, ("left", "right")):
-        tooltip = f"<b>@value{{{number}}}</b> @name, @tokens{{0,0}} tokens"
-        hover = HoverTool(renderers=[line], tooltips=tooltip, mode="vline", line_policy="nearest", attachment=side)
-        hover.visible = False  # no button
-        panel.add_tools(hover)
+def _marked_line(panel: Any, points: ColumnDataSource, color: str) -> Any:
+    panel.scatter("tokens", "value", source=points, color=color, size=5)
+    return panel.line("tokens", "value", source=points, color=color, line_width=2)
+
+
+def _hover(panel: Any, line: Any, number: str, side: Literal["left", "right"] = "right") -> None:
+    """Show the point of a line that is nearest to the pointer, wherever in the panel that is.
+
+    Args:
+        side: of the point on which its values stand.
+    """
+    values = f"<b>@value{{{number}}}</b> @name, @tokens{{0,0}} tokens"
+    hover = HoverTool(renderers=[line], tooltips=values, mode="vline", line_policy="nearest", attachment=side)
+    hover.visible = False  # no button
+    panel.add_tools(hover)
 
 
 # ---- tables ----
