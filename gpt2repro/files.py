@@ -48,6 +48,11 @@ def write_json(path: Path, content: object) -> None:
     write_text(path, json.dumps(content, indent=2) + "\n")
 
 
+def is_special(path: Path) -> bool:
+    """Whether a path is a pipe, socket or device, which may block its reader for ever or have no end."""
+    return path.exists() and not path.is_file() and not path.is_dir()
+
+
 def write_problem(folder: Path) -> str | None:
     """Why nothing can be written to a folder, which may not exist yet; None if it can. Creates nothing."""
     existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())

@@ -15,6 +15,7 @@ from typing import Any, Literal
 import yaml
 
 from gpt2repro.errors import Parser, UserError, first_line
+from gpt2repro.files import is_special
 from gpt2repro.recipe import Recipe
 from gpt2repro.run_folder import MODEL_FOLDER
 
@@ -223,6 +224,8 @@ for kind in ("int", "float"):
 
 
 def read_yaml(path: Path) -> dict:
+    if is_special(path):
+        raise UserError(f"--config {path} is a pipe or device, which each process would read; save it to a file")
     try:
         content = yaml.load(path.read_text(), RecipeLoader) or {}
     except (OSError, UnicodeDecodeError) as error:

@@ -21,7 +21,7 @@ import yaml
 from filelock import FileLock
 
 from gpt2repro.errors import UserError, first_line
-from gpt2repro.files import acquire_lock, holds_only, write_json, write_text
+from gpt2repro.files import acquire_lock, holds_only, is_special, write_json, write_text
 
 
 MODEL_FOLDER = "model"
@@ -64,10 +64,12 @@ class RunFolder:
         return holds_only(self.path, {self.lock_file.name, *records, *(f"{name}.tmp" for name in records)})
 
     def layout_problem(self) -> str | None:
-        """A file of the run that is a folder, or the other way round; None: there is none."""
+        """A file of the run that is a folder or a pipe, or a folder that is none; None: there is none."""
         files = (self.recipe, self.metrics, self.picture, self.report, self.lock_file, self.verified)
         folders = (self.checkpoints, self.model)
         for path in (*files, *folders):
+            if is_special(path):
+                return f"{path} is a pipe or device"
             if path.exists() and path.is_dir() != (path in folders):
                 return f"{path} is a {'folder' if path.is_dir() else 'file'}"
         return None
@@ -80,7 +82,7 @@ class RunFolder:
     def complete_checkpoints(self) -> list[Path]:
         """Oldest first. Checkpoints that are being written or deleted, or were found damaged, have other names."""
         found = self.checkpoints.glob("step_*")
-        return sorted(path for path in found if CHECKPOINT_NAME.fullmatch(path.name))
+        return sorted(path for path in found if CHECKPOINT_NAME.fullmatch(path.name) and path.is_dir())
 
     def latest_checkpoint(self) -> Path | None:
         return next(reversed(self.complete_checkpoints()), None)

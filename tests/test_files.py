@@ -160,6 +160,8 @@ def test_only_checkpoints_count_as_checkpoints(tmp_path):
     assert run.complete_checkpoints() == [] and run.latest_checkpoint() is None
     for name in ("step_00000020", "step_00000003", "step_best", "step_00000020.bak", "writing_step_00000040"):
         (run.checkpoints / name).mkdir(parents=True)
+    (run.checkpoints / "step_00000030").touch()
+    (run.checkpoints / "step_00000031").symlink_to("nowhere")
     assert [checkpoint_step(path) for path in run.complete_checkpoints()] == [3, 20]
     assert run.latest_checkpoint() == run.checkpoint(20)
 
@@ -226,6 +228,9 @@ def test_a_folder_where_a_file_of_the_run_belongs(tmp_path, name):
     assert run.layout_problem() is None
     (tmp_path / name).mkdir()
     assert run.layout_problem() == f"{tmp_path / name} is a folder"
+    (tmp_path / name).rmdir()
+    os.mkfifo(tmp_path / name)  # its reader would wait for ever
+    assert run.layout_problem() == f"{tmp_path / name} is a pipe or device"
 
 
 def test_a_file_where_the_checkpoints_belong(tmp_path):

@@ -42,6 +42,7 @@ from huggingface_hub import HfApi, constants
 from gpt2repro.data.hub import HUB_TIMEOUT
 from gpt2repro.errors import UserError, first_line, refuse
 from gpt2repro.evaluation.multiple_choice import Question, score_questions
+from gpt2repro.files import is_special
 
 
 HUB_ID = "Rowan/hellaswag"
@@ -113,6 +114,8 @@ def read_items(path: str, limit: int | None = None, flag: str = "--data", styles
     Raises:
         UserError: the file cannot be read or is empty, or a line is invalid; the message names the line.
     """
+    if is_special(Path(path)):
+        raise UserError(f"{path} is a pipe or device, which cannot be read twice; save it to a file")
     items = []
     open_file = gzip.open if str(path).endswith(".gz") else open
     try:

@@ -30,7 +30,7 @@ from gpt2repro.data.hub import hub_failure
 from gpt2repro.data.manifest import MANIFEST
 from gpt2repro.data.tokenization import build_tokenizer, save_tokenizer
 from gpt2repro.errors import UserError, first_line
-from gpt2repro.files import new_folder
+from gpt2repro.files import is_special, new_folder
 from gpt2repro.models.errors import ACCESS_DENIED, LIBRARY_ERRORS, LOG_IN, explained, python_command
 from gpt2repro.models.foreign_checkpoints import WRAPPERS, first_three
 from gpt2repro.models.generation_defaults import load_generation_defaults, our_generation_defaults
@@ -70,6 +70,8 @@ def find_model(name: str) -> str:
     if path.is_file():
         lies_in_model_folder = path.name in WEIGHT_FILES and (path.parent / "config.json").is_file()
         return str(path.parent if lies_in_model_folder else path)
+    if is_special(path):
+        raise UserError(f"{name} is a pipe or device; give a model folder, a run folder, a file or a Hub id")
     if path.exists():
         raise UserError(
             f"{name} holds no model: neither config.json nor model/config.json exists; {_what_it_holds(path)}"
