@@ -124,6 +124,8 @@ def run_script(main: Callable[[list[str]], None], save_memory: str = SAVE_MEMORY
         # torch's, of a GPU and of the CPU; this module does not import torch
         if type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator: can't" in str(error):
             _exit_with(UserError(f"{first_sentences(error, 3)}; {save_memory}"))
+        if os_error_number(error) == errno.ENAMETOOLONG:
+            _exit_with(UserError(f"{first_line(error)}; choose a shorter name"))
         if sys.flags.dev_mode:
             raise
         _exit_with(UserError(_unexpected(error)), code=1)

@@ -3,6 +3,7 @@
 import errno
 import importlib
 import io
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -144,3 +145,10 @@ def test_the_remedy_fits_the_reason(number, remedy):
     with pytest.raises(UserError, match=remedy) as error, report_write_errors("runs/x"):
         raise OSError(number, "no")
     assert str(error.value).startswith("cannot write runs/x ([Errno ")
+
+
+def test_a_name_that_is_too_long_is_one_line(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(sys, "argv", ["script"])
+    with pytest.raises(SystemExit) as end:
+        run_script(lambda argv: (tmp_path / ("a" * 300)).exists())
+    assert end.value.code == 2 and "; choose a shorter name" in capsys.readouterr().err
