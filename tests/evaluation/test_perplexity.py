@@ -162,12 +162,6 @@ def test_wikitext_becomes_text():
     )
 
 
-def test_wikitext_equals_the_harness(shared):
-    harness = pytest.importorskip("lm_eval.tasks.wikitext.preprocess_wikitext")
-    for page in wikitext_pages((shared / "wikitext2_test.txt").read_text(encoding="utf-8")):
-        assert detokenizers.wikitext(page) == harness.wikitext_detokenizer({"page": page})
-
-
 def test_the_penn_treebank_becomes_text():
     tokenized = " the company 's shares do n't yield N N \n it paid $ N million for # N in <unk> \n"
     readable = " the company's shares don't yield 1 1\nit paid $1 million for #1 in <unk>\n"
