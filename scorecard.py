@@ -173,7 +173,8 @@ def find_models(
             path = find_model(given)
         except UserError as error:
             if is_reference and size:
-                notes.append(f"published figures stand for {openai_title(size)}, which cannot be had here: {error}")
+                stand_in = "its published figures, if any, stand in the table"
+                notes.append(f"{openai_title(size)} cannot be had here ({error}); {stand_in}")
                 published.append(PublishedModel(size))
             else:
                 problems += str(error).splitlines()

@@ -24,7 +24,7 @@
         {"model": "demo", "against": "gpt2 (124M)", "metric": "hellaswag_completion_acc_norm", "value": -0.0374,
          "low": -0.0459, "high": -0.0288, "verdict": "below", "interval": "sampling error of demo alone"}],
       "sentences": ["demo: below gpt2 (124M) on HellaSwag acc_norm (completion) by 3.7 points [2.9, 4.6]"],
-      "notes": ["gpt2: ... cannot be reached (...); its published figures stand in its place"]
+      "notes": ["gpt2 (124M) cannot be had here (...); its published figures, if any, stand in the table"]
     }
 
 hub_id: the dataset on the Hub that the data is, null if that is not known; complete: all of it was measured. unit:
@@ -93,6 +93,7 @@ def make_scorecard(
 
     Args:
         models: of different names; those that are references last.
+        published: those without a figure for these tasks are left out.
         setting: device, dtype and mixed_precision.
         notes: what the reader has to know, in lines.
     """
@@ -104,6 +105,8 @@ def make_scorecard(
         results += _measured_results(task, measured, samples)
         results += _published_results(task, published)
         differences += _measured_differences(task, measured, samples)
+    with_figures = {result["model"] for result in results}
+    published = [model for model in published if model.name in with_figures]
     differences += _published_differences(models, published, tasks, results)
     metrics = [_metric_entry(task, metric) for task in tasks for metric in task.metrics]
     return {

@@ -139,6 +139,17 @@ def test_against_a_published_figure_only_our_own_error_counts():
     assert card["sentences"] == ["a: above gpt2 (124M) on HellaSwag by 3.9 points [1.8, 6.0]"]  # 1.96 x 1.067 points
 
 
+def test_a_model_without_published_figures_has_no_column():
+    figures = [
+        PublishedModel("gpt2"),
+        PublishedModel("gpt2-medium"),
+    ]  # of the latter acc_norm in harness style is unknown
+    assert [model["name"] for model in card_of(measured("a", 700, 3.0), published=figures)["models"]] == [
+        "a",
+        "gpt2 (124M)",
+    ]
+
+
 def test_figures_of_other_data_are_shown_but_not_compared():
     card = card_of(measured("a", 700, 3.0), published=[PublishedModel("gpt2")], task=items_task(caveat="other items"))
     theirs = find(card["results"], model="gpt2 (124M)")
@@ -335,6 +346,7 @@ def flags_of(folders, *names) -> list[str]:
     return ["--tasks", *names, "--task_data", *files]
 
 
+@pytest.mark.slow  # a few seconds
 def test_the_script_measures_once_and_again_when_the_model_changes(folders, tmp_path, bpe_data, capsys, monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     copy = tmp_path / "copy"
@@ -471,5 +483,5 @@ def test_without_a_network_published_figures_stand_in(folders, monkeypatch, caps
     script.main([*argv, "--task_data", f"hellaswag={folders / 'hellaswag.jsonl'}"])
     printed = capsys.readouterr().out
     assert "gpt2 (124M)" in printed and "48.93% †" in printed  # six items are not the set
-    assert "note: published figures stand for gpt2-xl (1.5B), which cannot be had here: " in printed
+    assert "note: gpt2-xl (1.5B) cannot be had here (gpt2-xl: no such file or folder, and no model " in printed
     assert "note: lambada is left out: LAMBADA (EleutherAI/lambada_openai, default, test) cannot be" in printed
