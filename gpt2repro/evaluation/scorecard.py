@@ -248,6 +248,11 @@ def _measured_differences(task: Task, models: list[MeasuredModel], samples: dict
     return differences
 
 
+def own_error(model: str) -> str:
+    """Where the interval of a difference from a published figure comes from."""
+    return f"sampling error of {model} alone"
+
+
 def _published_differences(
     models: list[MeasuredModel], published: list[PublishedModel], tasks: list[Task], results: list[dict[str, Any]]
 ) -> list[dict[str, Any]]:
@@ -264,8 +269,7 @@ def _published_differences(
                 value = ours["value"] - theirs["value"]
                 has_ends = ours["low"] is not None
                 ends = {end: ours[end] - theirs["value"] if has_ends else None for end in ("low", "high")}
-                how = f"sampling error of {model.name} alone"
-                differences.append(_difference(model.name, other.name, metric, value, ends, how))
+                differences.append(_difference(model.name, other.name, metric, value, ends, own_error(model.name)))
     return differences
 
 
@@ -379,9 +383,10 @@ def public_part(card: dict[str, Any], sha256: str, name: str = "this model") -> 
         return [entry | {key: names[entry[key]] for key in keys} for entry in chosen]
 
     differences = renamed(card["differences"], "model", "against")
-    for difference in differences:
-        difference["interval"] = difference["interval"].replace(own, name)
     own_differences = [difference for difference in differences if difference["model"] == name]
+    for difference in own_differences:
+        if difference["interval"] == own_error(own):
+            difference["interval"] = own_error(name)
     return card | {
         "models": renamed(card["models"], "name"),
         "results": renamed(card["results"], "model"),
