@@ -796,6 +796,11 @@ def test_a_name_that_the_hub_would_not_accept_is_refused(refused):
     assert message.startswith("hub_model_id='me/my model' is no name of a repository") and "\n" not in message
 
 
+def test_a_reference_curve_that_does_not_exist_is_refused_with_the_nearest_name(refused):
+    message = refused("--reference_curve", "shakespeare-char")
+    assert message == "reference_curve=shakespeare-char does not exist; did you mean shakespeare-char-cpu?"
+
+
 def test_a_missing_tracker_names_its_pip_install(refused, monkeypatch):
     monkeypatch.setattr(preflight, "get_available_trackers", list)
     assert "pip install trackio" in refused("--report_to", "trackio")
