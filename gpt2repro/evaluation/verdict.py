@@ -17,7 +17,13 @@ import itertools
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from gpt2repro.evaluation.reference_curves import Level, ReferenceCurve, load_curve, openai_levels
+from gpt2repro.evaluation.reference_curves import (
+    Level,
+    ReferenceCurve,
+    load_curve,
+    openai_levels,
+    reference_problems,
+)
 from gpt2repro.recipe import Recipe
 
 
@@ -89,8 +95,6 @@ def judge(record: dict[str, Any], rows: list[dict[str, Any]]) -> Verdict:
     Args:
         record: the content of its recipe.yaml.
         rows: of its metrics.jsonl, as `read_metrics` returns them.
-    Raises:
-        UserError: the reference_curve that the record names does not exist.
     """
     rows = [row for row in rows if "val_loss" in row]
     levels = tuple(openai_levels(record))
@@ -98,6 +102,8 @@ def judge(record: dict[str, Any], rows: list[dict[str, Any]]) -> Verdict:
     name = record.get("reference_curve")
     if name is None:
         return Verdict("no verdict", "; ".join(beside_levels), levels=levels)
+    if problems := reference_problems(name):  # a run from elsewhere
+        return Verdict("no verdict", "; ".join([f"no verdict: {problems[0]}", *beside_levels]), levels=levels)
     curve = load_curve(name)
     mismatches = tuple(curve.mismatches(record))
     if mismatches:

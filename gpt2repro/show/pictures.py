@@ -29,9 +29,7 @@ RUN_COLORS = {
     "light": ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"),
     "dark": ("#56B4E9", "#E69F00", "#009E73", "#CC79A7", "#F0E442", "#D55E00"),
 }
-FIRST_SHARE = (
-    0.05  # of the tokens, whose losses may leave the picture at its top: what follows would be flat below them
-)
+FIRST_SHARE = 0.05  # of the tokens: their losses may leave the picture at its top, or all that follows would be flat
 FEW_ROWS = 20  # below this, each training loss is marked: a single one has no line
 LEAST_RANGE = 1.0  # nats that the loss axis spans at least: the noise of a few rows must not fill the picture
 

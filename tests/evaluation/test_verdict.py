@@ -223,8 +223,14 @@ def test_an_unknown_curve_is_one_line_with_the_nearest_name():
     (problem,) = reference_problems("llmc-124m-finweb")
     assert problem == f"reference_curve=llmc-124m-finweb does not exist; did you mean {LLMC}?"
     assert "use one of " in reference_problems("x")[0]
-    with pytest.raises(UserError, match="does not exist"):
-        judge(fineweb_record(reference_curve="openai"), [])
+    with pytest.raises(UserError, match="reference_curve=openai does not exist"):
+        load_curve("openai")
+
+
+def test_a_run_from_elsewhere_may_name_a_curve_that_is_not_here(llmc):
+    verdict = judge(fineweb_record(reference_curve="theirs"), rows_like(llmc))
+    assert verdict.status == "no verdict" and verdict.curve is None
+    assert verdict.headline.startswith("no verdict: reference_curve=theirs does not exist; use one of demo, ")
 
 
 def test_the_spread_between_runs_is_recovered(llmc):
