@@ -47,8 +47,8 @@ def main() -> None:
     results = {}
     for batch_size in args.batch_sizes:
         batches = plan_batches(questions, batch_size, has_cache=True)
-        spacing = max(1, len(batches) // (args.items // batch_size))
-        sample = [[questions[i] for i in batch.indices] for batch in batches[::spacing]]
+        spacing = max(1, len(batches) * batch_size // args.items)
+        sample = [[questions[i] for i in batch.indices] for batch in batches[spacing // 2 :: spacing]]
         seconds: dict[str, list[float]] = {way: [] for way in WAYS}
         for _ in range(args.rounds + 1):  # the first is a warm-up
             times = [{way: time_batch(accelerator, model, way, batch) for way in WAYS} for batch in sample]
