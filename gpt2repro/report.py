@@ -10,11 +10,13 @@ writes its own. Needs `pip install "gpt2repro[report]"`.
 """
 
 import argparse
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
 
 from gpt2repro.errors import Parser, UserError, first_line, problems_of, refuse, report_write_errors, run_script
+from gpt2repro.evaluation.reference_curves import reference_problems
 from gpt2repro.evaluation.scorecard import FORMAT
 from gpt2repro.files import write_problem, write_text
 from gpt2repro.run_folder import RunFolder
@@ -28,7 +30,11 @@ def main(argv: list[str]) -> None:
     args = parse_arguments(argv)
     from gpt2repro.show.page import report_page
 
-    page = report_page([open_run(path) for path in args.runs], args.scorecard and read_scorecard(args.scorecard))
+    runs = [open_run(path) for path in args.runs]
+    if args.reference_curve:
+        reference = {"reference_curve": args.reference_curve}
+        runs = [dataclasses.replace(run, record=run.record | reference) for run in runs]
+    page = report_page(runs, args.scorecard and read_scorecard(args.scorecard))
     with report_write_errors(args.output):
         write_text(args.output, page)
     print(f"written to {args.output}")
@@ -71,8 +77,9 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("runs", nargs="+", metavar="RUN", help="output_dir of a run")
     parser.add_argument("--output", type=Path, metavar="FILE", help="what to write (default: report.html in the run)")
     parser.add_argument("--scorecard", type=Path, metavar="FILE", help="a scorecard.json to show as well")
+    parser.add_argument("--reference_curve", metavar="NAME", help="known run to compare with (default: the recipe's)")
     args = parser.parse_args(argv)
-    problems = problems_of(check_report_packages)
+    problems = problems_of(check_report_packages) + reference_problems(args.reference_curve)
     problems += [problem for path in dict.fromkeys(args.runs) for problem in problems_of(check_run, path)]
     first = RunFolder(args.runs[0])
     if len(args.runs) == 1:

@@ -81,7 +81,7 @@ def report_page(runs: list[LoggedRun], scorecard: dict[str, Any] | None = None) 
         samples=[(run, _samples(run)) for run in runs if _samples(run)],
         scorecard=scorecard and _scorecard(scorecard),
         recipe=_recipe_rows(runs),
-        recipe_columns=["default", *(curve.name for curve in _curves_of(runs))],
+        recipe_columns=["default", *(f"reference {curve.name}" for curve in _curves_of(runs))],
         changes=[(run, _changes(run)) for run in runs if _changes(run)],
         settings=[(run, yaml.safe_dump(public_settings(run.record), sort_keys=False)) for run in runs],
         data=_compared(runs, DATA),
@@ -178,9 +178,9 @@ def _loss_panel(runs: list[LoggedRun], tokens: Range1d) -> Any:
     ]
     validation = [_marked_line(panel, _series(run, "val_loss"), color) for run, color in zip(runs, _colors(runs))]
     for curve in _curves_of(runs):
-        line = panel.line("tokens", "value", source=_points(curve.title, curve.tokens, curve.losses))
+        line = panel.line("tokens", "value", source=_points(f"reference {curve.name}", curve.tokens, curve.losses))
         line.glyph.update(line_color=GRAY, line_width=2, line_dash="dashed")
-        _hover(panel, line, "0.0000")
+        _hover(panel, line, "0.0000", side="above")
     for line in validation:
         _hover(panel, line, "0.0000")
     for line in training:
@@ -243,7 +243,7 @@ def _panel(tokens: Range1d, height: int) -> Any:
 
 def _draw_level(panel: Any, value: float, label: str) -> None:
     panel.add_layout(Span(location=value, dimension="width", line_color=GRAY, line_dash="dotted", line_width=2))
-    panel.add_layout(Label(x=0, y=value, x_offset=4, text=label, text_color=GRAY, text_font_size="12px"))
+    panel.add_layout(Label(x=0, y=value, x_offset=4, y_offset=2, text=label, text_color=GRAY, text_font_size="12px"))
 
 
 def _series(run: LoggedRun, key: str) -> ColumnDataSource:
@@ -260,7 +260,7 @@ def _marked_line(panel: Any, points: ColumnDataSource, color: str) -> Any:
     return panel.line("tokens", "value", source=points, color=color, line_width=2)
 
 
-def _hover(panel: Any, line: Any, number: str, side: Literal["left", "right"] = "right") -> None:
+def _hover(panel: Any, line: Any, number: str, side: Literal["left", "right", "above"] = "right") -> None:
     """Show the point of a line that is nearest to the pointer, wherever in the panel that is.
 
     Args:
@@ -364,8 +364,8 @@ def _origin(run: LoggedRun) -> str:
 def _split(name: str) -> Callable[[LoggedRun], str]:
     def shown(run: LoggedRun) -> str:
         split = run.record["data"]["splits"][name]
-        documents = f" in {split['documents']:,} documents" if split.get("documents") else ""
-        return f"{split['tokens']:,} tokens{documents}"
+        documents = split.get("documents") or 0
+        return f"{split['tokens']:,} tokens" + (f" in {documents:,} documents" if documents > 1 else "")
 
     return shown
 
@@ -405,7 +405,7 @@ def _recipe_rows(runs: list[LoggedRun]) -> list[Row]:
     or from its reference; those in which the runs differ come first."""
     settings = [_flat(public_settings(run.record) | {"model": model_of(run.record)}) for run in runs]
     defaults = _flat(dataclasses.asdict(Recipe()) | {"model": model_of({})})
-    beside = [defaults, *(curve.settings for curve in _curves_of(runs))]
+    beside = [defaults, *map(_settings_of, _curves_of(runs))]
     unimportant = {field.name for field in dataclasses.fields(Recipe) if field.metadata["changeable"]}
     rows = []
     for name in defaults.keys() - unimportant:
@@ -415,6 +415,12 @@ def _recipe_rows(runs: list[LoggedRun]) -> list[Row]:
             rows.append(Row(name, cells + others, differs=len(set(cells)) > 1))
     order = list(defaults)
     return sorted(rows, key=lambda row: (not row.differs, order.index(row.name)))
+
+
+def _settings_of(curve: ReferenceCurve) -> dict[str, Any]:
+    """By the names of the recipe's fields."""
+    names = {"sequence_length": "sequence_length", "layers": "model.n_layer", "width": "model.n_embd"}
+    return curve.settings | {names[name]: value for name, value in curve.conditions.items() if name in names}
 
 
 def _changes(run: LoggedRun) -> list[str]:

@@ -175,6 +175,12 @@ def test_several_runs_lie_on_top_of_each_other_with_their_differences(run, tmp_p
     assert differing == ["learning_rate", "hardware"]
 
 
+def test_a_run_is_compared_with_the_reference_that_is_asked_for(tmp_path):
+    run = make_run(tmp_path / "one", 4.0)
+    assert "on track" not in written(run)
+    assert "llm.c" in written(run, "--reference_curve", LLMC)
+
+
 def test_a_scorecard_in_the_runs_folder_is_shown(run, tmp_path):
     (run / "scorecard.json").write_text(json.dumps(CARD))
     text = Page(written(run)).text
@@ -260,10 +266,11 @@ def test_mistakes_are_reported_together_each_in_a_line(run, tmp_path):
     young = make_run(tmp_path / "young")
     (young / "metrics.jsonl").write_text('{"step": 1, "tokens": 10, "loss": 5.0}\n')
     (tmp_path / "card.json").write_text("{}")
-    lines = refusal(tmp_path / "empty", young, "--scorecard", tmp_path / "card.json").splitlines()
-    assert len(lines) == 4
-    for line, said in zip(lines, ("is no run", "has not been validated yet", "add --output FILE", "cannot be shown")):
-        assert said in line
+    flags = ("--scorecard", tmp_path / "card.json", "--reference_curve", "llmc-124m")
+    lines = refusal(tmp_path / "empty", young, *flags).splitlines()
+    said = ("did you mean llmc-124m-fineweb?", "is no run", "has not been validated yet", "add --output FILE")
+    assert len(lines) == 5
+    assert all(words in line for words, line in zip((*said, "cannot be shown"), lines))
 
 
 def test_another_file_of_that_name_is_left_alone(run):
