@@ -36,6 +36,7 @@ def main(argv: list[str]) -> None:
         runs = [dataclasses.replace(run, record=run.record | reference) for run in runs]
     page = report_page(runs, args.scorecard and read_scorecard(args.scorecard))
     with report_write_errors(args.output):
+        args.output.parent.mkdir(parents=True, exist_ok=True)
         write_text(args.output, page)
     print(f"written to {args.output}")
 

@@ -222,7 +222,7 @@ def test_damaged_hashes_of_a_checkpoint(tmp_path, content):
     assert find_damage(tmp_path).startswith("hashes.json ")
 
 
-@pytest.mark.parametrize("name", ["recipe.yaml", "metrics.jsonl", "loss.png", ".lock", ".verified.json"])
+@pytest.mark.parametrize("name", ["recipe.yaml", "metrics.jsonl", "loss.png", "report.html", ".lock", ".verified.json"])
 def test_a_folder_where_a_file_of_the_run_belongs(tmp_path, name):
     run = RunFolder(tmp_path)
     assert run.layout_problem() is None
