@@ -23,7 +23,6 @@ from gpt2repro.errors import Parser, UserError, problems_of, refuse, run_script
 from gpt2repro.evaluation.hellaswag import (
     FULL_SET,
     HUB_ID,
-    OPENAI_GPT2,
     STYLES,
     Scores,
     download_problems,
@@ -34,6 +33,7 @@ from gpt2repro.evaluation.hellaswag import (
     style_problem,
     with_error,
 )
+from gpt2repro.evaluation.published import openai_models, published_score
 from gpt2repro.files import write_problem
 from gpt2repro.models.folder import find_model, open_model
 from gpt2repro.processes import cpu_asked, note_missing_processes
@@ -42,11 +42,6 @@ from gpt2repro.processes import cpu_asked, note_missing_processes
 PROTOCOLS = {
     "completion": "completion style, build-nanogpt",
     "harness": "harness style, lm-evaluation-harness",
-}
-# acc and acc_norm on the full set with its WikiHow marks. Source: build-nanogpt hellaswag.py:12-19
-REFERENCES: dict[str, dict[str, tuple[float, ...]]] = {
-    "completion": {"OpenAI gpt2": tuple(OPENAI_GPT2.values()), "OpenAI gpt2-xl": (0.3842, 0.4893)},
-    "harness": {"OpenAI gpt2": (0.2892, 0.3114), "OpenAI gpt2-xl": (0.4004, 0.5089)},
 }
 WIKIHOW_MARK = "[header]"
 BATCH_SIZE = 16
@@ -138,14 +133,16 @@ def score_table(model: str, scores: Scores) -> str:
     """The model's accuracies with standard errors, also by source, above those of OpenAI's models."""
     rows = [(model, scores.metrics())]
     rows += [(f"  {source}", metrics) for source, metrics in scores.by_source().items()]
-    names = [name for name in scores.predictions]
+    names = list(scores.predictions)
     cells = [("model", *names, "items")]
     for name, metrics in rows:
         shown = [with_error(metrics[f"hellaswag_{key}"], metrics[f"hellaswag_{key}_stderr"]) for key in names]
         cells.append((name, *shown, f"{metrics['hellaswag_items']:,}"))
-    for name, published in REFERENCES[scores.style].items():
-        shown = [f"{value:.4f}" for value in published] + [""] * (len(names) - len(published))
-        cells.append((name, *shown, f"{FULL_SET:,}"))
+    for openai in openai_models().values():
+        published = [published_score(openai.name, f"hellaswag_{scores.style}_{key}") for key in names]
+        shown = [f"{score.value:.4f}" if score else "" for score in published]
+        if any(shown):
+            cells.append((f"OpenAI {openai.title}", *shown, f"{FULL_SET:,}"))
     width = max(len(name) for name, *_ in cells)
     lines = [f"{name:{width}}  {'  '.join(f'{cell:15}' for cell in row)}  {n:>7}" for name, *row, n in cells]
     return "\n".join([f"HellaSwag ({PROTOCOLS[scores.style]})", *lines])

@@ -32,9 +32,9 @@ from gpt2repro.evaluation.compare import as_table as comparison_table
 from gpt2repro.evaluation.compare import compare_models
 from gpt2repro.evaluation.detokenizers import DETOKENIZERS
 from gpt2repro.evaluation.perplexity import WindowSettings
-from gpt2repro.evaluation.published import openai_size, openai_title
+from gpt2repro.evaluation.published import OpenAIModel, openai_model, openai_models
 from gpt2repro.evaluation.score_cache import cache_file, model_folder, model_sha256, read_cached, write_cached
-from gpt2repro.evaluation.scorecard import MeasuredModel, PublishedModel, make_scorecard
+from gpt2repro.evaluation.scorecard import MeasuredModel, make_scorecard
 from gpt2repro.evaluation.scorecard_views import as_markdown, as_table, draw_scorecard
 from gpt2repro.evaluation.tasks import (
     TEXT_BENCHMARKS,
@@ -125,7 +125,7 @@ class Plan:
     """Models and tasks, in the order of the table."""
 
     subjects: list[Subject]
-    published: list[PublishedModel]
+    published: list[OpenAIModel]
     tasks: list[Task]
     vocabularies: dict[str, str]
 
@@ -162,29 +162,29 @@ def make_plan(args: argparse.Namespace, notes: list[str]) -> Plan:
 
 def find_models(
     args: argparse.Namespace, problems: list[str], notes: list[str]
-) -> tuple[list[Subject], list[PublishedModel]]:
+) -> tuple[list[Subject], list[OpenAIModel]]:
     """The models to measure, and those of OpenAI's of which published figures stand in the card."""
     subjects: list[Subject] = []
     published = []
     for given in [*args.models, *(args.against or [])]:
         is_reference = len(subjects) >= len(args.models)
-        size = openai_size(given)
+        openai = openai_model(given)
         try:
             path = find_model(given)
         except UserError as error:
-            if is_reference and size:
+            if is_reference and openai:
                 stand_in = "its published figures, if any, stand in the table"
-                notes.append(f"{openai_title(size)} cannot be had here ({error}); {stand_in}")
-                published.append(PublishedModel(size))
+                notes.append(f"{openai.title} cannot be had here ({error}); {stand_in}")
+                published.append(openai)
             else:
                 problems += str(error).splitlines()
                 is_reference = False
             continue
         taken = [subject.name for subject in subjects]
-        name = unique(openai_title(size) if size and not Path(path).exists() else display_name(path), taken)
+        name = unique(openai.title if openai and not Path(path).exists() else display_name(path), taken)
         subjects.append(Subject(name, given, path, is_reference, args.trust_remote_code))
     if args.against is None:
-        published = [PublishedModel(DEFAULT_SIZE)]
+        published = [openai_models()[DEFAULT_SIZE]]
     return subjects, published
 
 

@@ -305,6 +305,13 @@ def corpus_title(corpus: dict[str, Any]) -> str:
     return corpus["name"] if corpus.get("revision") else Path(corpus["name"]).name
 
 
+def corpus_identity(corpus: dict[str, Any]) -> str:
+    """Hub id and configuration of a corpus, which tell it from all others; the title of one that is not on the Hub."""
+    if not corpus.get("revision"):  # a local folder has none
+        return corpus_title(corpus)
+    return ", ".join(corpus[key] for key in ("hub_id", "config") if corpus.get(key))
+
+
 def shard_state(path: Path) -> list:
     """Size in bytes, times of the last modification and change of status in nanoseconds, and a hash of a sample of the
     content; empty if it cannot be read.

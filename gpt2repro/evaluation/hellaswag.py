@@ -46,7 +46,6 @@ from gpt2repro.files import is_special
 
 
 HUB_ID = "Rowan/hellaswag"
-OPENAI_GPT2 = {"hellaswag_acc": 0.2859, "hellaswag_acc_norm": 0.2955}  # 124M, full set; build-nanogpt hellaswag.py
 FULL_SET = 10_042  # items of the validation set
 ENDINGS = 4
 STYLES = ("completion", "harness")

@@ -1,4 +1,4 @@
-"""Published scores of OpenAI's GPT-2, from published.yaml."""
+"""What is known of OpenAI's GPT-2, from published.yaml: its sizes and the scores that others have published."""
 
 from dataclasses import dataclass
 from functools import cache
@@ -9,6 +9,22 @@ import yaml
 
 
 PREFIX = "openai-community/"
+
+
+@dataclass(frozen=True)
+class OpenAIModel:
+    """One of the four sizes; `name` is its short one on the Hub, such as gpt2-xl."""
+
+    name: str
+    abbreviation: str
+    parameters: int
+    layers: int
+    width: int
+
+    @property
+    def title(self) -> str:
+        """As in "gpt2 (124M)"."""
+        return f"{self.name} ({self.abbreviation})"
 
 
 @dataclass(frozen=True)
@@ -26,34 +42,32 @@ def _content() -> dict[str, Any]:
     return yaml.safe_load((resources.files(__package__) / "published.yaml").read_text(encoding="utf-8"))
 
 
-def openai_size(name: str) -> str | None:
-    """gpt2, gpt2-medium, gpt2-large or gpt2-xl, if a name is one of them, as a user or as the Hub writes it."""
-    short = name.removeprefix(PREFIX)
-    return short if short in _content()["models"] else None
+@cache
+def openai_models() -> dict[str, OpenAIModel]:
+    """By name, from the smallest to the largest."""
+    return {name: OpenAIModel(name, **fields) for name, fields in _content()["models"].items()}
 
 
-def openai_title(size: str) -> str:
-    """As in "gpt2 (124M)"."""
-    return _content()["models"][size]["title"]
+def openai_model(name: str) -> OpenAIModel | None:
+    """OpenAI's model of that name, as a user or as the Hub writes it; None: it is none of them."""
+    return openai_models().get(name.removeprefix(PREFIX))
 
 
-def openai_titles() -> list[str]:
-    return [openai_title(size) for size in _content()["models"]]
-
-
-def openai_parameters(size: str) -> int:
-    return _content()["models"][size]["parameters"]
-
-
-def published_score(size: str, metric: str, hub_id: str | None) -> PublishedScore | None:
+def published_score(model: str, metric: str, corpus: str | None = None) -> PublishedScore | None:
     """The published score of one of OpenAI's models; None if there is none.
 
     Args:
+        model: its name.
         metric: its key.
-        hub_id: of the data; a validation loss holds for one corpus only.
+        corpus: the data, as `corpus_identity` names it; a validation loss holds for some corpora only.
     """
     for entry in _content()["scores"]:
-        is_other_corpus = "corpus" in entry and entry["corpus"] != hub_id
-        if entry["metric"] == metric and size in entry["values"] and not is_other_corpus:
-            return PublishedScore(entry["values"][size], entry["source"], entry["same_method"], entry.get("note"))
+        is_of_corpus = corpus in entry.get("corpora", [corpus])
+        if entry["metric"] == metric and model in entry["values"] and is_of_corpus:
+            return PublishedScore(entry["values"][model], entry["source"], entry["same_method"], entry.get("note"))
     return None
+
+
+def gpt3_hellaswag(model: str) -> float:
+    """HellaSwag acc_norm of the GPT-3 of about the size of one of OpenAI's GPT-2."""
+    return _content()["gpt3_hellaswag"][model]

@@ -11,8 +11,6 @@ reference_curves/NAME.yaml holds a curve:
     spread      sigma and progress, by which equally good runs differ (see ReferenceCurve.deviation), and over how many
                 runs the curve is the mean
     points      [tokens, nats per token], ascending, from the first validation after the first step on
-
-reference_curves/openai.yaml holds the losses of OpenAI's models by corpus.
 """
 
 import bisect
@@ -24,13 +22,14 @@ from typing import Any
 
 import yaml
 
-from gpt2repro.data.manifest import corpus_title
+from gpt2repro.data.manifest import corpus_identity
 from gpt2repro.errors import refuse
+from gpt2repro.evaluation.hellaswag import FULL_SET
+from gpt2repro.evaluation.published import OpenAIModel, gpt3_hellaswag, openai_models, published_score
 from modeling_gpt2repro import GPT2ReproConfig
 
 
 FOLDER = files("gpt2repro.evaluation") / "reference_curves"
-LEVELS = "openai"  # the file that holds no curve
 SIGMAS = 3.0  # standard deviations between equally good runs that the tolerance allows for
 
 
@@ -122,8 +121,7 @@ class Level:
 
 
 def curve_names() -> list[str]:
-    stems = {path.name.removesuffix(".yaml") for path in FOLDER.iterdir()}
-    return sorted(stems - {LEVELS})
+    return sorted(path.name.removesuffix(".yaml") for path in FOLDER.iterdir())
 
 
 def reference_problems(name: str | None) -> list[str]:
@@ -151,14 +149,15 @@ def openai_levels(record: dict[str, Any]) -> list[Level]:
     Args:
         record: the content of its recipe.yaml.
     """
-    content = _read(LEVELS)
-    if record["data"]["tokenizer"]["name"] != content["losses"]["tokenizer"]:
+    if record["data"]["tokenizer"]["name"] != "gpt2":
         return []
-    for entry in content["losses"]["corpora"]:
-        if _corpus(record) in entry["corpus"]:
-            of_size = _of_size(entry["losses"], content["sizes"], record)
-            return [Level(f"OpenAI gpt2 ({size})", loss, entry["source"]) for size, loss in of_size.items()]
-    return []
+    corpus = _corpus(record)
+    levels = []
+    for model in _models_beside(record):
+        score = published_score(model.name, "validation_loss", corpus)
+        if score is not None:
+            levels.append(Level(f"OpenAI {model.title}", score.value, score.source))
+    return levels
 
 
 def hellaswag_levels(record: dict[str, Any], items: int) -> dict[str, float]:
@@ -167,21 +166,23 @@ def hellaswag_levels(record: dict[str, Any], items: int) -> dict[str, float]:
     Args:
         items: how many the run is evaluated on; the levels are of all, and there are none beside others.
     """
-    content = _read(LEVELS)
     levels: dict[str, float] = {}
-    if items != content["hellaswag"]["items"]:
+    if items != FULL_SET:
         return levels
-    for family, scores in content["hellaswag"]["acc_norm"].items():
-        of_size = _of_size(scores, content["sizes"], record)
-        levels |= {f"{family} ({size})": score for size, score in of_size.items()}
+    for model in _models_beside(record):
+        score = published_score(model.name, "hellaswag_completion_acc_norm")
+        if score is not None:
+            levels[f"GPT-2 ({model.abbreviation})"] = score.value
+        levels[f"GPT-3 ({model.abbreviation})"] = gpt3_hellaswag(model.name)
     return levels
 
 
-def _of_size(values: dict[str, float], sizes: dict[str, list[int]], record: dict[str, Any]) -> dict[str, float]:
-    """The value for the size of a run's model, or all values."""
-    model = model_of(record)
-    same = {size: value for size, value in values.items() if sizes[size] == [model["n_layer"], model["n_embd"]]}
-    return same if same and record.get("init_from", "scratch") == "scratch" else values
+def _models_beside(record: dict[str, Any]) -> list[OpenAIModel]:
+    """OpenAI's model of a run's size; all of them if there is none, or the run continues a model."""
+    size = (model_of(record)["n_layer"], model_of(record)["n_embd"])
+    every = list(openai_models().values())
+    same_size = [model for model in every if (model.layers, model.width) == size]
+    return same_size if same_size and record.get("init_from", "scratch") == "scratch" else every
 
 
 def _read(name: str) -> dict[str, Any]:
@@ -192,11 +193,7 @@ def _read(name: str) -> dict[str, Any]:
 
 
 def _corpus(record: dict[str, Any]) -> str:
-    """Hub id and configuration, or the name of a corpus that has none."""
-    corpus = record["data"]["corpus"]
-    if not corpus.get("revision"):  # a local folder has none
-        return corpus_title(corpus)
-    return ", ".join(corpus[key] for key in ("hub_id", "config") if corpus.get(key))
+    return corpus_identity(record["data"]["corpus"])
 
 
 def _validation_tokens(record: dict[str, Any]) -> int:

@@ -46,7 +46,7 @@ import numpy as np
 
 from gpt2repro.errors import UserError, first_line
 from gpt2repro.evaluation.bootstrap import Ratio, interval, resample
-from gpt2repro.evaluation.published import openai_parameters, openai_title, openai_titles, published_score
+from gpt2repro.evaluation.published import OpenAIModel, openai_models, published_score
 from gpt2repro.evaluation.tasks import Columns, Metric, Task
 
 
@@ -71,20 +71,9 @@ class MeasuredModel:
     is_reference: bool = False
 
 
-@dataclass(frozen=True)
-class PublishedModel:
-    """One of OpenAI's sizes, of which published figures stand in the card."""
-
-    size: str
-
-    @property
-    def name(self) -> str:
-        return openai_title(self.size)
-
-
 def make_scorecard(
     models: list[MeasuredModel],
-    published: list[PublishedModel],
+    published: list[OpenAIModel],
     tasks: list[Task],
     setting: dict[str, Any],
     notes: list[str],
@@ -106,7 +95,7 @@ def make_scorecard(
         results += _published_results(task, published)
         differences += _measured_differences(task, measured, samples)
     with_figures = {result["model"] for result in results}
-    published = [model for model in published if model.name in with_figures]
+    published = [model for model in published if model.title in with_figures]
     differences += _published_differences(models, published, tasks, results)
     metrics = [_metric_entry(task, metric) for task in tasks for metric in task.metrics]
     return {
@@ -136,12 +125,12 @@ def _model_entry(model: MeasuredModel) -> dict[str, Any]:
     }
 
 
-def _published_entry(model: PublishedModel) -> dict[str, Any]:
+def _published_entry(model: OpenAIModel) -> dict[str, Any]:
     return {
-        "name": model.name,
+        "name": model.title,
         "origin": "published",
         "sha256": None,
-        "parameters": openai_parameters(model.size),
+        "parameters": model.parameters,
         "vocabulary_sha256": None,
     }
 
@@ -200,15 +189,15 @@ def _measured_results(task: Task, models: list[MeasuredModel], samples: dict) ->
     ]
 
 
-def _published_results(task: Task, published: list[PublishedModel]) -> list[dict[str, Any]]:
+def _published_results(task: Task, published: list[OpenAIModel]) -> list[dict[str, Any]]:
     results = []
     for metric in task.metrics:
         for model in published:
-            score = published_score(model.size, metric.key, task.data["hub_id"])
+            score = published_score(model.name, metric.key, task.corpus)
             if score is not None:
                 results.append(
                     {
-                        "model": model.name,
+                        "model": model.title,
                         "metric": metric.key,
                         "value": score.value,
                         "low": None,
@@ -254,7 +243,7 @@ def own_error(model: str) -> str:
 
 
 def _published_differences(
-    models: list[MeasuredModel], published: list[PublishedModel], tasks: list[Task], results: list[dict[str, Any]]
+    models: list[MeasuredModel], published: list[OpenAIModel], tasks: list[Task], results: list[dict[str, Any]]
 ) -> list[dict[str, Any]]:
     """Of a published figure nothing but the figure is known, so only our own sampling error can be taken into account;
     the interval is too narrow by the other's, which for two models of like quality is a factor of 1.4 at most."""
@@ -263,13 +252,13 @@ def _published_differences(
     for model in models:
         for other in published:
             for metric in (metric for task in tasks for metric in task.metrics):
-                ours, theirs = by_key.get((model.name, metric.key)), by_key.get((other.name, metric.key))
+                ours, theirs = by_key.get((model.name, metric.key)), by_key.get((other.title, metric.key))
                 if model.is_reference or ours is None or theirs is None or not theirs["same_method"]:
                     continue
                 value = ours["value"] - theirs["value"]
                 has_ends = ours["low"] is not None
                 ends = {end: ours[end] - theirs["value"] if has_ends else None for end in ("low", "high")}
-                differences.append(_difference(model.name, other.name, metric, value, ends, own_error(model.name)))
+                differences.append(_difference(model.name, other.title, metric, value, ends, own_error(model.name)))
     return differences
 
 
@@ -376,7 +365,7 @@ def public_part(card: dict[str, Any], sha256: str, name: str = "this model") -> 
     own = next((model["name"] for model in card["models"] if model["sha256"] == sha256), None)
     if own is None:
         return None
-    names = {own: name} | {title: title for title in openai_titles()}
+    names = {own: name} | {model.title: model.title for model in openai_models().values()}
 
     def renamed(entries: list[dict[str, Any]], *keys: str) -> list[dict[str, Any]]:
         chosen = [entry for entry in entries if all(entry[key] in names for key in keys)]

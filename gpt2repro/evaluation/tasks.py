@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from accelerate import Accelerator
 
-from gpt2repro.data.manifest import MANIFEST, Manifest
+from gpt2repro.data.manifest import MANIFEST, Manifest, corpus_identity, corpus_title
 from gpt2repro.data.order import count_windows
 from gpt2repro.data.token_stream import TokenStream
 from gpt2repro.data.tokenization import build_tokenizer
@@ -84,6 +84,7 @@ class Task:
     measure: called on all ranks; (model, tokenizer, accelerator, settings) -> columns, (U,) float64 each.
     depends_on_windows: WindowSettings.stride changes the scores.
     vocabulary: sha256 of the only vocabulary whose models it can measure; None: any.
+    corpus: the prepared data, as `corpus_identity` names it; None: the task has none.
     """
 
     name: str
@@ -96,6 +97,7 @@ class Task:
     measure: Callable[[Any, Any, Accelerator, WindowSettings], Columns]
     depends_on_windows: bool = True
     vocabulary: str | None = None
+    corpus: str | None = None
 
 
 def content_sha256(content: Any) -> str:
@@ -432,9 +434,7 @@ class PreparedData:
 
     @property
     def title(self) -> str:
-        corpus = self.manifest.corpus
-        name = corpus["name"]
-        return name if corpus.get("revision") else Path(name).name
+        return corpus_title(self.manifest.corpus)
 
     @property
     def units(self) -> str:
@@ -485,6 +485,7 @@ def validation_task(data: PreparedData) -> Task:
         metrics=(Metric("validation_loss", title, "nll", "tokens", "nats", False, True, True),),
         measure=measure,
         vocabulary=vocabulary_sha256(data.tokenizer),
+        corpus=corpus_identity(data.manifest.corpus),
     )
 
 

@@ -11,13 +11,15 @@ from transformers import PreTrainedModel
 from gpt2repro.data.manifest import corpus_title
 from gpt2repro.data.token_stream import bits_per_byte
 from gpt2repro.evaluation import scorecard_views
-from gpt2repro.evaluation.hellaswag import FULL_SET, HUB_ID, OPENAI_GPT2, with_error
+from gpt2repro.evaluation.hellaswag import FULL_SET, HUB_ID, with_error
+from gpt2repro.evaluation.published import openai_models, published_score
 from gpt2repro.models.padding import without_padding
 from gpt2repro.run_folder import RunFolder
 from gpt2repro.show.public import origin, public_name, public_settings, sources_of, started_from
 from gpt2repro.train.metrics import exported_step, read_metrics
 
 
+HELLASWAG = ("hellaswag_acc", "hellaswag_acc_norm")  # keys of metrics.jsonl
 THIS_MODEL = "this model"  # its name in the part of a scorecard that is published
 
 
@@ -151,9 +153,9 @@ def _evaluation(results: list[Result], metrics: dict[str, Any]) -> list[str]:
     if not results:
         return []
     is_full_hellaswag = metrics.get("hellaswag_items") == FULL_SET
-    beside = OPENAI_GPT2 if is_full_hellaswag else {}
+    beside = {key: _openai_hellaswag(key) for key in HELLASWAG} if is_full_hellaswag else {}
     rows = [[result.title, result.shown, beside.get(result.key, "")] for result in results]
-    sections = ["## Evaluation", _table(["", "this model", "OpenAI's gpt2 (124M)"], rows)]
+    sections = ["## Evaluation", _table(["", "this model", f"OpenAI's {openai_models()['gpt2'].title}"], rows)]
     if "hellaswag_items" in metrics:
         sections.append(
             f"HellaSwag: {metrics['hellaswag_items']:,} items of the validation set, zero-shot, with standard errors. "
@@ -161,6 +163,12 @@ def _evaluation(results: list[Result], metrics: dict[str, Any]) -> list[str]:
             "scores are build-nanogpt's, by the same rule on all 10,042 items."
         )
     return sections
+
+
+def _openai_hellaswag(key: str) -> float | str:
+    """The published score of OpenAI's smallest model."""
+    score = published_score("gpt2", key.replace("hellaswag", "hellaswag_completion"))
+    return score.value if score else ""
 
 
 def _scorecard_sections(card: dict[str, Any] | None) -> list[str]:
@@ -192,7 +200,7 @@ def _results(metrics: dict[str, Any], record: dict[str, Any]) -> list[Result]:
         if key.startswith("val_loss_"):  # one source of a mixture
             title = f"validation loss on {key.removeprefix('val_loss_')}, nats per token"
             results.append(Result(key, title, value, f"{value:.4f}"))
-    for key in OPENAI_GPT2:
+    for key in HELLASWAG:
         if key in metrics:
             title = f"HellaSwag {key.removeprefix('hellaswag_')}"
             results.append(Result(key, title, metrics[key], with_error(metrics[key], metrics[f"{key}_stderr"])))
@@ -216,7 +224,7 @@ def _metadata(
     has_full_hellaswag = metrics.get("hellaswag_items") == FULL_SET
     published = []
     for result in results:
-        is_hellaswag = result.key in OPENAI_GPT2
+        is_hellaswag = result.key in HELLASWAG
         is_training_loss = result.key == "loss"
         is_partial_hellaswag = is_hellaswag and not has_full_hellaswag
         if not is_training_loss and not is_partial_hellaswag:

@@ -24,10 +24,9 @@ from gpt2repro.data.tokenization import build_tokenizer
 from gpt2repro.errors import UserError
 from gpt2repro.evaluation import score_cache, tasks
 from gpt2repro.evaluation.perplexity import WindowSettings
-from gpt2repro.evaluation.published import openai_size, published_score
+from gpt2repro.evaluation.published import openai_model, openai_models, published_score
 from gpt2repro.evaluation.scorecard import (
     MeasuredModel,
-    PublishedModel,
     decimals,
     make_scorecard,
     make_sentences,
@@ -127,7 +126,7 @@ def test_who_is_compared_with_whom():
 
 
 def test_against_a_published_figure_only_our_own_error_counts():
-    card = card_of(measured("a", 700, 3.0), published=[PublishedModel("gpt2")])
+    card = card_of(measured("a", 700, 3.0), published=[openai_models()["gpt2"]])
     ours = find(card["results"], model="a", metric="hellaswag_harness_acc_norm")
     theirs = find(card["results"], model="gpt2 (124M)")
     assert (theirs["value"], theirs["origin"], theirs["low"]) == (0.3114, "published", None)
@@ -141,8 +140,8 @@ def test_against_a_published_figure_only_our_own_error_counts():
 
 def test_a_model_without_published_figures_has_no_column():
     figures = [
-        PublishedModel("gpt2"),
-        PublishedModel("gpt2-medium"),
+        openai_models()["gpt2"],
+        openai_models()["gpt2-medium"],
     ]  # of the latter acc_norm in harness style is unknown
     assert [model["name"] for model in card_of(measured("a", 700, 3.0), published=figures)["models"]] == [
         "a",
@@ -151,7 +150,7 @@ def test_a_model_without_published_figures_has_no_column():
 
 
 def test_figures_of_other_data_are_shown_but_not_compared():
-    card = card_of(measured("a", 700, 3.0), published=[PublishedModel("gpt2")], task=items_task(caveat="other items"))
+    card = card_of(measured("a", 700, 3.0), published=[openai_models()["gpt2"]], task=items_task(caveat="other items"))
     theirs = find(card["results"], model="gpt2 (124M)")
     assert not theirs["same_method"] and theirs["note"] == "other items" and card["differences"] == []
     assert "31.14% †" in as_table(card) and "(other items)" in as_table(card)
@@ -159,7 +158,7 @@ def test_figures_of_other_data_are_shown_but_not_compared():
 
 def test_what_is_the_same_for_all_items_has_no_interval():
     """A model that has nothing right is not certain to have nothing right."""
-    card = card_of(measured("a", 0, 3.0), measured("b", 500, 3.0), published=[PublishedModel("gpt2")])
+    card = card_of(measured("a", 0, 3.0), measured("b", 500, 3.0), published=[openai_models()["gpt2"]])
     assert find(card["results"], model="a", metric="hellaswag_harness_acc_norm")["low"] is None
     assert find(card["differences"], against="gpt2 (124M)", model="a")["verdict"] is None
     assert find(card["differences"], against="b", metric="hellaswag_harness_acc_norm")["verdict"] == "below"
@@ -206,10 +205,10 @@ def test_sentences_give_direction_and_amount():
 
 
 def test_published_figures():
-    assert openai_size("openai-community/gpt2-xl") == "gpt2-xl" and openai_size("runs/gpt2") is None
-    paper = published_score("gpt2-xl", "ptb_word_perplexity", None)
+    assert openai_model("openai-community/gpt2-xl") is openai_models()["gpt2-xl"] and openai_model("runs/gpt2") is None
+    paper = published_score("gpt2-xl", "ptb_word_perplexity")
     assert (paper.value, paper.same_method) == (35.76, False) and "table 3" in paper.source
-    fineweb = published_score("gpt2", "validation_loss", "HuggingFaceFW/fineweb-edu")
+    fineweb = published_score("gpt2", "validation_loss", "HuggingFaceFW/fineweb-edu, sample-10BT")
     assert fineweb.value == 3.2924 and published_score("gpt2", "validation_loss", "some/corpus") is None
 
 
@@ -218,7 +217,7 @@ def test_published_figures():
 
 def test_table_markdown_and_picture(tmp_path, monkeypatch):
     models = [measured("my_run", 800, 3.0), measured("other|run", 760, 12.0)]
-    card = card_of(*models, published=[PublishedModel("gpt2")], notes=["a note"])
+    card = card_of(*models, published=[openai_models()["gpt2"]], notes=["a note"])
     table = as_table(card).splitlines()
     assert table[0].split() == ["my_run", "other|run", "gpt2", "(124M)"]
     assert table[1].startswith("HellaSwag ↑") and "40.0% [37.9, 42.2]" in table[1] and table[1].endswith("31.14% *")

@@ -259,5 +259,5 @@ def test_openais_levels_are_those_of_the_same_data_and_size():
 
 
 def test_hellaswag_levels_are_of_the_same_size_and_of_all_items():
-    assert hellaswag_levels(fineweb_record(), 10_042) == {"GPT-2 (124M)": 0.294463, "GPT-3 (124M)": 0.337}
+    assert hellaswag_levels(fineweb_record(), 10_042) == {"GPT-2 (124M)": 0.2955, "GPT-3 (124M)": 0.337}
     assert hellaswag_levels(fineweb_record(), 1000) == {}
