@@ -116,7 +116,8 @@ def check_arguments(args: argparse.Namespace) -> None:
     if args.data and not Path(args.data).is_file():
         problems.append(f"--data {args.data}: no such file; without --data, HellaSwag comes from the Hub")
     elif args.data:
-        problems += problems_of(read_items, args.data, args.limit, "--data", styles_asked(args))
+        limit = None if problems else args.limit
+        problems += problems_of(read_items, args.data, limit, "--data", styles_asked(args))
     if args.output and Path(args.output).exists():
         problems.append(f"--output {args.output}: exists and is not overwritten; remove it or choose another name")
     if args.output and not Path(args.output).parent.is_dir():

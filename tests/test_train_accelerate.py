@@ -28,7 +28,7 @@ from gpt2repro.data.mixture import RunData
 from gpt2repro.data.token_stream import TokenStream, unigram_entropy
 from gpt2repro.data.tokenization import padded_vocab_size
 from gpt2repro.errors import UserError
-from gpt2repro.evaluation import hellaswag
+from gpt2repro.evaluation import task_data
 from gpt2repro.files import file_sha256
 from gpt2repro.recipe import Recipe
 from gpt2repro.run_folder import RunFolder
@@ -529,7 +529,7 @@ def test_all_mistakes_come_at_once_and_end_in_exit_code_2(train, tmp_path):
 
 
 def test_missing_data_model_and_network_are_said_together(refused, tmp_path, monkeypatch):
-    monkeypatch.setattr(hellaswag, "_ask_hub_once", lambda: (_ for _ in ()).throw(ConnectionError("no DNS")))
+    monkeypatch.setattr(task_data, "_ask_hub_once", lambda source: (_ for _ in ()).throw(ConnectionError("no DNS")))
     flags = ("--data_dir", tmp_path / "none", "--init_from", "./no_model", "--hellaswag_every", 3)
     about_data, about_model, about_hellaswag = refused(*flags).splitlines()
     assert "none does not exist" in about_data and "./no_model does not exist" in about_model

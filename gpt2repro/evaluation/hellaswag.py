@@ -26,26 +26,21 @@ of the set that lacks them. source_id tells ActivityNet's items from WikiHow's. 
 """
 
 import difflib
-import gzip
-import json
+import itertools
 import re
-import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
-import datasets
 import numpy as np
 from accelerate import Accelerator
-from huggingface_hub import HfApi, constants
 
-from gpt2repro.data.hub import HUB_TIMEOUT
-from gpt2repro.errors import UserError, first_line, refuse
+from gpt2repro.errors import UserError, refuse
+from gpt2repro.evaluation import task_data
 from gpt2repro.evaluation.multiple_choice import Question, score_questions
-from gpt2repro.files import is_special
 
 
 HUB_ID = "Rowan/hellaswag"
+HUB = task_data.HubSource(HUB_ID, None, "validation")
 FULL_SET = 10_042  # items of the validation set
 ENDINGS = 4
 STYLES = ("completion", "harness")
@@ -66,11 +61,7 @@ def load_items(
     """
     if data is not None:
         return read_items(data, limit, flag, styles)
-    try:
-        _ask_hub_once()
-        rows = datasets.load_dataset(HUB_ID, split="validation")
-    except (OSError, datasets.exceptions.DatasetsError) as error:
-        raise UserError(_cannot_download(error, flag)) from error
+    rows = task_data.hub_rows(HUB, "HellaSwag", _remedy(flag))
     wanted = len(rows) if limit is None else min(limit, len(rows))
     return [check_item(row, f"{HUB_ID}, row {number}", styles) for number, row in enumerate(rows.select(range(wanted)))]
 
@@ -81,30 +72,11 @@ def download_problems(flag: str) -> list[str]:
     Args:
         flag: as for `load_items`.
     """
-    try:
-        _ask_hub_once()
-    except OSError as error:
-        return [_cannot_download(error, flag)]
-    return []
+    return task_data.download_problems(HUB, "HellaSwag", _remedy(flag))
 
 
-def _cannot_download(error: Exception, flag: str) -> str:
-    return (
-        f"HellaSwag ({HUB_ID}) cannot be downloaded from the Hub ({first_line(error)}); check the network, or give "
-        f"a local copy of hellaswag_val.jsonl with {flag} FILE"
-    )
-
-
-def _ask_hub_once() -> None:
-    """Raise a ConnectionError if the set is not in the cache and the Hub cannot be reached: `load_dataset` would try
-    again for half a minute."""
-    cached = Path(datasets.config.HF_DATASETS_CACHE) / HUB_ID.replace("/", "___")
-    if cached.is_dir() or Path(HUB_ID).is_dir() or constants.HF_HUB_OFFLINE:
-        return
-    try:
-        HfApi().dataset_info(HUB_ID, timeout=HUB_TIMEOUT)
-    except Exception as error:  # network and permission errors share no base class
-        raise ConnectionError(first_line(error)) from error
+def _remedy(flag: str) -> str:
+    return f"give a local copy of hellaswag_val.jsonl with {flag} FILE"
 
 
 def read_items(path: str, limit: int | None = None, flag: str = "--data", styles: Sequence[str] = ()) -> list[dict]:
@@ -113,33 +85,11 @@ def read_items(path: str, limit: int | None = None, flag: str = "--data", styles
     Raises:
         UserError: the file cannot be read or is empty, or a line is invalid; the message names the line.
     """
-    if is_special(Path(path)):
-        raise UserError(f"{path} is a pipe or device, which cannot be read twice; save it to a file")
-    items = []
-    open_file = gzip.open if str(path).endswith(".gz") else open
-    try:
-        with open_file(path, "rb") as file:
-            for number, line in enumerate(file, start=1):
-                if line.strip():
-                    items.append(parse_line(line, f"{path}, line {number}", styles))
-                if len(items) == limit:
-                    break
-    except (OSError, EOFError, zlib.error) as error:  # the last two: a truncated or damaged gzip file
-        raise UserError(
-            f"{path} cannot be read ({first_line(error)}); {flag} takes a .jsonl or .jsonl.gz file"
-        ) from error
+    lines = task_data.read_json_lines(path, f"{flag} {path}")
+    items = [check_item(item, where, styles) for where, item in itertools.islice(lines, limit)]
     if not items:
-        raise UserError(f"{path} holds no items; {flag} takes one JSON object per line")
+        raise UserError(f"{flag} {path}: holds no items; give a file with one JSON object per line")
     return items
-
-
-def parse_line(line: bytes, where: str, styles: Sequence[str] = ()) -> dict:
-    """One line of the file as an item; see `check_item`."""
-    try:
-        item = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{where}: not JSON ({first_line(error)}); correct or remove the line") from error
-    return check_item(item, where, styles)
 
 
 def check_item(item: dict, where: str, styles: Sequence[str] = ()) -> dict:

@@ -13,13 +13,17 @@ from huggingface_hub import HfApi, constants
 
 from gpt2repro.data.hub import HUB_TIMEOUT
 from gpt2repro.errors import UserError, first_line
+from gpt2repro.files import is_special
+
+
+READ_ERRORS = (OSError, EOFError, zlib.error)  # the last two: a truncated or damaged gzip file
 
 
 @dataclass(frozen=True)
 class HubSource:
     """A split of a dataset on the Hub.
 
-    column: the one that holds the texts.
+    column: the one that holds the texts; None: a row is more than a text.
     revision: a branch or commit; None: main.
     folder: where its files lie; None: as the dataset's card says.
     """
@@ -27,7 +31,7 @@ class HubSource:
     hub_id: str
     config: str | None
     split: str
-    column: str
+    column: str | None = None
     revision: str | None = None
     folder: str | None = None
 
@@ -36,8 +40,8 @@ class HubSource:
         return f"{self.hub_id}{config}, {self.split}"
 
 
-def hub_texts(source: HubSource, title: str, remedy: str) -> list[str]:
-    """The column of texts.
+def hub_rows(source: HubSource, title: str, remedy: str) -> datasets.Dataset:
+    """The rows of the split; with a `column` only that one.
 
     Args:
         title: of the task, for the message.
@@ -50,13 +54,18 @@ def hub_texts(source: HubSource, title: str, remedy: str) -> list[str]:
         rows = datasets.load_dataset(
             source.hub_id, source.config, data_dir=source.folder, split=source.split, revision=source.revision
         )
-        return list(rows[source.column])
+        return rows if source.column is None else rows.select_columns(source.column)
     except (OSError, ValueError, KeyError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         raise UserError(cannot_download(error, source, title, remedy)) from error
 
 
+def hub_texts(source: HubSource, title: str, remedy: str) -> list[str]:
+    """The texts of a source's column. Arguments and errors as for `hub_rows`."""
+    return list(hub_rows(source, title, remedy)[source.column])
+
+
 def download_problems(source: HubSource, title: str, remedy: str) -> list[str]:
-    """One line if `hub_texts` cannot get the data."""
+    """One line if `hub_rows` cannot get the data."""
     try:
         _ask_hub_once(source)
     except OSError as error:
@@ -89,8 +98,8 @@ def read_text(path: str | Path, what: str) -> str:
         UserError: it cannot be read, is not UTF-8, or is empty.
     """
     try:
-        text = _read_bytes(path).decode("utf-8-sig")
-    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
+        text = b"".join(_lines(path)).decode("utf-8-sig")
+    except (*READ_ERRORS, UnicodeDecodeError) as error:
         raise UserError(f"{what}: cannot be read ({first_line(error)}); give a text file in UTF-8") from error
     if not text.strip():
         raise UserError(f"{what}: is empty; give a text file in UTF-8")
@@ -104,19 +113,28 @@ def read_json_lines(path: str | Path, what: str) -> Iterator[tuple[str, Any]]:
         UserError: the file cannot be read, or a line is not JSON; the message names the line.
     """
     try:
-        lines = _read_bytes(path).splitlines()
-    except (OSError, EOFError, zlib.error) as error:
+        for number, line in enumerate(_lines(path), start=1):
+            if line.strip():
+                where = f"{path}, line {number}"
+                yield where, _parsed(line, where)
+    except READ_ERRORS as error:
         raise UserError(f"{what}: cannot be read ({first_line(error)}); give a .jsonl or .jsonl.gz file") from error
-    for number, line in enumerate(lines, start=1):
-        where = f"{path}, line {number}"
-        if not line.strip():
-            continue
-        try:
-            yield where, json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{where}: not JSON ({first_line(error)}); correct or remove the line") from error
 
 
-def _read_bytes(path: str | Path) -> bytes:
-    content = Path(path).read_bytes()
-    return gzip.decompress(content) if str(path).endswith(".gz") else content
+def _parsed(line: bytes, where: str) -> Any:
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where}: not JSON ({first_line(error)}); correct or remove the line") from error
+
+
+def _lines(path: str | Path) -> Iterator[bytes]:
+    """The lines of a file, unpacked if it is a .gz.
+
+    Raises:
+        OSError: also for a pipe or device, which cannot be read twice.
+    """
+    if is_special(Path(path)):
+        raise OSError("it is a pipe or device, which cannot be read twice")
+    with gzip.open(path) if str(path).endswith(".gz") else open(path, "rb") as file:
+        yield from file

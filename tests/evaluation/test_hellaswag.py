@@ -26,7 +26,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast, T
 
 import eval_hellaswag
 from gpt2repro.errors import UserError
-from gpt2repro.evaluation import hellaswag
+from gpt2repro.evaluation import hellaswag, task_data
 from gpt2repro.evaluation.hellaswag import (
     STYLES,
     EncodedItem,
@@ -443,7 +443,7 @@ def test_items_from_the_hub_have_labels_as_text(tmp_path, monkeypatch):
     (tmp_path / "repo" / "data").mkdir(parents=True)
     datasets.Dataset.from_list(rows).to_parquet(tmp_path / "repo" / "data" / "validation-00000-of-00001.parquet")
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    monkeypatch.setattr(hellaswag, "HUB_ID", str(tmp_path / "repo"))
+    monkeypatch.setattr(hellaswag, "HUB", task_data.HubSource(str(tmp_path / "repo"), None, "validation"))
     assert load_items() == make_items()
     assert load_items(limit=4) == make_items()[:4]
 
@@ -602,7 +602,7 @@ def test_mistakes_in_the_flags(run_main, flags, complaint):
 
 
 def test_a_missing_model_and_a_missing_network_are_said_together(run_main, monkeypatch):
-    monkeypatch.setattr(hellaswag, "_ask_hub_once", lambda: (_ for _ in ()).throw(ConnectionError("no DNS")))
+    monkeypatch.setattr(task_data, "_ask_hub_once", lambda source: (_ for _ in ()).throw(ConnectionError("no DNS")))
     with pytest.raises(UserError) as error:
         eval_hellaswag.main(["~/no_such_model"])
     about_data, about_model = str(error.value).splitlines()
