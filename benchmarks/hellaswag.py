@@ -47,7 +47,7 @@ def main() -> None:
     results = {}
     for batch_size in args.batch_sizes:
         batches = plan_batches(questions, batch_size, has_cache=True)
-        spacing = max(1, len(batches) * batch_size // args.items)
+        spacing = min(max(1, len(batches) * batch_size // args.items), len(batches))
         sample = [[questions[i] for i in batch.indices] for batch in batches[spacing // 2 :: spacing]]
         seconds: dict[str, list[float]] = {way: [] for way in WAYS}
         for _ in range(args.rounds + 1):  # the first is a warm-up
