@@ -30,7 +30,7 @@ from modeling_gpt2repro import GPT2ReproConfig
 
 
 FOLDER = files("gpt2repro.evaluation") / "reference_curves"
-SIGMAS = 3.0  # standard deviations between equally good runs that the tolerance allows for
+SIGMAS = 4.0  # deviations between equally good runs that the tolerance allows for; a few runs tell their size roughly
 
 
 @dataclass(frozen=True)

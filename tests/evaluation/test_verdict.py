@@ -194,7 +194,7 @@ def test_the_tolerance_adds_both_causes(llmc):
     spread = {"runs": 4, "sigma": 0.3, "progress": 0.2}
     curve = dataclasses.replace(llmc, tokens=(100, 100 * math.e), losses=(6.0, 4.0), spread=spread)
     assert curve.deviation(100) == pytest.approx(0.5)  # hypot(0.3, 0.2 * 2)
-    assert curve.tolerance(100) == pytest.approx(3 * 0.5 * math.sqrt(1.25))
+    assert curve.tolerance(100) == pytest.approx(4 * 0.5 * math.sqrt(1.25))
 
 
 @pytest.mark.parametrize("name", curve_names())
