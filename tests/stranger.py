@@ -1,6 +1,7 @@
 """What a user without the checkout does with a model: `stranger.py FUNCTION ARGUMENT ...`, in an interpreter that finds
 neither the checkout nor an editable install of it."""
 
+import builtins
 import json
 import sys
 from pathlib import Path
@@ -20,9 +21,13 @@ def logits(model) -> torch.Tensor:
 
 
 def use_folder(folder: str) -> None:
-    """Generate from a model folder, by model and tokenizer and by pipeline."""
-    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    """Generate from a model folder, as its card says and by pipeline."""
+    example = Path(folder, "README.md").read_text().split("```python\n")[1].split("```")[0]
+    names, questions = {}, []
+    builtins.input = questions.append  # transformers asks before it runs code that it was not told to trust
+    exec(example.replace("PATH_OR_REPO", folder), names)
+    model, tokenizer = names["model"], names["tokenizer"]
+    assert not questions
     assert "transformers_modules" in type(model).__module__
     ids = tokenizer("The ", return_tensors="pt").input_ids
     assert model.generate(ids, max_new_tokens=5, do_sample=False).shape == (1, ids.shape[1] + 5)

@@ -107,10 +107,12 @@ def _usage(model: PreTrainedModel, load_from: str) -> str:
     is_plain = model.config.model_type == "gpt2"
     remote_code = "" if is_plain else ", trust_remote_code=True"
     needs = "" if is_plain else "\n\nNeeds transformers 5.17 or later and torch 2.11 or later."
+    # AutoTokenizer reads the model's configuration first, and asks whether to run its code.
+    tokenizer = "AutoTokenizer" if is_plain else "PreTrainedTokenizerFast"
     return (
-        "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+        f"```python\nfrom transformers import AutoModelForCausalLM, {tokenizer}\n\n"
         f'model = AutoModelForCausalLM.from_pretrained("{load_from}"{remote_code})\n'
-        f'tokenizer = AutoTokenizer.from_pretrained("{load_from}")\n```{needs}'
+        f'tokenizer = {tokenizer}.from_pretrained("{load_from}")\n```{needs}'
     )
 
 

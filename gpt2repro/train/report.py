@@ -124,7 +124,7 @@ def files_text(folder: RunFolder, report: str) -> str:
         f"checkpoint  {folder.latest_checkpoint()}\n"
         f"model       {folder.model}\n"
         "\n"
-        "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
+        "from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast\n"
         f'model = AutoModelForCausalLM.from_pretrained("{folder.model}", trust_remote_code=True)\n'
-        f'tokenizer = AutoTokenizer.from_pretrained("{folder.model}")'
+        f'tokenizer = PreTrainedTokenizerFast.from_pretrained("{folder.model}")'
     )
