@@ -3,6 +3,7 @@
 import ctypes
 import multiprocessing.util
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -50,6 +51,7 @@ def audit(event: str, arguments: tuple) -> None:
 
 
 sys.addaudithook(audit)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup it is ignored, also by the processes that tests start
 
 
 @pytest.fixture(scope="session")

@@ -125,9 +125,9 @@ def slow_main_process(seconds: float) -> None:
     """The main process verifies the data for so long; the others wait for it in a collective."""
     verify_changed = RunData.verify_changed
 
-    def verify_slowly(*args):
+    def verify_slowly(*args, **options):
         time.sleep(seconds)
-        return verify_changed(*args)
+        return verify_changed(*args, **options)
 
     RunData.verify_changed = verify_slowly
 
