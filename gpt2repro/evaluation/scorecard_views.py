@@ -131,10 +131,7 @@ def bullets(lines: list[str]) -> str:
 def draw_scorecard(card: dict[str, Any], path: Path) -> None:
     """One panel for each headline metric: a line a model, its value with the 95% interval; published figures hollow."""
     import matplotlib
-
-    matplotlib.use("Agg")  # needs no display
-    matplotlib.rcParams.update({"text.parse_math": False, "text.usetex": False})
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure
 
     metrics = [metric for metric in card["metrics"] if metric["headline"]]
     names = [model["name"] for model in card["models"]]
@@ -142,19 +139,18 @@ def draw_scorecard(card: dict[str, Any], path: Path) -> None:
     columns = min(2, len(metrics))
     rows = math.ceil(len(metrics) / columns)
     height = 0.9 + 0.32 * len(names)
-    figure, grid = pyplot.subplots(
-        rows, columns, figsize=(5.2 * columns, height * rows), layout="constrained", squeeze=False
-    )
-    for metric, axes in zip(metrics, grid.flat):
-        results = {result["model"]: result for result in card["results"] if result["metric"] == metric["key"]}
-        _draw_panel(axes, metric, results, names, colors)
-    for axes in grid.flat[len(metrics) :]:
-        axes.set_visible(False)
     marks = f"{PUBLISHED} measured in the same way, {OTHER_METHOD} in another or on other data: not comparable"
-    figure.supxlabel(f"lines: 95% intervals; hollow: published figures, {marks}", fontsize=9)
     picture = io.BytesIO()
-    figure.savefig(picture, format="png", dpi=120)
-    pyplot.close(figure)
+    with matplotlib.rc_context({"text.parse_math": False, "text.usetex": False}):  # names are literal
+        figure = Figure(figsize=(5.2 * columns, height * rows), layout="constrained")
+        grid = figure.subplots(rows, columns, squeeze=False)
+        for metric, axes in zip(metrics, grid.flat):
+            results = {result["model"]: result for result in card["results"] if result["metric"] == metric["key"]}
+            _draw_panel(axes, metric, results, names, colors)
+        for axes in grid.flat[len(metrics) :]:
+            axes.set_visible(False)
+        figure.supxlabel(f"lines: 95% intervals; hollow: published figures, {marks}", fontsize=9)
+        figure.savefig(picture, format="png", dpi=120)
     write_bytes(path, picture.getvalue())
 
 

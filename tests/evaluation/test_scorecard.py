@@ -15,7 +15,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from huggingface_hub import constants
-from matplotlib import pyplot
+from matplotlib.figure import Figure
 from support import DAMAGED_JSON, PATIENCE, ROOT, prepare
 from tiny_models import tiny_model
 
@@ -228,7 +228,8 @@ def test_table_markdown_and_picture(tmp_path, monkeypatch):
     assert "\n- a note\n" in markdown and "\n- my\\_run: above other\\|run on HellaSwag" in markdown
 
     drawn = []
-    monkeypatch.setattr(pyplot, "close", drawn.append)
+    save = Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda self, *args, **kw: (drawn.append(self), save(self, *args, **kw)))
     draw_scorecard(card, tmp_path / "card.png")
     panels = [axes for axes in drawn[0].axes if axes.get_visible()]
     assert [len(panel.get_yticklabels()) for panel in panels] == [3, 2]  # the second has no published figure
