@@ -148,7 +148,7 @@ def _judged(row: dict[str, Any], curve: ReferenceCurve, run_tokens: int, is_end:
         return JudgedValidation(step, tokens, loss, "no verdict")
     expected, tolerance = curve.loss_at(tokens_there), curve.tolerance(tokens_there)
     status: Status = "on track"
-    if loss > expected + tolerance:
+    if not loss <= expected + tolerance:  # NaN is off, too
         status = "no verdict" if is_longer and not is_end else "off"
     elif loss < expected - tolerance and not is_shorter:
         status = "better"
@@ -186,7 +186,7 @@ def _beside(level: Level, loss: float) -> str:
 
 
 def _distance(loss: float, reference: float) -> str:
-    return f"{abs(loss - reference):.2g} {'above' if loss > reference else 'below'}"
+    return f"{abs(loss - reference):.2g} {'below' if loss < reference else 'above'}"
 
 
 def _causes(differences: tuple[str, ...]) -> str:

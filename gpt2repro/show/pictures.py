@@ -8,6 +8,7 @@ dollar signs included, and names no path of this machine.
 
 import io
 import itertools
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal
@@ -140,10 +141,10 @@ def _draw_losses(axes: "Axes", runs: list[LoggedRun], theme: Theme, exported: in
 
 
 def loss_range(runs: list[LoggedRun], levels: list[float]) -> tuple[float, float]:
-    """The loss axis: all losses but those of the first tokens, and all levels."""
+    """The loss axis: all finite losses but those of the first tokens, and all levels."""
     points = [point for run in runs for key in ("loss", "val_loss") for point in zip(*run.series(key))]
     last = max((tokens for tokens, _ in points), default=0)
-    losses = [loss for tokens, loss in points if tokens >= FIRST_SHARE * last] + levels
+    losses = [loss for tokens, loss in points if tokens >= FIRST_SHARE * last and math.isfinite(loss)] + levels
     low, high = min(losses, default=0), max(losses, default=0)
     middle, half = (low + high) / 2, max(LEAST_RANGE, 1.1 * (high - low)) / 2
     return middle - half, middle + half
@@ -162,7 +163,7 @@ def _draw_differences(axes: "Axes", runs: list[LoggedRun], theme: Theme) -> None
         judged = [(at.tokens, at.loss - at.expected) for at in run.verdict.validations if at.expected is not None]
         if judged:
             axes.plot(*zip(*judged), color=color, linewidth=1.5, marker="o", markersize=3)
-        shown = [abs(gap) for tokens, gap in judged if tokens >= FIRST_SHARE * judged[-1][0]]
+        shown = [abs(gap) for tokens, gap in judged if tokens >= FIRST_SHARE * judged[-1][0] and math.isfinite(gap)]
         reach = max([reach, *shown])
     axes.set_ylim(-1.15 * reach, 1.15 * reach)
     axes.set_ylabel("difference from\nthe reference")

@@ -64,6 +64,12 @@ def test_the_causes_are_named_once_and_are_the_runs_own_settings(llmc):
     assert [causes in line for line in told] == [True, False, False, False, False]
 
 
+def test_a_loss_that_is_no_number_is_off(llmc):
+    rows = rows_like(llmc)
+    verdict = judge(fineweb_record(), [*rows[:-1], rows[-1] | {"val_loss": math.nan}])
+    assert verdict.status == "off" and verdict.headline.startswith("off: validation loss nan after ")
+
+
 def test_a_loss_below_the_tolerance_is_better(llmc):
     verdict = judge(fineweb_record(), rows_like(llmc, above=-0.1))
     assert verdict.status == "better" and "0.1 below the reference" in verdict.headline

@@ -1,5 +1,7 @@
 """The pictures of runs: what is on them."""
 
+import math
+
 import pytest
 from logged_runs import STEP, fineweb_record, rows_like
 from matplotlib.figure import Figure
@@ -48,6 +50,14 @@ def test_a_run_that_has_only_begun_is_drawn():
     for row in ({"step": 0, "val_loss": 2.3}, {"step": 1, "loss": 3.0}, {"step": 1, "loss": None}):
         assert loss_picture([run_of(row)]).startswith(b"\x89PNG\r\n\x1a\n")
     assert training_picture([run_of(row)]).startswith(b"\x89PNG\r\n\x1a\n")
+
+
+def test_losses_that_are_no_numbers_leave_gaps(drawn, llmc):
+    rows = rows_like(llmc)
+    broken = [row | {"val_loss": math.nan} for row in rows[:3]] + rows[3:] + [rows[-1] | {"val_loss": math.inf}]
+    loss_picture([LoggedRun("a run", fineweb_record(), broken)])
+    top, bottom = drawn[-1].axes[0].get_ylim(), drawn[-1].axes[1].get_ylim()
+    assert all(map(math.isfinite, (*top, *bottom)))
 
 
 def test_text_in_the_picture_is_literal(drawn):
