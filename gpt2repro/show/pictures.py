@@ -32,6 +32,7 @@ RUN_COLORS = {
 }
 FIRST_SHARE = 0.05  # of the tokens: their losses may leave the picture at its top, or all that follows would be flat
 FEW_ROWS = 20  # below this, each training loss is marked: a single one has no line
+LONGEST_NAME = 36  # characters that a legend shows of a name
 LEAST_RANGE = 1.0  # nats that the loss axis spans at least: the noise of a few rows must not fill the picture
 
 
@@ -73,7 +74,7 @@ def training_picture(runs: list[LoggedRun], theme: Theme = "light") -> bytes:
         for key in keys:
             name, show = TRAINING_PANELS[key]
             for run, color in _colored(runs, theme):
-                panels[key].plot(*run.series(key), color=color, linewidth=1, label=run.name)
+                panels[key].plot(*run.series(key), color=color, linewidth=1, label=_label(run.name))
             panels[key].set_title(name)
             panels[key].set_ylim(bottom=0)
             panels[key].yaxis.set_major_formatter(show)
@@ -120,7 +121,7 @@ def _draw_losses(axes: "Axes", runs: list[LoggedRun], theme: Theme, exported: in
         tokens, losses = run.series("val_loss")
         if tokens:
             status = "" if run.verdict.status == "no verdict" else f", {run.verdict.status}"
-            label = f"{run.name if len(runs) > 1 else 'validation'}, last {losses[-1]:.4f}{status}"
+            label = f"{_label(run.name) if len(runs) > 1 else 'validation'}, last {losses[-1]:.4f}{status}"
             axes.plot(tokens, losses, color=color, linewidth=2, marker="o", markersize=3, label=label)
         for row in run.rows:
             if "val_loss" in row and row["step"] == exported:
@@ -133,7 +134,7 @@ def _draw_losses(axes: "Axes", runs: list[LoggedRun], theme: Theme, exported: in
     levels = {level.name: level.loss for run in runs for level in run.verdict.levels}
     for run in runs:
         levels |= run.record.get("reference_losses", {})
-    _draw_levels(axes, levels, theme, "{:.4f}", side="right")
+    _draw_levels(axes, levels, theme, "{:.4f}")
     axes.set_ylabel("loss, nats per token")
     axes.set_ylim(loss_range(runs, [*levels.values()]))
     _finish(axes)
@@ -181,25 +182,25 @@ def _draw_hellaswag(axes: "Axes", runs: list[LoggedRun], theme: Theme) -> None:
         low = [score - 1.96 * error for score, error in zip(scores, errors)]
         high = [score + 1.96 * error for score, error in zip(scores, errors)]
         axes.fill_between(tokens, low, high, color=color, alpha=0.2, linewidth=0)
-        axes.plot(tokens, scores, color=color, linewidth=2, marker="o", markersize=3, label=f"{run.name}, 95% interval")
+        axes.plot(tokens, scores, color=color, linewidth=2, marker="o", markersize=3, label=f"{_label(run.name)}, 95% interval")
         _, items = run.series("hellaswag_items")
         levels |= hellaswag_levels(run.record, int(items[-1]))
-    _draw_levels(axes, levels, theme, "{:.1%}", side="left")
+    _draw_levels(axes, levels, theme, "{:.1%}")
     axes.set(xlabel="tokens", ylabel="HellaSwag acc_norm")
     axes.yaxis.set_major_formatter(_percent)
     _finish(axes)
     axes.legend(loc="lower right")
 
 
-def _draw_levels(axes: "Axes", levels: dict[str, float], theme: Theme, number: str, side: str) -> None:
-    """A horizontal line for each, with its name at the end where the curves are not."""
+def _draw_levels(axes: "Axes", levels: dict[str, float], theme: Theme, number: str) -> None:
+    """A horizontal line for each, with its name at the left, where the curves have not come near it yet."""
     paper = {"facecolor": PAPER[theme], "edgecolor": "none", "alpha": 0.7, "pad": 1}
-    style: Any = {"ha": side, "va": "bottom", "fontsize": "small", "bbox": paper}
+    style: Any = {"ha": "left", "va": "bottom", "fontsize": "small", "bbox": paper}
     for name, value in levels.items():
         axes.axhline(value, color=INK[theme], linestyle=":", linewidth=1.2)
         axes.annotate(
-            f"{name}, {number.format(value)}",
-            (float(side == "right"), value),
+            f"{_label(name)}, {number.format(value)}",
+            (0.005, value),
             xycoords=("axes fraction", "data"),
             **style,
         )
@@ -221,7 +222,15 @@ def _title(runs: list[LoggedRun]) -> str:
     if len(runs) > 1:
         return f"{len(runs)} runs"
     run = runs[0]
-    return f"{run.name}: GPT-2 on {corpus_title(run.record['data']['corpus'])}"
+    return f"{_label(run.name)}: GPT-2 on {_label(corpus_title(run.record['data']['corpus']))}"
+
+
+def _label(name: str) -> str:
+    """A name that somebody chose, as a label: without its middle if it is long, and not beginning with an underscore,
+    as legends leave such lines out."""
+    if len(name) > LONGEST_NAME:
+        name = f"{name[: LONGEST_NAME // 2]} ... {name[-LONGEST_NAME // 3 :]}"
+    return f" {name}" if name.startswith("_") else name
 
 
 def _finish(axes: "Axes") -> None:

@@ -137,6 +137,19 @@ def test_several_runs_have_their_names_and_colours_and_one_reference(drawn, llmc
     assert labels(axes) == ["run 0.0", "run 0.5"] and len({line.get_color() for line in axes.lines}) == 2
 
 
+def test_every_name_fits_into_the_picture(drawn):
+    """A legend would leave out what begins with an underscore; a name may have 255 characters."""
+    runs = [run_of({"step": 1, "loss": 3.0}, {"step": 1, "val_loss": 3.0}, name=name) for name in ("_old", 250 * "n")]
+    for draw in (loss_picture, training_picture):
+        draw(runs)
+        axes = drawn[-1].axes[0]
+        frame = axes.get_legend().get_window_extent()
+        assert len(labels(axes)) == 2 and frame.x0 > 0
+    loss_picture(runs[1:])
+    title = drawn[-1]._suptitle.get_window_extent()
+    assert 0 < title.x0 and title.x1 < drawn[-1].bbox.x1
+
+
 def test_the_first_losses_do_not_flatten_the_rest(drawn, llmc):
     rows = [{"step": 1, "tokens": STEP, "loss": 11.0}, *rows_like(llmc)]
     loss_picture([LoggedRun("a run", fineweb_record(), rows)])
