@@ -7,22 +7,18 @@ A run may still be training; it draws its own loss.png at every validation.
 """
 
 import argparse
-import dataclasses
 from pathlib import Path
 
 from gpt2repro.errors import Parser, problems_of, refuse, report_write_errors, run_script
 from gpt2repro.evaluation.reference_curves import reference_problems
 from gpt2repro.files import write_bytes, write_problem
-from gpt2repro.show.logged_run import LoggedRun
 from gpt2repro.show.pictures import THEMES, loss_picture, training_picture
-from gpt2repro.train.report import open_run
+from gpt2repro.train.report import open_runs
 
 
 def main(argv: list[str]) -> None:
     args = parse_arguments(argv)
-    runs = open_runs(args)
-    if args.reference_curve is not None:
-        runs = [compared_with(args.reference_curve, run) for run in runs]
+    runs = open_runs(args.runs, args.reference_curve)
     loss, training = args.output_dir / "loss.png", args.output_dir / "training.png"
     with report_write_errors(args.output_dir):
         args.output_dir.mkdir(parents=True, exist_ok=True)
@@ -31,30 +27,6 @@ def main(argv: list[str]) -> None:
     for run in runs:
         print(f"{run.name}: {run.verdict.headline or 'no verdict: its recipe names no reference_curve'}")
     print(f"written to {loss} and {training}")
-
-
-def open_runs(args: argparse.Namespace) -> list[LoggedRun]:
-    """The runs, under names that tell them apart.
-
-    Raises:
-        UserError: one line for each that cannot be opened, and for a mistake in the other arguments.
-    """
-    problems = [problem for path in args.runs for problem in problems_of(open_run, path)]
-    problems += reference_problems(args.reference_curve)
-    if args.output_dir is None:
-        problems.append(f"the pictures of {len(args.runs)} runs need a folder; add --output_dir FOLDER")
-    elif unwritable := write_problem(args.output_dir):
-        problems.append(f"--output_dir {args.output_dir}: {unwritable}; choose another")
-    refuse(problems)
-    runs = [open_run(path) for path in args.runs]
-    if len({run.name for run in runs}) < len(runs):
-        longer = ["/".join(Path(path).resolve().parts[-2:]) for path in args.runs]
-        runs = [dataclasses.replace(run, name=name) for run, name in zip(runs, longer)]
-    return runs
-
-
-def compared_with(curve: str, run: LoggedRun) -> LoggedRun:
-    return dataclasses.replace(run, record=run.record | {"reference_curve": curve})
 
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
@@ -67,6 +39,12 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.output_dir is None and len(args.runs) == 1:
         args.output_dir = Path(args.runs[0])
+    problems = problems_of(open_runs, args.runs) + reference_problems(args.reference_curve)
+    if args.output_dir is None:
+        problems.append(f"the pictures of {len(args.runs)} runs need a folder; add --output_dir FOLDER")
+    elif unwritable := write_problem(args.output_dir):
+        problems.append(f"--output_dir {args.output_dir}: {unwritable}; choose another")
+    refuse(problems)
     return args
 
 

@@ -10,7 +10,6 @@ writes its own. Needs `pip install "gpt2repro[report]"`.
 """
 
 import argparse
-import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from gpt2repro.evaluation.reference_curves import reference_problems
 from gpt2repro.evaluation.scorecard import FORMAT
 from gpt2repro.files import write_problem, write_text
 from gpt2repro.run_folder import RunFolder
-from gpt2repro.train.report import check_report_packages, is_report, open_run
+from gpt2repro.train.report import check_report_packages, is_report, open_run, open_runs
 
 
 SCORECARD = "scorecard.json"  # in a run's folder
@@ -30,10 +29,7 @@ def main(argv: list[str]) -> None:
     args = parse_arguments(argv)
     from gpt2repro.show.page import report_page
 
-    runs = [open_run(path) for path in args.runs]
-    if args.reference_curve:
-        reference = {"reference_curve": args.reference_curve}
-        runs = [dataclasses.replace(run, record=run.record | reference) for run in runs]
+    runs = open_runs(args.runs, args.reference_curve)
     page = report_page(runs, args.scorecard and read_scorecard(args.scorecard))
     with report_write_errors(args.output):
         args.output.parent.mkdir(parents=True, exist_ok=True)

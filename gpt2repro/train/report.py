@@ -1,6 +1,7 @@
 """What a run reports: what it has logged, its final losses, the software versions, and where its files are."""
 
 import contextlib
+import dataclasses
 import platform
 import subprocess
 from importlib.metadata import version
@@ -12,7 +13,7 @@ import torch
 
 from gpt2repro.data.mixture import RunData
 from gpt2repro.data.token_stream import bits_per_byte, unigram_entropy
-from gpt2repro.errors import CHECK_PERMISSIONS, UserError, first_line, problems_of
+from gpt2repro.errors import CHECK_PERMISSIONS, UserError, first_line, problems_of, refuse
 from gpt2repro.files import CHECKOUT, write_text
 from gpt2repro.run_folder import RunFolder
 from gpt2repro.show.logged_run import LoggedRun
@@ -63,6 +64,31 @@ def open_run(path: str) -> LoggedRun:
     if not rows:
         raise UserError(f"{folder.metrics} holds no row of a run's metrics; restore it, or give another run")
     return LoggedRun(folder.path.resolve().name, record, rows)
+
+
+def open_runs(paths: list[str], reference_curve: str | None = None) -> list[LoggedRun]:
+    """Runs that are shown together, each once, under as much of their paths as tells them apart.
+
+    Args:
+        reference_curve: what all are compared with; None: what their recipes name.
+    Raises:
+        UserError: one line for each that cannot be opened.
+    """
+    refuse([problem for path in paths for problem in problems_of(open_run, path)])
+    folders = list(dict.fromkeys(Path(path).resolve() for path in paths))
+    depth = 1
+    while len({_end(folder, depth) for folder in folders}) < len(folders):
+        depth += 1
+    runs = [dataclasses.replace(open_run(str(folder)), name=_end(folder, depth)) for folder in folders]
+    if reference_curve is None:
+        return runs
+    reference = {"reference_curve": reference_curve}
+    return [dataclasses.replace(run, record=run.record | reference) for run in runs]
+
+
+def _end(folder: Path, depth: int) -> str:
+    """The last parts of a path."""
+    return "/".join(folder.parts[-depth:])
 
 
 def check_report_packages() -> None:

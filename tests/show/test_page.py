@@ -175,6 +175,12 @@ def test_several_runs_lie_on_top_of_each_other_with_their_differences(run, tmp_p
     assert differing == ["learning_rate", "hardware"]
 
 
+def test_runs_of_one_name_are_told_apart(tmp_path):
+    runs = [make_run(tmp_path / parent / "same" / "run", 4.0) for parent in ("a", "b")]
+    page = Page(written(*runs, runs[0], "--output", tmp_path / "both.html"))
+    assert "a/same/run and b/same/run" in page.text
+
+
 def test_a_run_is_compared_with_the_reference_that_is_asked_for(tmp_path):
     run = make_run(tmp_path / "one", 4.0)
     assert "on track" not in written(run)
