@@ -97,7 +97,7 @@ class RunFolder:
         """
         try:
             record = yaml.safe_load(self.recipe.read_text())
-            if isinstance(record, dict):
+            if isinstance(record, dict) and "data" in record:  # a recipe that nobody ran has no such field
                 return record
             problem = "it holds no record of a run"
         except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:

@@ -58,20 +58,23 @@ def test_a_run_without_a_validation_is_drawn_without_a_verdict(tmp_path, capsys)
 
 
 def test_all_mistakes_are_one_line_each_and_nothing_is_written(run, tmp_path):
-    begun, garbled, damaged = (write_run(tmp_path / name, {}, []) for name in ("begun", "garbled", "damaged"))
+    names = ("begun", "garbled", "damaged", "recipe")
+    begun, garbled, damaged, recipe = (write_run(tmp_path / name, {"data": {}}, []) for name in names)
     (begun / "metrics.jsonl").unlink()
     (garbled / "metrics.jsonl").write_text("no metrics\n")
     (damaged / "recipe.yaml").write_text("{")
+    (recipe / "recipe.yaml").write_text("max_steps: 3")
     (run / "model").mkdir()
-    paths = [run / "model", tmp_path / "nowhere", begun, garbled, damaged]
+    paths = [run / "model", tmp_path / "nowhere", begun, garbled, damaged, recipe]
     assert refusal(*paths, "--reference_curve", "shakespeare-char-cpv") == [
         f"{run}/model is no run, as it has no recipe.yaml; give {run}",
         f"{tmp_path}/nowhere is no run, as it has no recipe.yaml; give the output_dir of a run",
         f"{begun} has logged nothing yet, as it has no metrics.jsonl; wait for its first row",
         f"{garbled}/metrics.jsonl holds no row of a run's metrics; restore it, or give another run",
         f"{damaged}/recipe.yaml is damaged (while parsing a flow node); restore it, or choose another --output_dir",
+        f"{recipe}/recipe.yaml is damaged (it holds no record of a run); restore it, or choose another --output_dir",
         "reference_curve=shakespeare-char-cpv does not exist; did you mean shakespeare-char-cpu?",
-        "the pictures of 5 runs need a folder; add --output_dir FOLDER",
+        "the pictures of 6 runs need a folder; add --output_dir FOLDER",
     ]
     assert refusal(run, "--output_dir", run / "recipe.yaml") == [
         f"--output_dir {run}/recipe.yaml: {run}/recipe.yaml is a file; choose another"
