@@ -178,11 +178,12 @@ def _draw_hellaswag(axes: "Axes", runs: list[LoggedRun], theme: Theme) -> None:
         tokens, scores = run.series("hellaswag_acc_norm")
         if not tokens:
             continue
-        _, errors = run.series("hellaswag_acc_norm_stderr")
-        low = [score - 1.96 * error for score, error in zip(scores, errors)]
-        high = [score + 1.96 * error for score, error in zip(scores, errors)]
+        margins = [1.96 * (row["hellaswag_acc_norm_stderr"] or 0) for row in run.rows if "hellaswag_acc_norm" in row]
+        low = [score - margin for score, margin in zip(scores, margins)]  # a single item has no standard error
+        high = [score + margin for score, margin in zip(scores, margins)]
+        label = f"{_label(run.name)}, 95% interval"
         axes.fill_between(tokens, low, high, color=color, alpha=0.2, linewidth=0)
-        axes.plot(tokens, scores, color=color, linewidth=2, marker="o", markersize=3, label=f"{_label(run.name)}, 95% interval")
+        axes.plot(tokens, scores, color=color, linewidth=2, marker="o", markersize=3, label=label)
         _, items = run.series("hellaswag_items")
         levels |= hellaswag_levels(run.record, int(items[-1]))
     _draw_levels(axes, levels, theme, "{:.1%}")

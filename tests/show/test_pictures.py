@@ -127,6 +127,12 @@ def test_hellaswag_stands_beside_gpt2_and_gpt3_with_its_interval(drawn):
         assert (limits.y0, limits.y1) == pytest.approx((0.29 - 1.96 * 0.01, 0.29 + 1.96 * 0.01))
 
 
+def test_hellaswag_of_a_single_item_has_no_interval(drawn):
+    rows = [row | {"hellaswag_acc_norm_stderr": None} for row in hellaswag_rows(items=1)]
+    loss_picture([LoggedRun("a run", fineweb_record(), rows)])
+    assert drawn[-1].axes[-1].get_legend() is not None
+
+
 def test_several_runs_have_their_names_and_colours_and_one_reference(drawn, llmc):
     good, bad = (LoggedRun(f"run {above}", fineweb_record(), rows_like(llmc, above)) for above in (0.0, 0.5))
     loss_picture([good, bad])
@@ -147,7 +153,7 @@ def test_every_name_fits_into_the_picture(drawn):
         assert len(labels(axes)) == 2 and frame.x0 > 0
     loss_picture(runs[1:])
     title = drawn[-1]._suptitle.get_window_extent()
-    assert 0 < title.x0 and title.x1 < drawn[-1].bbox.x1
+    assert title.x0 > 0 and title.x1 < drawn[-1].bbox.x1
 
 
 def test_the_first_losses_do_not_flatten_the_rest(drawn, llmc):
