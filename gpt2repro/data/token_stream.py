@@ -16,6 +16,7 @@ from gpt2repro.data.shards import map_npy
 from gpt2repro.errors import CHECK_PERMISSIONS, UserError, first_line
 
 
+LARGEST_EXPONENT = 700.0  # e to more is no float64; only a broken model gets there
 MAPPED_SHARDS = 128  # memory maps a process keeps: each holds a file open, and processes are usually limited to 1024
 
 
@@ -148,6 +149,17 @@ def unigram_entropy(counts: np.ndarray) -> float:
     """
     p = counts[counts > 0] / counts.sum()
     return float(-(p * np.log(p)).sum())
+
+
+def perplexity(loss: float) -> float:
+    """e to a loss in nats; of a broken model, whose perplexity is no float, the largest power that is one."""
+    return math.exp(min(loss, LARGEST_EXPONENT))
+
+
+def perplexity_text(loss: float) -> str:
+    """The perplexity for readers."""
+    value = perplexity(loss)
+    return f"{value:.2f}" if value < 1e9 else f"{value:.2g}"
 
 
 def bits_per_byte(loss: float, tokens: int, text_bytes: int | None) -> float | None:

@@ -16,12 +16,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from gpt2repro.data.token_stream import LARGEST_EXPONENT
+
 
 RESAMPLES = 5_000
 LEVEL = 0.95
 CHUNK = 256  # resamples at a time: their counts of a benchmark's 10,000 items take 10 MB
 SEED = 1337
-LARGEST_EXPONENT = 700.0  # e to more is no float64; only a broken model gets there
 TRANSFORMS: dict[str, Callable] = {
     "mean": lambda ratio: ratio,
     "perplexity": lambda ratio: np.exp(np.minimum(ratio, LARGEST_EXPONENT)),  # of nats

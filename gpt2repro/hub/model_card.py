@@ -1,6 +1,5 @@
 """The model card, README.md of a model folder, from what the run recorded. What was not measured is left out."""
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,7 +8,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers import PreTrainedModel
 
 from gpt2repro.data.manifest import corpus_title
-from gpt2repro.data.token_stream import bits_per_byte
+from gpt2repro.data.token_stream import bits_per_byte, perplexity, perplexity_text
 from gpt2repro.evaluation import scorecard_views
 from gpt2repro.evaluation.hellaswag import FULL_SET, HUB_ID, with_error
 from gpt2repro.evaluation.published import openai_models, published_score
@@ -192,10 +191,9 @@ def _results(metrics: dict[str, Any], record: dict[str, Any]) -> list[Result]:
         results.append(Result("loss", "training loss, last row, nats per token", loss, f"{loss:.4f}"))
     if "val_loss" in metrics:
         loss, val = metrics["val_loss"], record["data"]["splits"]["val"]
-        perplexity = math.exp(loss)
         bits = bits_per_byte(loss, val["tokens"], val["bytes"])
         results.append(Result("val_loss", "validation loss, nats per token", loss, f"{loss:.4f}"))
-        results.append(Result("perplexity", "validation perplexity", perplexity, f"{perplexity:.2f}"))
+        results.append(Result("perplexity", "validation perplexity", perplexity(loss), perplexity_text(loss)))
         if bits is not None:
             results.append(Result("bits_per_byte", "validation, bits per byte", bits, f"{bits:.4f}"))
     for key, value in metrics.items():

@@ -11,7 +11,6 @@ import base64
 import dataclasses
 import hashlib
 import itertools
-import math
 import statistics
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -27,7 +26,7 @@ from bokeh.resources import Resources
 from jinja2 import Environment, StrictUndefined
 
 from gpt2repro.data.manifest import corpus_title
-from gpt2repro.data.token_stream import bits_per_byte
+from gpt2repro.data.token_stream import bits_per_byte, perplexity_text
 from gpt2repro.evaluation.hellaswag import with_error
 from gpt2repro.evaluation.reference_curves import ReferenceCurve, hellaswag_levels, model_of
 from gpt2repro.evaluation.scorecard_views import legend_lines, method_lines, table_rows
@@ -313,7 +312,7 @@ def _best(run: LoggedRun) -> str:
 
 def _perplexity(run: LoggedRun) -> str:
     loss = _last(run, "val_loss")
-    return "" if loss is None else f"{math.exp(loss):.2f}"
+    return "" if loss is None else perplexity_text(loss)
 
 
 def _bits(run: LoggedRun) -> str:

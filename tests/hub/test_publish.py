@@ -1,6 +1,7 @@
 """publish.py to folders: from runs, checkpoints, model folders and other trainers' files, in both formats."""
 
 import json
+import math
 import shutil
 import subprocess
 import sys
@@ -194,6 +195,14 @@ def test_the_card_says_what_was_measured(run_dir):
     assert "| HellaSwag acc_norm | 0.2800 ± 0.0045 | 0.2955 |" in card.text
     assert "10,042 items" in card.text and "loss.png" in card.text
     assert "/home/ada" not in card.text and "None" not in card.text
+
+
+def test_a_broken_models_card_has_a_number_for_its_perplexity(run_dir):
+    """e to 812 is no float; a run that ends there still exports its model."""
+    (run_dir / "metrics.jsonl").write_text(json.dumps(METRICS[3] | {"val_loss": 812.5}) + "\n")
+    card = model_card(make_model(2), "run", None, RunFolder(run_dir))
+    results = {result.metric_type: result.metric_value for result in card.data.eval_results}
+    assert math.isfinite(results["perplexity"]) and "| validation perplexity | 1e+304 |" in card.text
 
 
 def test_a_checkpoints_card_ends_at_its_step(run_dir, tmp_path):

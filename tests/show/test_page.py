@@ -201,6 +201,10 @@ def test_a_run_that_has_only_begun_has_a_report():
     assert "2.3000" in page.report_page([LoggedRun("new", RECORD, [{"step": 0, "tokens": 0, "val_loss": 2.3}])])
 
 
+def test_a_broken_run_has_a_report(tmp_path):
+    assert "1e+304" in Page(written(make_run(tmp_path / "run", 812.5))).text
+
+
 # ---- one file, nobody else's code, no private paths ----
 
 
