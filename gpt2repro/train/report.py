@@ -104,7 +104,7 @@ def is_report(path: Path) -> bool:
 
 
 def write_report(folder: RunFolder, run: LoggedRun) -> str:
-    """Write report.html into a run's folder if its packages are installed and nothing else is there.
+    """Write report.html into a run's folder if its packages can make it and nothing else is there.
 
     Returns:
         Its path, or why there is none.
@@ -114,9 +114,13 @@ def write_report(folder: RunFolder, run: LoggedRun) -> str:
         problems.append(f"{folder.report} exists and is no report of ours; move it away")
     if problems:
         return f"none: {'; '.join(problems)}; then `python -m gpt2repro.report {folder.path}` writes it"
-    from gpt2repro.show.page import report_page
+    try:
+        from gpt2repro.show.page import report_page
 
-    write_text(folder.report, report_page([run]))
+        page = report_page([run])
+    except Exception as error:  # of bokeh, or in what the run logged: no reason to end a run without its results
+        return f"none, as it could not be made ({first_line(error)})"
+    write_text(folder.report, page)
     return str(folder.report)
 
 

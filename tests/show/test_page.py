@@ -292,6 +292,12 @@ def test_another_file_of_that_name_is_left_alone(run):
     assert (run / "report.html").read_text() == "mine"
 
 
+def test_a_run_ends_with_its_results_even_if_its_report_cannot_be_made(run, monkeypatch):
+    monkeypatch.setattr("gpt2repro.show.page.components", lambda *_, **__: 1 / 0)
+    line = write_report(RunFolder(run), open_run(run))
+    assert line == "none, as it could not be made (division by zero)" and not (run / "report.html").exists()
+
+
 def test_without_its_packages_one_line_says_how_to_get_them(run, monkeypatch):
     monkeypatch.setattr("gpt2repro.train.report.REPORT_PACKAGES", ("bokeh", "no_such_package"))
     assert refusal(run) == 'a report needs no_such_package; run `pip install "gpt2repro[report]"`'
