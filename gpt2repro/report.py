@@ -4,20 +4,21 @@
     python -m gpt2repro.report runs/a runs/b --output compared.html
     python -m gpt2repro.report runs/demo --scorecard card/scorecard.json
 
-It shows the verdict, curves, samples through time, the scorecard (one in the run's folder is found there), the recipe
-beside the defaults and the reference, data with hashes, versions and cost. A run may still be training; at its end it
-writes its own. Needs `pip install "gpt2repro[report]"`.
+It shows the verdict, curves, samples through time, the scorecard (that in the run's folder, if it is of its model), the
+recipe beside the defaults and the reference, data with hashes, versions and cost. A run may still be training; at its
+end it writes its own. Needs `pip install "gpt2repro[report]"`.
 """
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
-from gpt2repro.errors import Parser, UserError, first_line, problems_of, refuse, report_write_errors, run_script
+from gpt2repro.errors import Parser, UserError, problems_of, refuse, report_write_errors, run_script
 from gpt2repro.evaluation.reference_curves import reference_problems
-from gpt2repro.evaluation.scorecard import FORMAT
+from gpt2repro.evaluation.score_cache import model_sha256
+from gpt2repro.evaluation.scorecard import read_scorecard
 from gpt2repro.files import write_problem, write_text
+from gpt2repro.processes import note
 from gpt2repro.run_folder import RunFolder
 from gpt2repro.train.report import check_report_packages, is_report, open_run, open_runs
 
@@ -30,27 +31,31 @@ def main(argv: list[str]) -> None:
     from gpt2repro.show.page import report_page
 
     runs = open_runs(args.runs, args.reference_curve)
-    page = report_page(runs, args.scorecard and read_scorecard(args.scorecard))
+    page = report_page(runs, find_scorecard(args.scorecard, args.runs))
     with report_write_errors(args.output):
         args.output.parent.mkdir(parents=True, exist_ok=True)
         write_text(args.output, page)
     print(f"written to {args.output}")
 
 
-def read_scorecard(path: Path) -> dict[str, Any]:
-    """The content of a scorecard.json.
+def find_scorecard(asked: Path | None, runs: list[str]) -> dict[str, Any] | None:
+    """The scorecard that is asked for, else that of the only run, if it has one and that is of its model.
 
     Raises:
-        UserError: there is none, or it is damaged.
+        UserError: it is damaged.
     """
-    try:
-        card = json.loads(path.read_text())
-        if isinstance(card, dict) and card.get("format") == FORMAT:
-            return card
-        problem = "it is no scorecard of this version"
-    except (OSError, ValueError, RecursionError) as error:
-        problem = first_line(error)
-    raise UserError(f"{path} cannot be shown ({problem}); make one with `python scorecard.py ... --output FOLDER`")
+    if asked:
+        return read_scorecard(asked)
+    run = RunFolder(runs[0])
+    own = run.path / SCORECARD
+    if len(runs) > 1 or not own.is_file():
+        return None
+    card = read_scorecard(own)
+    model = model_sha256(run.model)
+    if any(measured["sha256"] == model for measured in card["models"]):
+        return card
+    note(f"{own} is of other weights than {run.model}; the report leaves it out, and shows it with --scorecard {own}")
+    return None
 
 
 def check_run(path: str) -> None:
@@ -81,8 +86,6 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     first = RunFolder(args.runs[0])
     if len(args.runs) == 1:
         args.output = args.output or first.report
-        own = first.path / SCORECARD
-        args.scorecard = args.scorecard or (own if own.is_file() else None)
     if args.output is None:
         problems.append(f"a report of {len(args.runs)} runs needs a place; add --output FILE")
     else:

@@ -15,6 +15,7 @@ from support import PATIENCE
 from gpt2repro import report
 from gpt2repro.errors import UserError
 from gpt2repro.evaluation.reference_curves import load_curve
+from gpt2repro.evaluation.score_cache import model_sha256
 from gpt2repro.evaluation.scorecard import FORMAT
 from gpt2repro.run_folder import RunFolder
 from gpt2repro.show.logged_run import LoggedRun
@@ -187,13 +188,19 @@ def test_a_run_is_compared_with_the_reference_that_is_asked_for(tmp_path):
     assert "llm.c" in written(run, "--reference_curve", LLMC)
 
 
-def test_a_scorecard_in_the_runs_folder_is_shown(run, tmp_path):
-    (run / "scorecard.json").write_text(json.dumps(CARD))
+def test_a_scorecard_in_the_runs_folder_is_shown_if_it_is_of_its_model(run, tmp_path, capsys):
+    (run / "model").mkdir()
+    (run / "model" / "model.safetensors").write_text("the weights")
+    measured = [{"name": "one", "sha256": model_sha256(run / "model")}]
+    (run / "scorecard.json").write_text(json.dumps(CARD | {"models": measured}))
     text = Page(written(run)).text
     assert CARD["sentences"][0] in text and "31.0% [29.0, 33.0]" in text and "a method" in text
     elsewhere = tmp_path / "card.json"
     elsewhere.write_text(json.dumps(CARD | {"sentences": ["another card"]}))
     assert "another card" in written(run, "--scorecard", elsewhere)
+    (run / "model" / "model.safetensors").write_text("weights of later steps")
+    assert "Scorecard" not in Page(written(run)).text
+    assert "is of other weights" in capsys.readouterr().err
 
 
 def test_a_run_that_has_only_begun_has_a_report():
@@ -280,7 +287,7 @@ def test_mistakes_are_reported_together_each_in_a_line(run, tmp_path):
     lines = refusal(tmp_path / "empty", young, *flags).splitlines()
     said = ("did you mean llmc-124m-fineweb?", "is no run", "has not been validated yet", "add --output FILE")
     assert len(lines) == 5
-    assert all(words in line for words, line in zip((*said, "cannot be shown"), lines))
+    assert all(words in line for words, line in zip((*said, "cannot be used"), lines))
 
 
 def test_another_file_of_that_name_is_left_alone(run):
