@@ -301,6 +301,9 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     if not given:
         raise UserError("nothing to write; add --to for the model, --space for a demo of it, or both")
     problems = [destination.problem() for destination in given]
+    folders = [destination.path for destination in given if destination.is_folder]
+    if len(set(folders)) < len(folders):
+        problems.append(f"--to and --space are both {args.to.value}; choose a folder for each")
     to_hub = [destination.flag for destination in given if not destination.is_folder]
     if (args.private and not to_hub) or ((args.revision or args.overwrite_readme) and "--to" not in to_hub):
         flags = "--private, --revision and --overwrite_readme"

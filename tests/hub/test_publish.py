@@ -375,6 +375,7 @@ def test_a_compiled_model_is_unwrapped_and_stays_compiled(tokenizer):
         (["run", "--to", "a/b/c"], "is not owner/name"),
         (["run", "--to", "./run"], "exists already"),
         (["run", "--to", "/proc/out"], "/proc cannot be written"),
+        (["run", "--to", "./out", "--space", "./run/../out"], "a folder for each"),
         (["run", "--to", "./out", "--private"], "are for the Hub"),
         (["run", "--to", "./out", "--tokenizer", "./gpt2_folder"], "no tokenizer can be loaded"),
     ],
