@@ -52,6 +52,7 @@ from gpt2repro.evaluation.tasks import Columns, Metric, Task
 
 FORMAT = "gpt2repro scorecard 1"
 HUGE = 1e6  # numbers from here on are shown with an exponent
+PARTS = {"made", "models", "metrics", "results", "differences", "sentences", "notes"}  # besides the format
 PACKAGES = ("torch", "transformers", "accelerate")
 
 
@@ -346,6 +347,8 @@ def read_scorecard(path: Path) -> dict[str, Any]:
         card = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(card, dict) or card.get("format") != FORMAT:
             raise ValueError(f"its format is not {FORMAT!r}")
+        if missing := PARTS - card.keys():
+            raise ValueError(f"it lacks {', '.join(sorted(missing))}")
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(
             f"{path} cannot be used ({first_line(error)}); make it again with `python scorecard.py MODEL --output DIR`"

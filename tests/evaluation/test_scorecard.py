@@ -256,7 +256,9 @@ def test_what_is_published_of_a_card_names_no_other_model():
     assert public_part(card, "another sha") is None
 
 
-@pytest.mark.parametrize("content", [b"", b"null", b"[1]", b'{"format": "other"}', b"\xff"])
+@pytest.mark.parametrize(
+    "content", [b"", b"null", b"[1]", b'{"format": "other"}', b"\xff", b'{"format": "gpt2repro scorecard 1"}']
+)
 def test_a_damaged_card_is_one_line(tmp_path, content):
     (tmp_path / "scorecard.json").write_bytes(content)
     with pytest.raises(UserError, match="make it again with"):

@@ -65,6 +65,7 @@ CARD = {
         {"model": "one", "metric": "acc", "value": 0.31, "low": 0.29, "high": 0.33, "origin": "measured",
          "source": None, "same_method": True, "note": None},
     ],
+    "differences": [],
     "sentences": ["one: above gpt2 (124M) on HellaSwag acc by 1.9 points [0.9, 2.9]"],
     "notes": [],
 }  # fmt: skip
