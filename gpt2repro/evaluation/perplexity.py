@@ -115,8 +115,10 @@ def make_documents(texts: list[str], detokenize: Callable[[str], str] = unchange
 
 def wikitext_pages(text: str) -> list[str]:
     """The pages of a WikiText file, as in EleutherAI/wikitext_document_level: each begins with its title."""
-    starts = [0, *(title.start() for title in PAGE_TITLE.finditer(text)), len(text) + 1]
-    pages = [text[start : end - 1] for start, end in zip(starts, starts[1:])]  # without the line break before a title
+    titles = [title.start() for title in PAGE_TITLE.finditer(text)]
+    starts, ends = [0, *titles], [*titles, len(text)]
+    pages = [text[start:end] for start, end in zip(starts, ends)]
+    pages[:-1] = [page.removesuffix("\n") for page in pages[:-1]]  # the line break before the next title
     return [page for page in pages if page.strip()]
 
 

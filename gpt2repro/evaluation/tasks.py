@@ -4,6 +4,7 @@ A task measures a model unit by unit (`Task.measure`), as columns of numbers. Ev
 columns' sums, which is what gives it an interval (bootstrap.py) and lets two models be compared on the same units.
 """
 
+import dataclasses
 import hashlib
 import json
 from collections.abc import Callable, Sequence
@@ -467,7 +468,8 @@ def validation_task(data: PreparedData) -> Task:
         positions = model_positions(model)
         predicted = count_windows(len(data.tokens), positions) * positions or len(data.tokens) - 1
         sequence = data.tokens[: predicted + 1]
-        [nll] = token_nlls(model, [sequence], accelerator, settings, data.title)
+        tiles = dataclasses.replace(settings, stride=None)
+        [nll] = token_nlls(model, [sequence], accelerator, tiles, data.title)
         # A document's <|endoftext|> is predicted, too: it belongs to the document that it opens.
         unit = np.searchsorted(data.starts, np.arange(1, predicted + 1), side="right") - 1
         count = len(data.starts)
@@ -484,6 +486,7 @@ def validation_task(data: PreparedData) -> Task:
         data=data.describe(),
         metrics=(Metric("validation_loss", title, "nll", "tokens", "nats", False, True, True),),
         measure=measure,
+        depends_on_windows=False,
         vocabulary=vocabulary_sha256(data.tokenizer),
         corpus=corpus_identity(data.manifest.corpus),
     )

@@ -149,6 +149,13 @@ def test_pages_of_wikitext():
     assert pages == harness_pages(WIKITEXT)
 
 
+@pytest.mark.parametrize("before", ["", "\n", "no title \n"])
+def test_text_before_the_first_title_is_a_page_only_if_there_is_some(before):
+    text = before + " = A = \n \n text a \n = B = \n text b \n"
+    assert wikitext_pages(text) == harness_pages(text)
+    assert len("".join(wikitext_pages(text))) <= len(text)
+
+
 def test_pages_of_the_real_file(shared):
     text = (shared / "wikitext2_test.txt").read_text(encoding="utf-8")
     pages = wikitext_pages(text)

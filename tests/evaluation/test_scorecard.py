@@ -292,17 +292,18 @@ def model():
     return model.eval()
 
 
-def test_the_validation_loss_is_the_trainers(bpe_data, model):
-    """Every window's mean loss, by transformers' own class; documents are the units."""
+@pytest.mark.parametrize("stride", [None, 8])
+def test_the_validation_loss_is_the_trainers(bpe_data, model, stride):
+    """Every window's mean loss, by transformers' own class, whatever --stride says; documents are the units."""
     data = PreparedData.open(str(bpe_data), 0)
     task = tasks.validation_task(data)
-    columns = task.measure(model, data.tokenizer, Accelerator(cpu=True), WindowSettings())
+    columns = task.measure(model, data.tokenizer, Accelerator(cpu=True), WindowSettings(stride))
     windows = torch.tensor(data.tokens[: len(data.tokens) // 32 * 32 + 1]).unfold(0, 33, 32)
     with torch.no_grad():
         logits = to_gpt2(model)(windows[:, :-1]).logits
     expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten()).item()
     [metric] = task.metrics
-    assert metric.score(columns).value() == pytest.approx(expected, rel=1e-5)
+    assert metric.score(columns).value() == pytest.approx(expected, rel=1e-6)
     assert len(columns["nll"]) == data.manifest.splits["val"].documents
     assert columns["tokens"].sum() == windows[:, 1:].numel()
 
