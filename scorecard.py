@@ -34,7 +34,7 @@ from gpt2repro.evaluation.detokenizers import DETOKENIZERS
 from gpt2repro.evaluation.perplexity import WindowSettings
 from gpt2repro.evaluation.published import OpenAIModel, openai_model, openai_models
 from gpt2repro.evaluation.score_cache import cache_file, model_folder, model_sha256, read_cached, write_cached
-from gpt2repro.evaluation.scorecard import MeasuredModel, make_scorecard
+from gpt2repro.evaluation.scorecard import MeasuredModel, make_scorecard, software_versions
 from gpt2repro.evaluation.scorecard_views import as_markdown, as_table, draw_scorecard
 from gpt2repro.evaluation.tasks import (
     TEXT_BENCHMARKS,
@@ -257,7 +257,12 @@ def measure(subject: Subject, plan: Plan, args: argparse.Namespace, accelerator:
     for task in plan.tasks:
         if task.vocabulary not in (None, vocabulary):
             continue
-        settings = {"dtype": args.dtype, "mixed_precision": accelerator.mixed_precision}
+        settings = {
+            "dtype": args.dtype,
+            "mixed_precision": accelerator.mixed_precision,
+            "device": accelerator.device.type,
+            "versions": software_versions(),
+        }
         if task.depends_on_windows:
             settings["stride"] = args.stride
         file = cache_file(folder, sha256, task, settings)

@@ -28,6 +28,9 @@ MODEL_FILES = (
     "tokenizer*",
     "vocab.json",
     "merges.txt",
+    "*.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
     "*.py",
 )
 
@@ -41,9 +44,12 @@ def model_folder(path: str) -> Path | None:
 
 
 def model_sha256(path: Path) -> str:
-    """Hash of the weights, the configuration, the tokenizer and the code of a model folder, or of a file."""
+    """Hash of the weights, the configuration, the tokenizer and the code of a model folder, or of a file; of a snapshot
+    in the Hub's cache that of its commit, as its weights may not be downloaded yet."""
     if path.is_file():
         return file_sha256(path)
+    if _is_of_hub(path) and path.parent.name == "snapshots":
+        return content_sha256({"commit": path.name})
     files = {file.name: file for pattern in MODEL_FILES for file in path.glob(pattern)}
     return content_sha256({name: file_sha256(file) for name, file in sorted(files.items())})
 
@@ -53,7 +59,7 @@ def cache_file(path: Path, model_hash: str, task: Task, settings: dict[str, Any]
 
     Args:
         path: the model's folder or file.
-        settings: what else the numbers depend on: dtype, precision, stride.
+        settings: what else the numbers depend on: dtype, precision, stride, device, versions.
     """
     identity = {
         "format": FORMAT,
@@ -70,10 +76,14 @@ def cache_file(path: Path, model_hash: str, task: Task, settings: dict[str, Any]
 
 def _cache_folder(path: Path) -> Path:
     folder = path.parent if path.is_file() else path
-    is_of_hub = Path(constants.HF_HUB_CACHE).resolve() in folder.resolve().parents
-    if is_of_hub or write_problem(folder):
+    if _is_of_hub(folder) or write_problem(folder):
         return Path(constants.HF_HOME) / "gpt2repro" / "scores"
     return folder / FOLDER
+
+
+def _is_of_hub(folder: Path) -> bool:
+    """Whether a folder lies in the Hub's cache."""
+    return Path(constants.HF_HUB_CACHE).resolve() in folder.resolve().parents
 
 
 def read_cached(file: Path) -> tuple[int, Columns] | None:

@@ -5,7 +5,7 @@
     {
       "format": "gpt2repro scorecard 1",
       "made": {"date": "2026-11-26T10:41:07+00:00", "device": "CPU (x86_64, 2 threads)", "dtype": "auto",
-               "mixed_precision": "no", "versions": {"torch": ..., "transformers": ..., "accelerate": ...}},
+               "mixed_precision": "no", "versions": {"torch": ..., "transformers": ..., ...}},
       "models": [                                  # in the order of the table's columns
         {"name": "demo", "origin": "measured", "sha256": "...", "parameters": 2191104, "vocabulary_sha256": "..."},
         {"name": "gpt2 (124M)", "origin": "published", "sha256": null, "parameters": 124439808,
@@ -53,7 +53,7 @@ from gpt2repro.evaluation.tasks import Columns, Metric, Task
 FORMAT = "gpt2repro scorecard 1"
 HUGE = 1e6  # numbers from here on are shown with an exponent
 PARTS = {"made", "models", "metrics", "results", "differences", "sentences", "notes"}  # besides the format
-PACKAGES = ("torch", "transformers", "accelerate")
+PACKAGES = ("torch", "transformers", "tokenizers", "accelerate")
 
 
 @dataclass(frozen=True)
@@ -112,8 +112,12 @@ def make_scorecard(
 
 
 def _made(setting: dict[str, Any]) -> dict[str, Any]:
-    versions = {package: version(package) for package in PACKAGES}
-    return {"date": datetime.now(UTC).isoformat(timespec="seconds"), **setting, "versions": versions}
+    return {"date": datetime.now(UTC).isoformat(timespec="seconds"), **setting, "versions": software_versions()}
+
+
+def software_versions() -> dict[str, str]:
+    """Of the packages that compute the numbers."""
+    return {package: version(package) for package in PACKAGES}
 
 
 def _model_entry(model: MeasuredModel) -> dict[str, Any]:

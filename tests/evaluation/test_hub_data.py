@@ -9,6 +9,7 @@ import sys
 import pyarrow
 import pyarrow.parquet
 import pytest
+import torch
 from hub_server import HubServer
 from support import PATIENCE, ROOT, contents
 from tiny_models import tiny_model
@@ -65,16 +66,44 @@ def hub(tmp_path, topics):
         yield server
 
 
-def test_benchmarks_and_openais_weights_come_from_the_hub(hub, tmp_path):
-    home = tmp_path / "home"
-    flags = "--against gpt2 gpt2-xl --tasks lambada wikitext2 ptb --output"
-    argv = [str(tmp_path / "ours"), *flags.split(), str(tmp_path / "card")]
+def scorecard(hub, home, output, *argv) -> dict:
+    """What the script writes, in a process whose Hub is `hub`."""
     environment = os.environ | hub.environment(home) | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     environment |= {"HF_DATASETS_OFFLINE": "0", "HF_DATASETS_CACHE": f"{home}/datasets"}
-    command = [sys.executable, str(ROOT / "scorecard.py"), *argv]
+    command = [sys.executable, str(ROOT / "scorecard.py"), *argv, "--output", str(output)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 0, done.stderr
-    found = json.loads((tmp_path / "card" / "scorecard.json").read_text())
+    return json.loads((output / "scorecard.json").read_text())
+
+
+def test_models_of_the_hub_are_told_apart_by_their_commits(hub, tmp_path):
+    """Before it is opened, only a model's configuration and tokenizer are here, which others may have as well."""
+    files = contents(tmp_path / "openai")
+    model = to_gpt2(tiny_model(vocab_size=320, unpadded_vocab_size=300))
+
+    def commit(name: str) -> None:
+        with torch.no_grad():
+            model.transformer.wpe.weight.normal_()
+        model.save_pretrained(tmp_path / "saved")
+        hub.create(name).commit("weights", files | contents(tmp_path / "saved"))
+
+    def perplexities(card: str) -> list[float]:
+        found = scorecard(hub, tmp_path / "home", tmp_path / card, "somebody/a", "somebody/b", "--tasks", "lambada")
+        measured = [result for result in found["results"] if result["origin"] == "measured"]
+        return [result["value"] for result in measured if result["metric"] == "lambada_perplexity"]
+
+    commit("somebody/a")
+    commit("somebody/b")
+    a, b = perplexities("card")
+    commit("somebody/a")
+    changed, same = perplexities("second card")
+    assert len({a, b, changed}) == 3 and same == b
+
+
+def test_benchmarks_and_openais_weights_come_from_the_hub(hub, tmp_path):
+    home = tmp_path / "home"
+    flags = "--against gpt2 gpt2-xl --tasks lambada wikitext2 ptb"
+    found = scorecard(hub, home, tmp_path / "card", str(tmp_path / "ours"), *flags.split())
 
     data = {metric["task"]: metric["data"] for metric in found["metrics"]}
     assert {task: (entry["hub_id"], entry["n"]) for task, entry in data.items()} == {

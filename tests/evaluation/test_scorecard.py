@@ -379,6 +379,10 @@ def test_the_script_measures_once_and_again_when_the_model_changes(folders, tmp_
     script.main([*argv, "--output", str(tmp_path / "again")])
     again = json.loads((tmp_path / "again" / "scorecard.json").read_text())
     assert again["results"] == first["results"] and again["differences"] == first["differences"]
+    with monkeypatch.context() as newer:
+        newer.setattr(script, "software_versions", lambda: {"transformers": "99"})
+        with pytest.raises(AssertionError, match="measured again"):
+            script.main(argv)
     (folders / "ours" / "config.json").touch()  # the content counts
     config = json.loads((copy / "config.json").read_text())
     (copy / "config.json").write_text(json.dumps(config | {"resid_pdrop": 0.1}))
@@ -422,6 +426,16 @@ def test_a_cache_that_is_damaged_or_cannot_be_written_does_not_matter(tmp_path, 
     monkeypatch.setattr(score_cache.constants, "HF_HOME", str(tmp_path / "home"))
     elsewhere = score_cache.cache_file(folders / "ours", "hash", task, {})
     assert elsewhere.parent == tmp_path / "home" / "gpt2repro" / "scores" and elsewhere.name == file.name
+
+
+def test_every_file_that_tokens_depend_on_is_in_a_models_hash(tmp_path, folders):
+    shutil.copytree(folders / "plain", tmp_path / "model")
+    hashes = {score_cache.model_sha256(tmp_path / "model")}
+    for name in ("special_tokens_map.json", "added_tokens.json", "spiece.model", "tokenizer.json", "config.json"):
+        (tmp_path / "model" / name).write_text("changed")
+        hashes.add(score_cache.model_sha256(tmp_path / "model"))
+    (tmp_path / "model" / "README.md").write_text("not a part of the model")
+    assert len(hashes) == 6 and score_cache.model_sha256(tmp_path / "model") in hashes
 
 
 @pytest.mark.parametrize("change", [{"version": 2}, {"method": "other"}, {"data": {"sha256": "other"}}])
