@@ -29,12 +29,23 @@ class OpenAIModel:
 
 @dataclass(frozen=True)
 class PublishedScore:
-    """value: in the metric's unit. same_method: it was measured as ours are, so that a difference means something."""
+    """The figure of one model.
+
+    value: in the metric's unit.
+    same_method: it was measured as ours are, so that a difference means something.
+    note: what is special about it; not None if it has another method, or `tokens`.
+    tokens: a loss is of so many from the start of the validation split; None: that is not known, or it is no loss.
+    """
 
     value: float
     source: str
     same_method: bool
     note: str | None
+    tokens: int | None = None
+
+    def is_comparable(self, tokens: int | None) -> bool:
+        """Whether a difference from a score of ours, on so many tokens, means something."""
+        return self.same_method and self.tokens in (None, tokens)
 
 
 @cache
@@ -64,7 +75,8 @@ def published_score(model: str, metric: str, corpus: str | None = None) -> Publi
     for entry in _content()["scores"]:
         is_of_corpus = corpus in entry.get("corpora", [corpus])
         if entry["metric"] == metric and model in entry["values"] and is_of_corpus:
-            return PublishedScore(entry["values"][model], entry["source"], entry["same_method"], entry.get("note"))
+            fields = {name: entry.get(name) for name in ("source", "same_method", "note", "tokens")}
+            return PublishedScore(entry["values"][model], **fields)
     return None
 
 

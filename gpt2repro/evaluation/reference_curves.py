@@ -110,11 +110,17 @@ class ReferenceCurve:
 
 @dataclass(frozen=True)
 class Level:
-    """The loss of a finished model, nats per token; `source` says who measured it."""
+    """The loss of a finished model on a run's corpus.
+
+    loss: nats per token.
+    source: who measured it.
+    caveat: why it is not of the same validation tokens; None: it is.
+    """
 
     name: str
     loss: float
     source: str
+    caveat: str | None = None
 
 
 # ---- files ----
@@ -151,12 +157,13 @@ def openai_levels(record: dict[str, Any]) -> list[Level]:
     """
     if record["data"]["tokenizer"]["name"] != "gpt2":
         return []
-    corpus = _corpus(record)
+    corpus, tokens = _corpus(record), _validation_tokens(record)
     levels = []
     for model in _models_beside(record):
         score = published_score(model.name, "validation_loss", corpus)
         if score is not None:
-            levels.append(Level(f"OpenAI {model.title}", score.value, score.source))
+            caveat = None if score.is_comparable(tokens) else score.note
+            levels.append(Level(f"OpenAI {model.title}", score.value, score.source, caveat))
     return levels
 
 

@@ -209,7 +209,7 @@ def _published_results(task: Task, published: list[OpenAIModel]) -> list[dict[st
                         "high": None,
                         "origin": "published",
                         "source": score.source,
-                        "same_method": score.same_method and metric.caveat is None,
+                        "same_method": score.is_comparable(task.data["n"]) and metric.caveat is None,
                         "note": "; ".join(filter(None, [score.note, metric.caveat])) or None,
                     }
                 )

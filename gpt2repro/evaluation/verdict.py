@@ -60,7 +60,7 @@ class Verdict:
     validations: in the order of the steps; empty without a comparable reference.
     off_since: the step from which on every validation is off; None: the last one is not.
     curve: the comparable reference; None: there is none.
-    levels: OpenAI's losses on the same data, of the same size if that is known.
+    levels: OpenAI's losses on the same corpus, of the same size if that is known.
     mismatches: why the reference that the recipe names is not comparable.
     differences: settings in which the run differs from its comparable reference, e.g. `learning_rate=0.04 (there
         0.004)`.
@@ -182,7 +182,9 @@ def _gap(validation: JudgedValidation) -> str:
 
 
 def _beside(level: Level, loss: float) -> str:
-    return f"{_distance(loss, level.loss)} {level.name} on the same data ({level.loss})"
+    where = "data" if level.caveat is None else "corpus"
+    said = f"{level.loss}, {level.caveat}" if level.caveat else level.loss
+    return f"{_distance(loss, level.loss)} {level.name} on the same {where} ({said})"
 
 
 def _distance(loss: float, reference: float) -> str:

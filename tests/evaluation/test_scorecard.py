@@ -156,6 +156,18 @@ def test_figures_of_other_data_are_shown_but_not_compared():
     assert "31.14% †" in as_table(card) and "(other items)" in as_table(card)
 
 
+@pytest.mark.parametrize("tokens, compared", [(10_485_760, True), (1_048_576, False)])
+def test_a_published_loss_holds_for_its_validation_tokens(tokens, compared):
+    metric = tasks.Metric("validation_loss", "loss", "nll", "items", "nats", False, True, True)
+    data = items_task().data | {"n": tokens}
+    corpus = "HuggingFaceFW/fineweb, sample-10BT"
+    task = dataclasses.replace(items_task(), metrics=(metric,), data=data, corpus=corpus)
+    card = card_of(measured("a", 800, 3.3), published=[openai_models()["gpt2"]], task=task)
+    published = find(card["results"], origin="published")
+    assert (published["value"], published["same_method"]) == (3.425, compared)
+    assert bool(card["differences"]) == compared and bool(card["sentences"]) == compared
+
+
 def test_what_is_the_same_for_all_items_has_no_interval():
     """A model that has nothing right is not certain to have nothing right."""
     card = card_of(measured("a", 0, 3.0), measured("b", 500, 3.0), published=[openai_models()["gpt2"]])

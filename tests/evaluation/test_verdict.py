@@ -161,6 +161,10 @@ def test_without_a_reference_there_is_nothing_to_say_but_openais_level(llmc):
     assert judge(fineweb_record(reference_curve=None), rows_like(llmc)).headline == (
         "0.15 below OpenAI gpt2 (124M) on the same data (3.425)"
     )
+    fewer = fineweb_record(reference_curve=None, validation_tokens=1_048_576)
+    assert judge(fewer, rows_like(llmc)).headline == (
+        "0.15 below OpenAI gpt2 (124M) on the same corpus (3.425, on the first 10,485,760 tokens)"
+    )
     old = {key: value for key, value in fineweb_record().items() if key != "reference_curve"}
     assert judge(old, rows_like(llmc)).status == "no verdict", "of a run that is older than the field"
 
@@ -258,7 +262,10 @@ def test_the_spread_between_runs_is_recovered(llmc):
 def test_openais_levels_are_those_of_the_same_data_and_size():
     openwebtext = FINEWEB | {"corpus": {"name": "x", "hub_id": "Skylion007/openwebtext", "revision": "0a1"}}
     same_size = record_of("gpt2-124m-openwebtext", openwebtext)
-    assert [(level.name, level.loss) for level in openai_levels(same_size)] == [("OpenAI gpt2 (124M)", 3.12)]
+    [level] = openai_levels(same_size)
+    assert (level.name, level.loss) == ("OpenAI gpt2 (124M)", 3.12)
+    assert level.caveat == "another held-out part, random windows"
+    assert [level.caveat for level in openai_levels(fineweb_record())] == [None]
     other_size = same_size | {"model": {"n_layer": 6}}
     assert [level.loss for level in openai_levels(other_size)] == [3.12, 2.84, 2.67, 2.54]
     assert openai_levels(same_size | {"data": openwebtext | {"tokenizer": {"name": "char"}}}) == []
