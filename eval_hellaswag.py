@@ -152,12 +152,13 @@ def score_table(model: str, scores: Scores) -> str:
 def caveats(items: list[dict], scores: Scores, limit: int | None, max_length: int | None) -> list[str]:
     """Why this score is not comparable with the references."""
     found = []
-    if len(items) == limit:
+    if len(items) == FULL_SET:
+        if scores.style == "completion" and not any(WIKIHOW_MARK in item["ctx"] for item in items):
+            found.append("this copy lacks WikiHow's [header], [title], [step] marks; the references have them")
+    elif len(items) == limit:
         found.append(f"only the first {limit:,} items, not a random sample: do not compare with the full set")
-    elif len(items) < FULL_SET:
+    else:
         found.append(f"{len(items):,} items; the full set has {FULL_SET:,}: do not compare with it")
-    elif scores.style == "completion" and not any(WIKIHOW_MARK in item["ctx"] for item in items):
-        found.append("this copy of the set lacks WikiHow's [header], [title], [step] marks; the references had them")
     apart = sum("ctx_b" not in item for item in items)
     if scores.style == "harness" and apart:
         found.append(f"{apart:,} items have no ctx_a and ctx_b; the unfinished sentence at the end of ctx is ctx_b")

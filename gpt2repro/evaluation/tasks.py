@@ -133,8 +133,9 @@ def describe_data(
     }
 
 
-def _part_of_a_set(is_complete: bool) -> str | None:
-    return None if is_complete else "the file holds a part of the set"
+def _other_size(found: int, of_set: int) -> str | None:
+    """The caveat about a file that is not a benchmark's set, as a part of it or its training split."""
+    return None if found == of_set else f"{found:,} were given, the set has {of_set:,}"
 
 
 def _sample_text(items: list[Any], of: Sequence[Any]) -> str:
@@ -176,12 +177,12 @@ def hellaswag_task(file: str | None, limit: int | None, flag: str) -> Task:
             columns[f"{style}_acc_norm"] = score.acc_norm.astype(np.float64)
         return columns
 
-    is_complete = len(loaded) >= hellaswag.FULL_SET
+    other_size = _other_size(len(loaded), hellaswag.FULL_SET)
     has_marks = any(WIKIHOW_MARK in item["ctx"] for item in loaded)
     caveats = {
-        "completion": _part_of_a_set(is_complete)
+        "completion": other_size
         or (None if has_marks else "this copy of the set lacks WikiHow's marks, which the completion style keeps"),
-        "harness": _part_of_a_set(is_complete),
+        "harness": other_size,
     }
     metrics = [
         Metric(
@@ -226,7 +227,7 @@ def lambada_task(file: str | None, limit: int | None, flag: str) -> Task:
     else:
         texts = lambada.read_lambada(file, f"{flag.removesuffix('FILE')}{file}")
     items = spread(texts, limit)
-    caveat = _part_of_a_set(len(texts) >= lambada.FULL_SET)
+    caveat = _other_size(len(texts), lambada.FULL_SET)
 
     def measure(model: Any, tokenizer: Any, accelerator: Accelerator, settings: WindowSettings) -> Columns:
         score = lambada.measure_lambada(model, tokenizer, items, accelerator, settings)
@@ -260,7 +261,7 @@ class TextBenchmark:
 
     split: cuts a local file into documents.
     join: whether the Hub's rows are lines of one text.
-    documents: of the whole set.
+    size: documents of the whole set; if the rows are joined, rows.
     """
 
     title: str
@@ -268,13 +269,14 @@ class TextBenchmark:
     split: Callable[[str], list[str]]
     join: bool
     detokenizer: str
-    documents: int
+    size: int
 
     def caveat(self, texts: list[str]) -> str | None:
         """Why figures published for the set are not of these texts."""
         if any(UNKNOWN_WORD in text for text in texts) and not self.join:
             return f"this copy has {UNKNOWN_WORD} for rare words, the set of the figures has none"
-        return _part_of_a_set(len(texts) == self.documents)
+        found = texts[0].strip().count("\n") + 1 if self.join else len(texts)
+        return _other_size(found, self.size)
 
 
 UNKNOWN_WORD = "<unk>"
@@ -285,7 +287,7 @@ TEXT_BENCHMARKS = {
         wikitext_pages,
         join=False,
         detokenizer="wikitext",
-        documents=62,
+        size=62,
     ),
     "wikitext103": TextBenchmark(
         "WikiText-103",
@@ -293,7 +295,7 @@ TEXT_BENCHMARKS = {
         wikitext_pages,
         join=False,
         detokenizer="wikitext",
-        documents=62,
+        size=62,
     ),
     "ptb": TextBenchmark(
         "Penn Treebank",
@@ -302,7 +304,7 @@ TEXT_BENCHMARKS = {
         whole_text,
         join=True,
         detokenizer="ptb",
-        documents=1,
+        size=3_761,
     ),
 }
 DETOKENIZED = {"none": "as it is", "wikitext": "de-tokenized as there", "ptb": "de-tokenized after Megatron-LM's rules"}

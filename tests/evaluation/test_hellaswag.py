@@ -657,12 +657,16 @@ def test_both_styles_in_one_report(run_main, folder, capsys):
         assert record["prediction_norm"] == (nll / characters).argmin()
 
 
-def test_only_a_limit_gives_the_first_items(run_main, capsys):
+def test_only_a_limit_gives_the_first_items(run_main, capsys, monkeypatch):
     run_main("model", "--limit", "3")
     assert "only the first 3 items, not a random sample" in capsys.readouterr().out
     run_main("model", "--limit", "100")
     output = capsys.readouterr().out
     assert "13 items; the full set has 10,042" in output and "first" not in output
+    monkeypatch.setattr(eval_hellaswag, "FULL_SET", 13)
+    run_main("model", "--limit", "13")
+    output = capsys.readouterr().out
+    assert "first" not in output and "lacks WikiHow's [header]" in output
 
 
 def test_truncated_items_are_reported(run_main, tokenizer, tmp_path, capsys):

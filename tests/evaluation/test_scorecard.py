@@ -284,6 +284,25 @@ def test_a_limit_takes_items_from_everywhere():
     assert spread(list(range(10)), 4) == [0, 2, 5, 7] and spread([1, 2], None) == [1, 2] and spread([1, 2], 5) == [1, 2]
 
 
+def test_only_a_file_of_the_sets_size_is_taken_for_the_set(tmp_path, monkeypatch):
+    """Neither a part of it nor, say, its training split gets its name or is compared with figures of it."""
+    monkeypatch.setattr(tasks.hellaswag, "FULL_SET", 3)
+    monkeypatch.setattr(tasks.lambada, "FULL_SET", 3)
+    for units, is_set in ((2, False), (3, True), (4, False)):
+        (tmp_path / "h").write_text("".join(json.dumps(item) + "\n" for item in HELLASWAG[:units]))
+        (tmp_path / "l").write_text('{"text": "He threw the ball"}\n' * units)
+        (tmp_path / "p").write_text(" no it was n't black monday \n" * (3_758 + units))
+        made = [
+            tasks.hellaswag_task(str(tmp_path / "h"), None, "--f"),
+            tasks.lambada_task(str(tmp_path / "l"), None, "--f"),
+            tasks.benchmark_task("ptb", str(tmp_path / "p"), None, "--f", None, None),
+        ]
+        assert [task.data["complete"] for task in made] == [is_set] * 3
+        assert [task.data["hub_id"] is not None for task in made] == [is_set] * 3
+        assert [task.metrics[0].caveat is None for task in made] == [False, is_set, is_set]  # the first lacks marks
+        assert made[1].metrics[0].caveat == (None if is_set else f"{units} were given, the set has 3")
+
+
 @pytest.fixture(scope="module")
 def bpe_data(tmp_path_factory, topics):
     """Prepared documents with <|endoftext|>."""
