@@ -84,11 +84,12 @@ def split_passage(text: str) -> tuple[str, str]:
 def encode_passage(tokenizer: Any, text: str, positions: int) -> Row:
     """The tokens of a passage, of which those of its last word are scored.
 
-    The passage is encoded as a whole and cut after as many tokens as its beginning has when encoded alone. One that is
-    too long for the model loses its first tokens. Source: lm_eval/api/model.py, TemplateLM._encode_pair.
+    The passage is encoded as a whole, with what the tokenizer puts before every text, and cut after as many tokens as
+    its beginning has when encoded alone, without blanks at its end. One that is too long for the model loses its first
+    tokens. Source: lm_eval/api/model.py, TemplateLM._encode_pair.
     """
     context, _ = split_passage(text)
-    whole, beginning = tokenizer([text, context], add_special_tokens=False, verbose=False)["input_ids"]
+    whole, beginning = tokenizer([text, context.rstrip()], verbose=False)["input_ids"]
     scored = len(whole) - len(beginning)
     if not beginning:
         prefix = start_token(tokenizer)

@@ -7,7 +7,8 @@
 **Rolling log-likelihood**, the default (stride = the model's positions), is that of lm-evaluation-harness: a document's
 tokens are cut into windows of as many as the model has positions, and every token is predicted exactly once. The first
 is predicted from <|endoftext|>; the first of each later window has one token before it, and the last window is moved
-back so that it is full (lm_eval/utils.py, get_rolling_token_windows with context_len=1).
+back so that it is full (lm_eval/utils.py, get_rolling_token_windows with context_len=1). A token that a tokenizer puts
+before every text by itself, as Llama's does, is predicted by the harness as well; here nothing is put before.
 
 **Sliding window**: with a smaller stride each window predicts only its last `stride` tokens, so that each (but those
 of the first window) has at least positions - stride + 1 tokens before it; slower by positions / stride, and closer to

@@ -63,6 +63,7 @@ def test_lambada(model, gpt2, harness, topics):
     with torch.no_grad():
         token = model(torch.tensor([gpt2.fast(context).input_ids])).logits[0, -1].argmax()
     word = gpt2.fast.decode(token)
+    items += [f"{words[n]}  {words[n + 1]}   {words[n + 2]}" for n in range(5)]  # several blanks before the last word
     items += [f"{context}{word}"] if word.startswith(" ") and word.strip() else []
     found = harness.loglikelihood(requests("loglikelihood", map(split_passage, items)), disable_tqdm=True)
     score = measure_lambada(model, gpt2.fast, items, Accelerator(cpu=True), WindowSettings(batch_size=3))

@@ -1,5 +1,6 @@
 """LAMBADA against a plain loop, one forward pass a token."""
 
+import copy
 import gzip
 import json
 import math
@@ -8,6 +9,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from tiny_models import tiny_model
+from tokenizers import processors
 
 from gpt2repro.data.tokenization import build_tokenizer
 from gpt2repro.errors import UserError
@@ -75,6 +77,19 @@ def test_a_passage_is_encoded_as_a_whole(gpt2):
     row = encode_passage(gpt2.fast, 'she said: "Hello', 1024)
     assert gpt2.fast.decode(row.ids[-row.scored :]) == ' "Hello'
     assert row.ids.tolist() == gpt2.fast('she said: "Hello').input_ids
+
+
+def test_blanks_before_the_last_word_are_a_part_of_it(gpt2):
+    row = encode_passage(gpt2.fast, "It was  over", 1024)
+    assert gpt2.fast.decode(row.ids[-row.scored :]) == "  over"
+
+
+def test_what_a_tokenizer_puts_before_every_text_stands_before_a_passage(gpt2):
+    llama_like = copy.deepcopy(gpt2.fast)
+    start = ("<|endoftext|>", llama_like.eos_token_id)
+    llama_like.backend_tokenizer.post_processor = processors.TemplateProcessing("<|endoftext|> $A", None, [start])
+    row, plain = (encode_passage(tokenizer, "It was over", 1024) for tokenizer in (llama_like, gpt2.fast))
+    assert row.ids.tolist() == [llama_like.eos_token_id, *plain.ids] and row.scored == plain.scored == 1
 
 
 def test_passages_of_a_file(tmp_path):
