@@ -166,8 +166,8 @@ def find_models(
     """The models to measure, and those of OpenAI's of which published figures stand in the card."""
     subjects: list[Subject] = []
     published = []
-    for given in [*args.models, *(args.against or [])]:
-        is_reference = len(subjects) >= len(args.models)
+    for number, given in enumerate([*args.models, *(args.against or [])]):
+        is_reference = number >= len(args.models)
         openai = openai_model(given)
         try:
             path = find_model(given)
@@ -178,7 +178,6 @@ def find_models(
                 published.append(openai)
             else:
                 problems += str(error).splitlines()
-                is_reference = False
             continue
         taken = [subject.name for subject in subjects]
         name = unique(openai.title if openai and not Path(path).exists() else display_name(path), taken)

@@ -238,7 +238,7 @@ def lambada_task(file: str | None, limit: int | None, flag: str) -> Task:
         title="LAMBADA",
         method="OpenAI's variant, the whole last word greedily, as lm-evaluation-harness' lambada_openai"
         + _sample_text(items, texts),
-        version=1,
+        version=2,
         units="items",
         data=describe_data(file, lambada.HUB.hub_id, items, texts, "items", caveat),
         metrics=(
@@ -445,7 +445,8 @@ class PreparedData:
 
     def describe(self) -> dict[str, Any]:
         hub_id = self.manifest.corpus.get("hub_id") if self.manifest.corpus.get("revision") else None
-        identity = [self.manifest.fingerprint, len(self.tokens)]
+        # The fingerprint of another trainer's folder covers its files' ends only.
+        identity = [self.manifest.fingerprint, hashlib.sha256(self.tokens.tobytes()).hexdigest()]
         data = {"name": self.title, "hub_id": hub_id, "sha256": content_sha256(identity)}
         return data | {"n": len(self.tokens) - 1, "units": "tokens", "complete": False}
 

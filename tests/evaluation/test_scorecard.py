@@ -352,6 +352,20 @@ def test_prepared_data_without_documents_has_blocks(data_dir):
     assert "blocks of 1,024 tokens" in data.units
 
 
+def test_other_tokens_are_other_data(tmp_path):
+    """Also where the fingerprint, of the ends of another trainer's files, is the same."""
+    tokens = np.arange(400_000, dtype=np.uint16) % 50_000
+    tokens.tofile(tmp_path / "train.bin")
+    hashes = set()
+    for token in (1, 2):
+        tokens[200_000] = token
+        tokens.tofile(tmp_path / "val.bin")
+        data = PreparedData.open(str(tmp_path), 0)
+        hashes.add((data.manifest.fingerprint, data.describe()["sha256"]))
+    (first, _), (second, _) = hashes
+    assert first == second, "or the tokens need no hash of their own"
+
+
 # ---- scorecard.py ----
 
 
@@ -533,3 +547,6 @@ def test_without_a_network_published_figures_stand_in(folders, monkeypatch, caps
     assert "gpt2 (124M)" in printed and "48.93% †" in printed  # six items are not the set
     assert "note: gpt2-xl (1.5B) cannot be had here (gpt2-xl: no such file or folder, and no model " in printed
     assert "note: lambada is left out: LAMBADA (EleutherAI/lambada_openai, default, test) cannot be" in printed
+    with pytest.raises(UserError) as caught:  # a mistake beside it does not make gpt2 one
+        script.main(["nope/nope/nope", "--against", "gpt2", *flags_of(folders, "lambada")])
+    assert str(caught.value) == "nope/nope/nope does not exist; give a model folder, a run folder or a Hub id"
