@@ -250,8 +250,11 @@ def own_error(model: str) -> str:
 def _published_differences(
     models: list[MeasuredModel], published: list[OpenAIModel], tasks: list[Task], results: list[dict[str, Any]]
 ) -> list[dict[str, Any]]:
-    """Of a published figure nothing but the figure is known, so only our own sampling error can be taken into account;
-    the interval is too narrow by the other's, which for two models of like quality is a factor of 1.4 at most."""
+    """Of a published figure nothing but the figure is known, so only our own sampling error can be taken into account.
+
+    For two models of like quality the interval is too narrow by a factor of 1.4 at most, if their errors are unrelated.
+    It is too wide if they correlate by more than 1/2, as losses on the same text do.
+    """
     by_key = {(result["model"], result["metric"]): result for result in results}
     differences = []
     for model in models:
