@@ -5,12 +5,13 @@
 
 By tokens, not by steps, because the batch may differ. What two runs must have in common for their losses to be
 comparable at all is a condition of the reference (see reference_curves.py). Its other settings are what may be wrong
-with a run, and are named when it is off. One of them changes what is to be expected, the length of the schedule:
+with a run, and are named when it is off. One of them changes what is to be expected, when the learning rate falls, and
+the loss with it:
 
-    equally long    the loss must be within the tolerance
-    shorter         the learning rate falls earlier, and the loss with it: it must not be above the tolerance
-    longer          the learning rate falls later: a loss above the tolerance says nothing before the end of the run,
-                    which must not be above the reference's end
+    as in the reference     the loss must be within the tolerance
+    earlier                 as the schedule is shorter: the loss must not be above the tolerance
+    later                   as the schedule is longer, or stays at its peak (LATE_SCHEDULES): a loss above the tolerance
+                            says nothing before the end of the run, which must not be above the reference's end
 """
 
 import itertools
@@ -30,6 +31,7 @@ from gpt2repro.recipe import Recipe
 Status = Literal["on track", "off", "better", "no verdict"]
 SAME_LENGTH = 0.02  # relative difference in tokens up to which two schedules are equally long
 SCHEDULE_LENGTH = ("max_steps", "global_batch_tokens", "batch_ramp_start", "batch_ramp_tokens")
+LATE_SCHEDULES = ("constant", "wsd")  # lr_schedule
 GUIDE = "docs/loss-looks-wrong.md"
 NOT_VALIDATED = "no verdict yet: the run has not been validated"
 
@@ -49,6 +51,23 @@ class JudgedValidation:
     status: Status
     expected: float | None = None
     tolerance: float = 0.0
+
+
+@dataclass(frozen=True)
+class Pace:
+    """When the learning rate of a run falls, beside the reference's. In a shorter schedule that stays at its peak until
+    shortly before its end, it is both: later at first, earlier at the end."""
+
+    earlier: bool
+    later: bool
+
+    @classmethod
+    def of(cls, record: dict[str, Any], curve: ReferenceCurve) -> "Pace":
+        schedule = Recipe(**{name: record[name] for name in SCHEDULE_LENGTH})
+        length = schedule.tokens_before(schedule.max_steps) / curve.tokens[-1]
+        lr_schedule = record.get("lr_schedule")
+        stays_high = lr_schedule in LATE_SCHEDULES and lr_schedule != curve.settings["lr_schedule"]
+        return cls(earlier=length < 1 - SAME_LENGTH, later=length > 1 + SAME_LENGTH or stays_high)
 
 
 @dataclass(frozen=True)
@@ -81,12 +100,14 @@ class Verdict:
         if self.status == "no verdict" or self.validations[-1].step != step:
             return ""
         last = self.validations[-1]
+        assert self.curve is not None, "there is a verdict"
+        where = "at its end" if last.tokens > self.curve.tokens[-1] else "at as many tokens"
         finding = "on track" if last.status == "on track" else f"{_gap(last)} it"
         if self.off_since is not None:
             finding += f" since step {self.off_since:,}"
         if self.off_since == last.step:
             finding += f"; {_causes(self.differences)}"
-        return f", reference {last.expected:.4f} at as many tokens: {finding}"
+        return f", reference {last.expected:.4f} {where}: {finding}"
 
 
 def judge(record: dict[str, Any], rows: list[dict[str, Any]]) -> Verdict:
@@ -98,7 +119,7 @@ def judge(record: dict[str, Any], rows: list[dict[str, Any]]) -> Verdict:
     """
     rows = [row for row in rows if "val_loss" in row]
     levels = tuple(openai_levels(record))
-    beside_levels = [_beside(level, rows[-1]["val_loss"]) for level in levels if rows]
+    beside_levels = [_beside(level, _exported_loss(record, rows)) for level in levels if rows]
     name = record.get("reference_curve")
     if name is None:
         return Verdict("no verdict", "; ".join(beside_levels), levels=levels)
@@ -110,8 +131,8 @@ def judge(record: dict[str, Any], rows: list[dict[str, Any]]) -> Verdict:
         reason = f"no verdict: the run is not comparable with reference_curve={name}: {'; '.join(mismatches)}"
         return Verdict("no verdict", "; ".join([reason, *beside_levels]), levels=levels, mismatches=mismatches)
 
-    max_steps, run_tokens = record["max_steps"], _tokens_in_all(record)
-    validations = tuple(_judged(row, curve, run_tokens, is_end=row["step"] >= max_steps) for row in rows)
+    pace = Pace.of(record, curve)
+    validations = tuple(_judged(row, curve, pace, is_end=row["step"] >= record["max_steps"]) for row in rows)
     off = list(itertools.takewhile(lambda validation: validation.status == "off", reversed(validations)))
     off_since = off[-1].step if off else None
     differences = tuple(curve.differences(record))
@@ -127,30 +148,27 @@ def judge(record: dict[str, Any], rows: list[dict[str, Any]]) -> Verdict:
     )
 
 
-def _tokens_in_all(record: dict[str, Any]) -> int:
-    """The tokens of a run's whole schedule."""
-    schedule = Recipe(**{name: record[name] for name in SCHEDULE_LENGTH})
-    return schedule.tokens_before(schedule.max_steps)
+def _exported_loss(record: dict[str, Any], rows: list[dict[str, Any]]) -> float:
+    """The validation loss of the weights that a run exports: of the last, or with `patience` of the best."""
+    losses = [row["val_loss"] for row in rows]
+    return min(losses) if record.get("patience") else losses[-1]
 
 
-def _judged(row: dict[str, Any], curve: ReferenceCurve, run_tokens: int, is_end: bool) -> JudgedValidation:
+def _judged(row: dict[str, Any], curve: ReferenceCurve, pace: Pace, is_end: bool) -> JudgedValidation:
     """One row of metrics.jsonl beside the curve.
 
     Args:
-        run_tokens: of the run's whole schedule.
         is_end: the row is that of the run's last step, which is compared with the curve's end if that is earlier.
     """
     step, tokens, loss = row["step"], row["tokens"], row["val_loss"]
-    length = run_tokens / curve.tokens[-1]
-    is_shorter, is_longer = length < 1 - SAME_LENGTH, length > 1 + SAME_LENGTH
     tokens_there = min(tokens, curve.tokens[-1]) if is_end else tokens
     if not curve.covers(tokens_there):
         return JudgedValidation(step, tokens, loss, "no verdict")
     expected, tolerance = curve.loss_at(tokens_there), curve.tolerance(tokens_there)
     status: Status = "on track"
     if not loss <= expected + tolerance:  # NaN is off, too
-        status = "no verdict" if is_longer and not is_end else "off"
-    elif loss < expected - tolerance and not is_shorter:
+        status = "no verdict" if pace.later and not is_end else "off"
+    elif loss < expected - tolerance and not pace.earlier:
         status = "better"
     return JudgedValidation(step, tokens, loss, status, expected, tolerance)
 

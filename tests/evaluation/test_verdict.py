@@ -106,8 +106,30 @@ def test_what_is_expected_of_a_shorter_and_of_a_longer_schedule(llmc, max_steps,
     assert judge(fineweb_record(max_steps=max_steps), rows).status == status
 
 
+@pytest.mark.parametrize("lr_schedule", ["wsd", "constant"])
+def test_before_its_end_a_learning_rate_that_stays_at_its_peak_explains_a_loss_above(llmc, lr_schedule):
+    record = fineweb_record(lr_schedule=lr_schedule)
+    rows = rows_like(llmc, above=0.05)
+    assert judge(record, rows[:-1]).status == "no verdict"
+    assert "0.05 above the reference" in judge(record, rows[:-1]).headline
+    verdict = judge(record, rows)
+    assert verdict.status == "off" and f"lr_schedule={lr_schedule} (there cosine)" in verdict.headline
+    assert judge(record, rows_like(llmc)).status == "on track"
+    shorter = fineweb_record(lr_schedule=lr_schedule, max_steps=10_000)
+    assert judge(shorter, rows_like(llmc, above=-0.1, until=10_000 * STEP)).status == "on track"
+
+
+def test_openais_level_stands_beside_the_loss_of_what_is_exported(llmc):
+    rows = [{"step": step, "tokens": step * STEP, "val_loss": loss} for step, loss in ((500, 3.3), (1000, 3.5))]
+    for patience, expected in ((0, "0.075 above"), (1, "0.12 below")):
+        verdict = judge(fineweb_record(reference_curve=None, patience=patience), rows)
+        assert verdict.headline.startswith(f"{expected} OpenAI gpt2 (124M)")
+
+
 def test_a_longer_run_must_not_end_above_the_reference(llmc):
     record = fineweb_record(max_steps=40_000)
+    end = judge(record, [{"step": 40_000, "tokens": 40_000 * STEP, "val_loss": 3.3}])
+    assert end.remark(40_000).startswith(", reference 3.2722 at its end: 0.028 above it")
     for loss, step, status in ((3.2, 40_000, "better"), (3.3, 40_000, "off"), (3.3, 30_000, "no verdict")):
         verdict = judge(record, [{"step": step, "tokens": step * STEP, "val_loss": loss}])
         assert verdict.status == status
