@@ -19,7 +19,6 @@ A model without such a cache, and a context with a single ending, run as written
 
 import inspect
 import itertools
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -30,6 +29,7 @@ from accelerate.utils import gather_object
 from tqdm import tqdm
 from transformers import DynamicCache
 
+from gpt2repro.evaluation.rows import last_logits, padded, share_of_rank
 from modeling_gpt2repro import CACHE
 
 
@@ -140,17 +140,10 @@ def chunks(indices: list[int], size: int) -> list[list[int]]:
 
 
 def batches_of_rank(batches: list[Batch], rank: int, world_size: int) -> list[Batch]:
-    """The batches that a rank scores: of each kind every world_size-th, so that all ranks have the same work.
-
-    All ranks get equally many of each kind, for which a few batches are scored twice: a sharded model hangs if one rank
-    runs more forward passes than the others.
-    """
-    mine = []
-    for on_cache in (True, False):
-        kind = [batch for batch in batches if batch.on_cache == on_cache]
-        per_rank = math.ceil(len(kind) / world_size)
-        mine += [kind[(rank + world_size * k) % len(kind)] for k in range(per_rank)]
-    return mine
+    """The batches that a rank scores: its share of each kind, as the two kinds take different forward passes."""
+    on_cache = [batch for batch in batches if batch.on_cache]
+    whole_rows = [batch for batch in batches if not batch.on_cache]
+    return share_of_rank(on_cache, rank, world_size) + share_of_rank(whole_rows, rank, world_size)
 
 
 def score_on_cache(model, questions: list[Question], device) -> list[list[float]]:
@@ -199,32 +192,6 @@ def score_whole_rows(model, questions: list[Question], device) -> list[list[floa
     inputs, targets = tokens[:, :-1], tokens[:, start:]
     logits = last_logits(model, inputs, targets.shape[1])
     return by_question(summed_nll(logits, targets, is_ending[:, start:]).tolist(), questions)
-
-
-def padded(rows: list[Sequence[int]], device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows of tokens as one batch, right-padded with token 0.
-
-    Padding needs no attention mask: attention is causal, so no token sees what is to its right, and the logits at
-    padding positions are never read.
-
-    Returns:
-        tokens: (R, T) int64; T = length of the longest row.
-        is_token: (R, T) bool, False on padding.
-    """
-    tokens = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.int64)
-    is_token = torch.zeros_like(tokens, dtype=torch.bool)
-    for r, row in enumerate(rows):
-        tokens[r, : len(row)] = torch.tensor(row)
-        is_token[r, : len(row)] = True
-    return tokens.to(device), is_token.to(device)
-
-
-def last_logits(model, tokens: torch.Tensor, count: int, cache: DynamicCache | None = None) -> torch.Tensor:
-    """(R, count, V): the logits at the last `count` positions of a forward pass, which extends the cache, if any."""
-    has_logits_to_keep = "logits_to_keep" in inspect.signature(type(model).forward).parameters
-    kept = {"logits_to_keep": count} if has_logits_to_keep else {}
-    reused = {} if cache is None else {CACHE: cache}
-    return model(input_ids=tokens, use_cache=cache is not None, **reused, **kept).logits[:, -count:]
 
 
 def summed_nll(logits: torch.Tensor, targets: torch.Tensor, is_scored: torch.Tensor) -> torch.Tensor:

@@ -22,8 +22,6 @@ bytes of UTF-8. Perplexities a word and bits a byte of models with different tok
 cannot.
 """
 
-import inspect
-import math
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -39,6 +37,7 @@ from tqdm import tqdm
 from gpt2repro.errors import UserError
 from gpt2repro.evaluation.bootstrap import Ratio
 from gpt2repro.evaluation.detokenizers import unchanged
+from gpt2repro.evaluation.rows import last_logits, padded, share_of_rank
 
 
 FALLBACK_POSITIONS = 2048  # of a model without a limit; as lm-evaluation-harness
@@ -293,7 +292,7 @@ def score_rows(
     batch_size = settings.batch_size or default_batch_size(model, rows, accelerator.device)
     # Longest first: rows of one batch have similar lengths, and a batch too large for the memory fails at the start.
     order = sorted(range(len(rows)), key=lambda r: -len(rows[r].ids))
-    mine = _indices_of_rank(order, accelerator.process_index, accelerator.num_processes)
+    mine = share_of_rank(order, accelerator.process_index, accelerator.num_processes)
     hidden = not (settings.progress and accelerator.is_main_process)
     scores: list[tuple[int, RowScore]] = []
     was_training = model.training
@@ -326,27 +325,13 @@ def default_batch_size(model: Any, rows: list[Row], device: torch.device) -> int
     return min(LARGEST_BATCH, max(1, fitting))
 
 
-def _indices_of_rank(order: list[int], rank: int, world_size: int) -> list[int]:
-    """Every world_size-th row. All ranks get equally many, for which a few are scored twice: a sharded model hangs if
-    one rank runs more forward passes than the others."""
-    per_rank = math.ceil(len(order) / world_size)
-    return [order[(rank + world_size * k) % len(order)] for k in range(per_rank)]
-
-
 def score_batch(model: Any, rows: list[Row], device: torch.device, with_likeliest: bool = False) -> list[RowScore]:
-    """Score rows in one forward pass. They are right-padded with token 0, which needs no attention mask: attention is
-    causal, and what stands at padding positions is never read."""
+    """Score rows in one forward pass."""
+    tokens, _ = padded([row.ids for row in rows], device)  # (B, T + 1)
+    T = tokens.shape[1] - 1
     lengths = [len(row.ids) - 1 for row in rows]
-    T = max(lengths)
-    tokens = torch.zeros(len(rows), T + 1, dtype=torch.int64)
-    for r, row in enumerate(rows):
-        tokens[r, : len(row.ids)] = torch.from_numpy(row.ids)
-    tokens = tokens.to(device)
-    # No target before `first` is scored, so logits before it need not be computed.
-    first = min(length - row.scored for length, row in zip(lengths, rows))
-    has_logits_to_keep = "logits_to_keep" in inspect.signature(type(model).forward).parameters
-    kept = {"logits_to_keep": T - first} if has_logits_to_keep else {}
-    logits = model(input_ids=tokens[:, :-1], use_cache=False, **kept).logits[:, first - T :]  # (B, T - first, V)
+    first = min(length - row.scored for length, row in zip(lengths, rows))  # no target before it is scored
+    logits = last_logits(model, tokens[:, :-1], T - first)  # (B, T - first, V)
 
     scores = []
     for r, (length, row) in enumerate(zip(lengths, rows)):

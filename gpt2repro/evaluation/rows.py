@@ -1,0 +1,51 @@
+"""Rows of tokens through a causal model: their shares of the ranks, their padding, and the logits that are needed."""
+
+import inspect
+import math
+from collections.abc import Sequence
+from typing import TypeVar
+
+import numpy as np
+import torch
+from transformers import DynamicCache
+
+from modeling_gpt2repro import CACHE
+
+
+T = TypeVar("T")
+
+
+def share_of_rank(items: list[T], rank: int, world_size: int) -> list[T]:
+    """What a rank scores: every world_size-th, so that all ranks have the same work.
+
+    All ranks get equally many, for which a few items are scored twice: a sharded model hangs if one rank runs more
+    forward passes than the others.
+    """
+    per_rank = math.ceil(len(items) / world_size)
+    return [items[(rank + world_size * k) % len(items)] for k in range(per_rank)]
+
+
+def padded(rows: Sequence[Sequence[int] | np.ndarray], device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows of tokens as one batch, right-padded with token 0.
+
+    Padding needs no attention mask: attention is causal, so no token sees what is to its right, and the logits at
+    padding positions are never read.
+
+    Returns:
+        tokens: (R, T) int64; T = length of the longest row.
+        is_token: (R, T) bool, False on padding.
+    """
+    tokens = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.int64)
+    is_token = torch.zeros_like(tokens, dtype=torch.bool)
+    for r, row in enumerate(rows):
+        tokens[r, : len(row)] = torch.tensor(row)
+        is_token[r, : len(row)] = True
+    return tokens.to(device), is_token.to(device)
+
+
+def last_logits(model, tokens: torch.Tensor, count: int, cache: DynamicCache | None = None) -> torch.Tensor:
+    """(R, count, V): the logits at the last `count` positions of a forward pass, which extends the cache, if any."""
+    has_logits_to_keep = "logits_to_keep" in inspect.signature(type(model).forward).parameters
+    kept = {"logits_to_keep": count} if has_logits_to_keep else {}
+    reused = {} if cache is None else {CACHE: cache}
+    return model(input_ids=tokens, use_cache=cache is not None, **reused, **kept).logits[:, -count:]
