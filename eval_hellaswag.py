@@ -16,7 +16,6 @@ import json
 import os
 from pathlib import Path
 
-import torch
 from accelerate import Accelerator
 
 from gpt2repro.errors import Parser, UserError, problems_of, refuse, run_script
@@ -25,7 +24,9 @@ from gpt2repro.evaluation.hellaswag import (
     HUB_ID,
     STYLES,
     Scores,
+    default_batch_size,
     download_problems,
+    has_wikihow_marks,
     load_items,
     positions,
     read_items,
@@ -35,7 +36,7 @@ from gpt2repro.evaluation.hellaswag import (
 )
 from gpt2repro.evaluation.published import openai_models, published_score
 from gpt2repro.files import write_problem
-from gpt2repro.models.folder import find_model, open_model
+from gpt2repro.models.folder import DTYPES, find_model, open_model
 from gpt2repro.processes import cpu_asked, note_missing_processes
 
 
@@ -43,10 +44,6 @@ PROTOCOLS = {
     "completion": "completion style, build-nanogpt",
     "harness": "harness style, lm-evaluation-harness",
 }
-WIKIHOW_MARK = "[header]"
-BATCH_SIZE = 16
-CPU_BATCH_SIZE = 1  # with GPT-2's vocabulary one CPU thread was 3.6 times slower with 16
-DTYPES: dict[str, str | torch.dtype] = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def main(argv: list[str]) -> None:
@@ -60,8 +57,7 @@ def main(argv: list[str]) -> None:
         model, tokenizer = open_model(args.model, DTYPES[args.dtype], args.trust_remote_code)
 
     model = model.to(accelerator.device)
-    default_batch_size = CPU_BATCH_SIZE if accelerator.device.type == "cpu" else BATCH_SIZE
-    batch_size = args.batch_size or default_batch_size
+    batch_size = args.batch_size or default_batch_size(accelerator.device)
     scores = score_hellaswag(model, tokenizer, items, accelerator, batch_size, styles, progress=True)
 
     if accelerator.is_main_process:
@@ -153,7 +149,7 @@ def caveats(items: list[dict], scores: Scores, limit: int | None, max_length: in
     """Why this score is not comparable with the references."""
     found = []
     if len(items) == FULL_SET:
-        if scores.style == "completion" and not any(WIKIHOW_MARK in item["ctx"] for item in items):
+        if scores.style == "completion" and not has_wikihow_marks(items):
             found.append("this copy lacks WikiHow's [header], [title], [step] marks; the references have them")
     elif len(items) == limit:
         found.append(f"only the first {limit:,} items, not a random sample: do not compare with the full set")

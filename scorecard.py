@@ -50,7 +50,7 @@ from gpt2repro.evaluation.tasks import (
     vocabulary_sha256,
 )
 from gpt2repro.files import write_json, write_problem, write_text
-from gpt2repro.models.folder import find_model, load_tokenizer, open_model
+from gpt2repro.models.folder import DTYPES, find_model, load_tokenizer, open_model
 from gpt2repro.prepare.built_in import python_docs
 from gpt2repro.processes import cpu_asked, device_name, note_missing_processes, on_main
 from gpt2repro.run_folder import RunFolder
@@ -61,7 +61,6 @@ TASKS = ("validation", "hellaswag", "lambada", *TEXT_BENCHMARKS)
 # Not wikitext103: without <unk> its test set is wikitext2's.
 DEFAULT_TASKS = ("hellaswag", "lambada", "wikitext2", "ptb")
 DEFAULT_SIZE = "gpt2"
-DTYPES: dict[str, str | torch.dtype] = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16}
 CARD_FILES = ("scorecard.json", "scorecard.md", "scorecard.png")
 
 

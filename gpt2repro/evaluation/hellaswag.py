@@ -32,6 +32,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from accelerate import Accelerator
 
 from gpt2repro.errors import UserError, refuse
@@ -44,6 +45,9 @@ HUB = task_data.HubSource(HUB_ID, None, "validation")
 FULL_SET = 10_042  # items of the validation set
 ENDINGS = 4
 STYLES = ("completion", "harness")
+WIKIHOW_MARK = "[header]"
+BATCH_SIZE = 16  # items
+CPU_BATCH_SIZE = 1  # with GPT-2's vocabulary one CPU thread was 3.6 times slower with 16
 SOURCES = {"activitynet": "ActivityNet", "wikihow": "WikiHow"}  # source_id begins with the key and "~"
 
 
@@ -138,6 +142,11 @@ def harness_problem(item: dict) -> str | None:
 def is_text(value) -> bool:
     """Half a surrogate pair, which JSON can hold, is no character that a tokenizer knows."""
     return isinstance(value, str) and bool(value.strip()) and not re.search(r"[\ud800-\udfff]", value)
+
+
+def has_wikihow_marks(items: list[dict]) -> bool:
+    """Whether a copy of the set has the marks that it was published with; some lack them."""
+    return any(WIKIHOW_MARK in item["ctx"] for item in items)
 
 
 def split_context(item: dict) -> tuple[str, str]:
@@ -400,6 +409,11 @@ def score_encoded(
             "broken, or its precision is too low (float32 shows which)"
         )
     return Scores(style, items, summed_nll)
+
+
+def default_batch_size(device: torch.device) -> int:
+    """Items per forward pass."""
+    return CPU_BATCH_SIZE if device.type == "cpu" else BATCH_SIZE
 
 
 def positions(model) -> int | None:

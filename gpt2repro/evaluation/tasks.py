@@ -39,10 +39,7 @@ from gpt2repro.evaluation.task_data import HubSource, download_problems, hub_tex
 from gpt2repro.models.folder import load_tokenizer
 
 
-WIKIHOW_MARK = "[header]"
 BLOCK_TOKENS = 1024  # of prepared data without <|endoftext|>
-BATCH_SIZE = 16  # of HellaSwag's items
-CPU_BATCH_SIZE = 1
 Columns = dict[str, np.ndarray]
 
 
@@ -161,13 +158,12 @@ def hellaswag_task(file: str | None, limit: int | None, flag: str) -> Task:
     items = spread(loaded, limit)
 
     def measure(model: Any, tokenizer: Any, accelerator: Accelerator, settings: WindowSettings) -> Columns:
-        default_batch_size = CPU_BATCH_SIZE if accelerator.device.type == "cpu" else BATCH_SIZE
         scores = hellaswag.score_hellaswag(
             model,
             tokenizer,
             items,
             accelerator,
-            settings.batch_size or default_batch_size,
+            settings.batch_size or hellaswag.default_batch_size(accelerator.device),
             hellaswag.STYLES,
             settings.progress,
         )
@@ -178,7 +174,7 @@ def hellaswag_task(file: str | None, limit: int | None, flag: str) -> Task:
         return columns
 
     other_size = _other_size(len(loaded), hellaswag.FULL_SET)
-    has_marks = any(WIKIHOW_MARK in item["ctx"] for item in loaded)
+    has_marks = hellaswag.has_wikihow_marks(loaded)
     caveats = {
         "completion": other_size
         or (None if has_marks else "this copy of the set lacks WikiHow's marks, which the completion style keeps"),

@@ -49,6 +49,8 @@ from gpt2repro.run_folder import RunFolder
 from modeling_gpt2repro import LARGEST_SIZES, GPT2ReproConfig, GPT2ReproForCausalLM, register_auto_classes
 
 
+# What --dtype takes.
+DTYPES: dict[str, str | torch.dtype] = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16}
 # Parts of PEFT's names of what learns a prompt, not a change of the weights.
 PROMPT_LEARNING = ("PROMPT", "P_TUNING", "PREFIX", "CPT", "CARTRIDGE")
 
