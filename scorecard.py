@@ -31,7 +31,7 @@ from gpt2repro.errors import Parser, UserError, problems_of, refuse, run_script
 from gpt2repro.evaluation.compare import as_table as comparison_table
 from gpt2repro.evaluation.compare import compare_models
 from gpt2repro.evaluation.detokenizers import DETOKENIZERS
-from gpt2repro.evaluation.perplexity import WindowSettings
+from gpt2repro.evaluation.perplexity import UnsuitableTokenizer, WindowSettings
 from gpt2repro.evaluation.published import OpenAIModel, openai_model, openai_models
 from gpt2repro.evaluation.score_cache import cache_file, model_folder, model_sha256, read_cached, write_cached
 from gpt2repro.evaluation.scorecard import MeasuredModel, make_scorecard, software_versions
@@ -74,7 +74,7 @@ def main(argv: list[str]) -> None:
     plan = make_plan(args, notes)
     note_missing_processes()
     accelerator = Accelerator(cpu=cpu_asked())
-    measured = [measure(subject, plan, args, accelerator) for subject in plan.subjects]
+    measured = [measure(subject, plan, args, accelerator, notes) for subject in plan.subjects]
     setting = {
         "device": device_name(accelerator.device),
         "dtype": args.dtype,
@@ -240,8 +240,16 @@ def load_task(name: str, args: argparse.Namespace) -> Task:
 # ---- measuring ----
 
 
-def measure(subject: Subject, plan: Plan, args: argparse.Namespace, accelerator: Accelerator) -> MeasuredModel:
-    """A model on every task that suits it, from the cache where it was measured before."""
+def measure(
+    subject: Subject, plan: Plan, args: argparse.Namespace, accelerator: Accelerator, notes: list[str]
+) -> MeasuredModel:
+    """A model on every task that suits it, from the cache where it was measured before.
+
+    Args:
+        notes: a line is added for each text that the tokenizer cannot write.
+    Raises:
+        UserError: there is nothing that suits it, or it cannot be opened.
+    """
     dtype = DTYPES[args.dtype]
     folder = model_folder(subject.path)
     if folder is None:  # of the Hub, and not downloaded yet
@@ -266,10 +274,16 @@ def measure(subject: Subject, plan: Plan, args: argparse.Namespace, accelerator:
         file = cache_file(folder, sha256, task, settings)
         cached = on_main(functools.partial(read_cached, file))
         if cached is None:
-            cached = measure_task(subject, task, args, accelerator)
+            try:
+                cached = measure_task(subject, task, args, accelerator)
+            except UnsuitableTokenizer as error:  # on all ranks
+                notes.append(f"{subject.name} has no score on {task.title}: {error}")
+                continue
             if accelerator.is_main_process:
                 write_cached(file, task, *cached)
         parameters, columns[task.name] = cached
+    if not columns:
+        raise UserError(f"{notes[-1]}; choose other --tasks or --text")
     subject.opened = None  # the next model needs the memory
     return MeasuredModel(subject.name, sha256, parameters, vocabulary, columns, subject.is_reference)
 

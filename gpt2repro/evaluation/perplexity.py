@@ -106,6 +106,10 @@ class TextScore:
         return Ratio(self.nll, getattr(self, unit), transform)
 
 
+class UnsuitableTokenizer(UserError):
+    """A tokenizer that cannot write a text, so that its model's losses would be those of a shorter one."""
+
+
 # ---- texts ----
 
 
@@ -142,8 +146,12 @@ def measure_documents(
             neither (one token per character), each document's first token is not predicted.
         title: of the progress bar.
     Raises:
-        UserError: the tokenizer has no token for a document, or a loss is not finite.
+        UnsuitableTokenizer: the tokenizer has no token for a character of the documents.
+        UserError: a loss is not finite.
     """
+    dropped = dropped_character(tokenizer, [document.text for document in documents])
+    if dropped is not None:
+        raise UnsuitableTokenizer(f"the tokenizer has no token for {dropped!r}, and would leave it out of the text")
     encoded = [encode_document(tokenizer, document.text) for document in documents]
     if not any(len(ids) > 1 for ids, _ in encoded):
         raise UserError(f"{title}: the tokenizer has no tokens for this text; give a model whose tokenizer suits it")
@@ -173,6 +181,15 @@ def encode_document(tokenizer: Any, text: str) -> tuple[np.ndarray, np.ndarray]:
     if prefix is None:
         return np.array(ids, np.int64), np.array(starts[1:], np.int64)
     return np.array([prefix, *ids], np.int64), np.array(starts, np.int64)
+
+
+def dropped_character(tokenizer: Any, texts: list[str]) -> str | None:
+    """The first character but white space of which the tokenizer makes no token; None: there is none."""
+    characters = sorted(character for character in set().union(*texts) if not character.isspace())
+    if not characters:
+        return None
+    encoded = tokenizer(characters, add_special_tokens=False, verbose=False)["input_ids"]
+    return next((character for character, ids in zip(characters, encoded) if not ids), None)
 
 
 def start_token(tokenizer: Any) -> int | None:

@@ -14,7 +14,9 @@ from gpt2repro.evaluation import detokenizers
 from gpt2repro.evaluation.perplexity import (
     BLOCK_CHARACTERS,
     Document,
+    UnsuitableTokenizer,
     WindowSettings,
+    dropped_character,
     make_documents,
     measure_documents,
     rolling_windows,
@@ -107,6 +109,20 @@ def test_without_a_start_token_the_first_token_is_not_predicted(ours, accelerato
     characters = build_tokenizer("char", ["abc"]).fast
     score = measure_documents(ours, characters, [Document("abcab", "abcab")], accelerator)
     assert score.tokens.sum() == 4
+
+
+@pytest.mark.parametrize("text, dropped", [("to be\tor", None), ("to bé or \n", "é"), ("? to be", "?"), ("", None)])
+def test_what_a_tokenizer_cannot_write(gpt2, text, dropped):
+    assert dropped_character(build_tokenizer("char", ["to be or not"]).fast, [text, "not"]) == dropped
+    assert dropped_character(gpt2.fast, [text, "naïve 🙂\u200b\x00e\u0301"]) is None
+
+
+def test_a_text_that_a_tokenizer_cannot_write_has_no_score(ours, accelerator):
+    """Its losses would be those of the rest, over the words and bytes of the whole."""
+    tokenizer = build_tokenizer("char", ["to be or not"]).fast
+    documents = make_documents(["to be", "or not?"])
+    with pytest.raises(UnsuitableTokenizer, match=r"no token for '\?', and would leave it out"):
+        measure_documents(ours, tokenizer, documents, accelerator)
 
 
 def test_documents_are_units_and_a_single_one_is_cut_into_blocks(ours, tokenizer, accelerator, topics):

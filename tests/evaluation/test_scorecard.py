@@ -526,6 +526,23 @@ def test_mistakes_are_one_line_each(folders, monkeypatch, words, mistakes):
     assert len(found) == len(mistakes) and all(mistake in line for mistake, line in zip(mistakes, found)), found
 
 
+def test_a_text_that_a_models_tokenizer_cannot_write_is_left_out(folders, tmp_path, monkeypatch, capsys):
+    """Its characters would be missing from the losses, but not from the bytes that these are divided by."""
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    (tmp_path / "known.txt").write_text("to be or not")
+    tokenizer = build_tokenizer("char", ["to be or not"]).fast
+    model = tiny_model(vocab_size=64, unpadded_vocab_size=tokenizer.vocab_size)
+    save_model_folder(tmp_path / "characters", model, tokenizer, model_card(model, "characters"))
+    argv = [str(tmp_path / "characters"), str(folders / "plain"), "--tasks", "wikitext2"]
+    argv += ["--task_data", f"wikitext2={folders / 'wiki.txt'}"]
+    script.main([*argv, "--text", str(tmp_path / "known.txt")])
+    printed = capsys.readouterr().out
+    assert "note: characters has no score on WikiText-2: the tokenizer has no token" in printed
+    assert "known bits a byte" in printed and "WikiText-2 bits a byte" in printed
+    with pytest.raises(UserError, match="and would leave it out of the text; choose other --tasks"):
+        script.main(argv)
+
+
 def test_a_tokenizer_of_another_model_is_refused(folders, tmp_path, topics, capsys):
     shutil.copytree(folders / "plain", tmp_path / "mixed")
     build_tokenizer("bpe:400", topics[:40]).fast.save_pretrained(tmp_path / "mixed")
