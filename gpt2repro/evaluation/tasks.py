@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from accelerate import Accelerator
 
-from gpt2repro.data.manifest import MANIFEST, Manifest, corpus_identity, corpus_title
+from gpt2repro.data.manifest import GPT2_TOKENIZER, MANIFEST, Manifest, corpus_identity, corpus_title
 from gpt2repro.data.order import count_windows
 from gpt2repro.data.token_stream import TokenStream
 from gpt2repro.data.tokenization import build_tokenizer
@@ -439,6 +439,16 @@ class PreparedData:
     def units(self) -> str:
         return "documents" if self.manifest.tokenizer.eot_id is not None else f"blocks of {BLOCK_TOKENS:,} tokens"
 
+    @property
+    def caveat(self) -> str | None:
+        """Why losses published for the corpus are not of this split; None: they are, as far as its preparation says.
+        They are in GPT-2's tokens, of the first documents."""
+        if self.manifest.tokenizer.name != GPT2_TOKENIZER.name:
+            return f"here the tokenizer is {self.manifest.tokenizer.name}"
+        if "val_fraction" in self.manifest.preparation.get("split", {}):
+            return "here the validation documents are chosen by hash"
+        return "here the corpus is deduplicated" if self.manifest.preparation.get("deduplication") else None
+
     def describe(self) -> dict[str, Any]:
         hub_id = self.manifest.corpus.get("hub_id") if self.manifest.corpus.get("revision") else None
         # The fingerprint of another trainer's folder covers its files' ends only.
@@ -483,7 +493,7 @@ def validation_task(data: PreparedData) -> Task:
         version=1,
         units=data.units,
         data=data.describe(),
-        metrics=(Metric("validation_loss", title, "nll", "tokens", "nats", False, True, True),),
+        metrics=(Metric("validation_loss", title, "nll", "tokens", "nats", False, True, True, data.caveat),),
         measure=measure,
         depends_on_windows=False,
         vocabulary=vocabulary_sha256(data.tokenizer),

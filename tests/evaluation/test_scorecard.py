@@ -352,6 +352,24 @@ def test_prepared_data_without_documents_has_blocks(data_dir):
     assert "blocks of 1,024 tokens" in data.units
 
 
+@pytest.mark.parametrize(
+    "tokenizer, preparation, caveat",
+    [
+        ("gpt2", {"split": {"val_tokens": 100_000_000}, "deduplication": None}, None),
+        ("gpt2", {}, None),  # another trainer's tokens
+        ("bpe:50257", {"split": {"val_tokens": 100_000_000}}, "here the tokenizer is bpe:50257"),
+        ("gpt2", {"split": {"val_fraction": 0.005}}, "here the validation documents are chosen by hash"),
+        ("gpt2", {"split": {"val_tokens": 1}, "deduplication": {"kind": "exact"}}, "here the corpus is deduplicated"),
+    ],
+)
+def test_a_published_loss_holds_for_the_same_validation_split(data_dir, tokenizer, preparation, caveat):
+    data = PreparedData.open(str(data_dir), 1_000)
+    record = dataclasses.replace(data.manifest.tokenizer, name=tokenizer)
+    manifest = dataclasses.replace(data.manifest, tokenizer=record, preparation=preparation)
+    [metric] = tasks.validation_task(dataclasses.replace(data, manifest=manifest)).metrics
+    assert metric.caveat == caveat
+
+
 def test_other_tokens_are_other_data(tmp_path):
     """Also where the fingerprint, of the ends of another trainer's files, is the same."""
     tokens = np.arange(400_000, dtype=np.uint16) % 50_000
