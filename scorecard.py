@@ -31,8 +31,9 @@ from gpt2repro.errors import Parser, UserError, problems_of, refuse, run_script
 from gpt2repro.evaluation.compare import as_table as comparison_table
 from gpt2repro.evaluation.compare import compare_models
 from gpt2repro.evaluation.detokenizers import DETOKENIZERS
-from gpt2repro.evaluation.perplexity import UnsuitableTokenizer, WindowSettings
+from gpt2repro.evaluation.perplexity import WindowSettings
 from gpt2repro.evaluation.published import OpenAIModel, openai_model, openai_models
+from gpt2repro.evaluation.rows import UnsuitableTokenizer
 from gpt2repro.evaluation.score_cache import cache_file, model_folder, model_sha256, read_cached, write_cached
 from gpt2repro.evaluation.scorecard import MeasuredModel, make_scorecard, software_versions
 from gpt2repro.evaluation.scorecard_views import as_markdown, as_table, draw_scorecard

@@ -38,6 +38,7 @@ from accelerate import Accelerator
 from gpt2repro.errors import UserError, refuse
 from gpt2repro.evaluation import task_data
 from gpt2repro.evaluation.multiple_choice import Question, score_questions
+from gpt2repro.evaluation.rows import UnsuitableTokenizer
 
 
 HUB_ID = "Rowan/hellaswag"
@@ -254,7 +255,7 @@ def tokenize_together(context: str, endings: list[str], tokenizer) -> tuple[list
 def check_tokens(texts: list[str], encoded: list[list[int]]) -> None:
     for text, tokens in zip(texts, encoded):
         if not tokens:
-            raise UserError(
+            raise UnsuitableTokenizer(
                 f"the tokenizer has no token for {text!r}; it does not suit HellaSwag, or the item is invalid"
             )
 

@@ -24,10 +24,12 @@ from gpt2repro.evaluation.perplexity import (
     DEFAULT_WINDOWS,
     Row,
     WindowSettings,
+    check_characters,
     model_positions,
     score_rows,
     start_token,
 )
+from gpt2repro.evaluation.rows import UnsuitableTokenizer
 from gpt2repro.evaluation.task_data import HubSource, read_json_lines
 
 
@@ -97,14 +99,19 @@ def encode_passage(tokenizer: Any, text: str, positions: int) -> Row:
     ids = np.array(whole[-(positions + 1) :], np.int64)
     scored = min(scored, len(ids) - 1)
     if scored < 1:
-        raise UserError(f"the tokenizer has no tokens for the last word of {text[:40]!r}; it does not suit LAMBADA")
+        raise UnsuitableTokenizer(f"the tokenizer has no tokens for the last word of {text[:40]!r}")
     return Row(ids, scored)
 
 
 def measure_lambada(
     model: Any, tokenizer: Any, items: list[str], accelerator: Accelerator, settings: WindowSettings = DEFAULT_WINDOWS
 ) -> LambadaScore:
-    """Score the last words. All ranks call it and get the same result."""
+    """Score the last words. All ranks call it and get the same result.
+
+    Raises:
+        UnsuitableTokenizer: the tokenizer has no token for a character: a last word may be easier without it.
+    """
+    check_characters(tokenizer, items)
     positions = model_positions(model)
     rows = [encode_passage(tokenizer, text, positions) for text in items]
     scores = score_rows(model, rows, accelerator, settings, "LAMBADA", with_likeliest=True)

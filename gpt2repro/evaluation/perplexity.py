@@ -37,7 +37,7 @@ from tqdm import tqdm
 from gpt2repro.errors import UserError
 from gpt2repro.evaluation.bootstrap import Ratio
 from gpt2repro.evaluation.detokenizers import unchanged
-from gpt2repro.evaluation.rows import last_logits, padded, share_of_rank
+from gpt2repro.evaluation.rows import UnsuitableTokenizer, last_logits, padded, share_of_rank
 
 
 FALLBACK_POSITIONS = 2048  # of a model without a limit; as lm-evaluation-harness
@@ -106,10 +106,6 @@ class TextScore:
         return Ratio(self.nll, getattr(self, unit), transform)
 
 
-class UnsuitableTokenizer(UserError):
-    """A tokenizer that cannot write a text, so that its model's losses would be those of a shorter one."""
-
-
 # ---- texts ----
 
 
@@ -149,12 +145,10 @@ def measure_documents(
         UnsuitableTokenizer: the tokenizer has no token for a character of the documents.
         UserError: a loss is not finite.
     """
-    dropped = dropped_character(tokenizer, [document.text for document in documents])
-    if dropped is not None:
-        raise UnsuitableTokenizer(f"the tokenizer has no token for {dropped!r}, and would leave it out of the text")
+    check_characters(tokenizer, [document.text for document in documents])
     encoded = [encode_document(tokenizer, document.text) for document in documents]
     if not any(len(ids) > 1 for ids, _ in encoded):
-        raise UserError(f"{title}: the tokenizer has no tokens for this text; give a model whose tokenizer suits it")
+        raise UnsuitableTokenizer("the tokenizer has no tokens for this text")
     nlls = token_nlls(model, [ids for ids, _ in encoded], accelerator, settings, title)
     if len(documents) == 1:
         return _score_of_blocks(documents[0], nlls[0], encoded[0][1])
@@ -181,6 +175,13 @@ def encode_document(tokenizer: Any, text: str) -> tuple[np.ndarray, np.ndarray]:
     if prefix is None:
         return np.array(ids, np.int64), np.array(starts[1:], np.int64)
     return np.array([prefix, *ids], np.int64), np.array(starts, np.int64)
+
+
+def check_characters(tokenizer: Any, texts: list[str]) -> None:
+    """Raises UnsuitableTokenizer: the tokenizer has no token for a character of the texts."""
+    dropped = dropped_character(tokenizer, texts)
+    if dropped is not None:
+        raise UnsuitableTokenizer(f"the tokenizer has no token for {dropped!r}, and would leave it out of the text")
 
 
 def dropped_character(tokenizer: Any, texts: list[str]) -> str | None:

@@ -9,10 +9,15 @@ import numpy as np
 import torch
 from transformers import DynamicCache
 
+from gpt2repro.errors import UserError
 from modeling_gpt2repro import CACHE
 
 
 T = TypeVar("T")
+
+
+class UnsuitableTokenizer(UserError):
+    """A tokenizer that cannot write a text, so that its model's losses would be those of a shorter one."""
 
 
 def share_of_rank(items: list[T], rank: int, world_size: int) -> list[T]:

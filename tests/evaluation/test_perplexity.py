@@ -14,7 +14,6 @@ from gpt2repro.evaluation import detokenizers
 from gpt2repro.evaluation.perplexity import (
     BLOCK_CHARACTERS,
     Document,
-    UnsuitableTokenizer,
     WindowSettings,
     dropped_character,
     make_documents,
@@ -23,6 +22,7 @@ from gpt2repro.evaluation.perplexity import (
     token_nlls,
     wikitext_pages,
 )
+from gpt2repro.evaluation.rows import UnsuitableTokenizer
 from gpt2repro.models.openai_weights import to_gpt2
 
 

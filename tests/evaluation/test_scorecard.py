@@ -553,8 +553,11 @@ def test_a_text_that_a_models_tokenizer_cannot_write_is_left_out(folders, tmp_pa
     save_model_folder(tmp_path / "characters", model, tokenizer, model_card(model, "characters"))
     argv = [str(tmp_path / "characters"), str(folders / "plain"), "--tasks", "wikitext2"]
     argv += ["--task_data", f"wikitext2={folders / 'wiki.txt'}"]
-    script.main([*argv, "--text", str(tmp_path / "known.txt")])
+    (tmp_path / "numbers.jsonl").write_text('{"text": "to be 12"}\n')
+    both = [*argv[:3], "lambada", *argv[3:], f"lambada={tmp_path / 'numbers.jsonl'}"]
+    script.main([*both, "--text", str(tmp_path / "known.txt")])
     printed = capsys.readouterr().out
+    assert "characters has no score on LAMBADA: the tokenizer has no token for '1', and would" in printed
     assert "note: characters has no score on WikiText-2: the tokenizer has no token" in printed
     assert "known bits a byte" in printed and "WikiText-2 bits a byte" in printed
     with pytest.raises(UserError, match="and would leave it out of the text; choose other --tasks"):
