@@ -87,18 +87,20 @@ class Evaluations:
         """Draw loss.png, unless that would take more than DRAWING_SHARE of the time.
 
         Returns:
-            What the verdict says about the newest validation; or why that failed, which must not end a run.
+            What the verdict says about the newest validation; and what failed, which must not end a run.
         """
         began = time.perf_counter()
+        remark = ""
         try:
             logged = LoggedRun(self.folder.name, self.record, read_metrics(self.folder.metrics))
+            remark = logged.verdict.remark(run.step)
             if began >= self.next_picture:
                 write_bytes(self.folder.picture, loss_picture([logged]))
                 now = time.perf_counter()
                 self.next_picture = now + (now - began) / DRAWING_SHARE
-            return logged.verdict.remark(run.step)
+            return remark
         except Exception as error:  # of the disk, or of matplotlib
-            return f"; {self.folder.picture} could not be drawn ({first_line(error)})"
+            return f"{remark}; {self.folder.picture} could not be drawn ({first_line(error)})"
 
     def score_hellaswag(self, step: int) -> None:
         items_per_batch = max(1, self.recipe.micro_batch_size // ENDINGS)  # each ending is one row

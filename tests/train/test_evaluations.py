@@ -83,11 +83,12 @@ def test_the_picture_exists_while_the_run_trains_and_costs_a_bounded_share_of_th
     assert run.folder.picture.read_bytes() == b"a picture"
 
 
-def test_a_picture_that_cannot_be_drawn_does_not_end_the_run(run_of, monkeypatch):
+def test_a_picture_that_cannot_be_drawn_ends_neither_the_run_nor_its_verdict(run_of, monkeypatch):
     monkeypatch.setattr(evaluations, "loss_picture", lambda runs: 1 / 0)
     run = run_of()
     (said,) = run_of.validate(run, 5000, above=0.0)
-    assert said == f"step 5,000: validation loss 3.5535; {run.folder.picture} could not be drawn (division by zero)"
+    failure = f"{run.folder.picture} could not be drawn (division by zero)"
+    assert said == f"step 5,000: validation loss 3.5535, reference 3.5535 at as many tokens: on track; {failure}"
 
 
 def test_other_processes_neither_speak_nor_draw(run_of):
