@@ -30,6 +30,7 @@ RUN_COLORS = {
     "light": ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"),
     "dark": ("#56B4E9", "#E69F00", "#009E73", "#CC79A7", "#F0E442", "#D55E00"),
 }
+RUN_LINES = ("-", "-.", ":")  # the first for as many runs as there are colours, and so on
 FIRST_SHARE = 0.05  # of the tokens: their losses may leave the picture at its top, or all that follows would be flat
 FEW_ROWS = 20  # below this, each training loss is marked: a single one has no line
 LONGEST_NAME = 36  # characters that a legend shows of a name
@@ -73,8 +74,8 @@ def training_picture(runs: list[LoggedRun], theme: Theme = "light") -> bytes:
         panels = figure.subplot_mosaic(grid)
         for key in keys:
             name, show = TRAINING_PANELS[key]
-            for run, color in _colored(runs, theme):
-                panels[key].plot(*run.series(key), color=color, linewidth=1, label=_label(run.name))
+            for run, style in _styled(runs, theme):
+                panels[key].plot(*run.series(key), **style, linewidth=1, label=_label(run.name))
             panels[key].set_title(name)
             panels[key].set_ylim(bottom=0)
             panels[key].yaxis.set_major_formatter(show)
@@ -113,16 +114,16 @@ TRAINING_PANELS = {  # key of metrics.jsonl -> title, and how its axis shows a n
 
 
 def _draw_losses(axes: "Axes", runs: list[LoggedRun], theme: Theme, exported: int | None) -> None:
-    for run, color in _colored(runs, theme):
+    for run, style in _styled(runs, theme):
         tokens, losses = run.series("loss")
         marker = "." if len(tokens) < FEW_ROWS else None
         label = "training" if len(runs) == 1 else None
-        axes.plot(tokens, losses, color=color, alpha=0.4, linewidth=0.8, marker=marker, label=label)
+        axes.plot(tokens, losses, **style, alpha=0.4, linewidth=0.8, marker=marker, label=label)
         tokens, losses = run.series("val_loss")
         if tokens:
             status = "" if run.verdict.status == "no verdict" else f", {run.verdict.status}"
             label = f"{_label(run.name) if len(runs) > 1 else 'validation'}, last {losses[-1]:.4f}{status}"
-            axes.plot(tokens, losses, color=color, linewidth=2, marker="o", markersize=3, label=label)
+            axes.plot(tokens, losses, **style, linewidth=2, marker="o", markersize=3, label=label)
         for row in run.rows:
             if "val_loss" in row and row["step"] == exported:
                 label = f"exported, step {exported:,}, {row['val_loss']:.4f}"
@@ -160,10 +161,10 @@ def _draw_differences(axes: "Axes", runs: list[LoggedRun], theme: Theme) -> None
         below = [-nats for nats in tolerance]
         axes.fill_between(curve.tokens, below, tolerance, color=INK[theme], alpha=0.12, linewidth=0)
         reach = max(reach, 2 * tolerance[len(tolerance) // 2])
-    for run, color in _colored(runs, theme):
+    for run, style in _styled(runs, theme):
         judged = [(at.tokens, at.loss - at.expected) for at in run.verdict.validations if at.expected is not None]
         if judged:
-            axes.plot(*zip(*judged), color=color, linewidth=1.5, marker="o", markersize=3)
+            axes.plot(*zip(*judged), **style, linewidth=1.5, marker="o", markersize=3)
         shown = [abs(gap) for tokens, gap in judged if tokens >= FIRST_SHARE * judged[-1][0] and math.isfinite(gap)]
         reach = max([reach, *shown])
     axes.set_ylim(-1.15 * reach, 1.15 * reach)
@@ -174,7 +175,7 @@ def _draw_differences(axes: "Axes", runs: list[LoggedRun], theme: Theme) -> None
 def _draw_hellaswag(axes: "Axes", runs: list[LoggedRun], theme: Theme) -> None:
     """acc_norm with its 95% interval, GPT-2's and GPT-3's of the same size, and chance."""
     levels: dict[str, float] = {"chance": 0.25}
-    for run, color in _colored(runs, theme):
+    for run, style in _styled(runs, theme):
         tokens, scores = run.series("hellaswag_acc_norm")
         if not tokens:
             continue
@@ -182,8 +183,8 @@ def _draw_hellaswag(axes: "Axes", runs: list[LoggedRun], theme: Theme) -> None:
         low = [score - margin for score, margin in zip(scores, margins)]  # a single item has no standard error
         high = [score + margin for score, margin in zip(scores, margins)]
         label = f"{_label(run.name)}, 95% interval"
-        axes.fill_between(tokens, low, high, color=color, alpha=0.2, linewidth=0)
-        axes.plot(tokens, scores, color=color, linewidth=2, marker="o", markersize=3, label=label)
+        axes.fill_between(tokens, low, high, **style, alpha=0.2, linewidth=0)
+        axes.plot(tokens, scores, **style, linewidth=2, marker="o", markersize=3, label=label)
         _, items = run.series("hellaswag_items")
         levels |= hellaswag_levels(run.record, int(items[-1]))
     _draw_levels(axes, levels, theme, "{:.1%}")
@@ -215,8 +216,10 @@ def _curves(runs: list[LoggedRun]) -> list[ReferenceCurve]:
     return list({run.verdict.curve.name: run.verdict.curve for run in runs if run.verdict.curve}.values())
 
 
-def _colored(runs: list[LoggedRun], theme: Theme) -> Iterator[tuple[LoggedRun, str]]:
-    return zip(runs, itertools.cycle(RUN_COLORS[theme]))
+def _styled(runs: list[LoggedRun], theme: Theme) -> Iterator[tuple[LoggedRun, dict[str, Any]]]:
+    """Each run with its colour and, as there may be more runs than colours, its kind of line."""
+    styles = itertools.product(RUN_LINES, RUN_COLORS[theme])
+    return zip(runs, ({"color": color, "linestyle": line} for line, color in itertools.cycle(styles)))
 
 
 def _title(runs: list[LoggedRun]) -> str:

@@ -143,6 +143,14 @@ def test_several_runs_have_their_names_and_colours_and_one_reference(drawn, llmc
     assert labels(axes) == ["run 0.0", "run 0.5"] and len({line.get_color() for line in axes.lines}) == 2
 
 
+def test_more_runs_than_colours_differ_in_their_lines(drawn, llmc):
+    runs = [LoggedRun(f"run {number}", fineweb_record(), rows_like(llmc)) for number in range(9)]
+    for draw in (loss_picture, training_picture):
+        draw(runs)
+        shown = drawn[-1].axes[0].get_legend().get_lines()[:9]
+        assert len({(line.get_color(), line.get_linestyle()) for line in shown}) == 9
+
+
 def test_every_name_fits_into_the_picture(drawn):
     """A legend would leave out what begins with an underscore; a name may have 255 characters."""
     runs = [run_of({"step": 1, "loss": 3.0}, {"step": 1, "val_loss": 3.0}, name=name) for name in ("_old", 250 * "n")]
