@@ -136,7 +136,8 @@ def _draw_losses(axes: "Axes", runs: list[LoggedRun], theme: Theme, exported: in
     for run in runs:
         levels |= run.record.get("reference_losses", {})
     _draw_levels(axes, levels, theme, "{:.4f}")
-    axes.set_ylabel("loss, nats per token")
+    explained = "" if len(runs) == 1 else " (thin: training)"  # the legend names the runs
+    axes.set_ylabel(f"loss, nats per token{explained}")
     axes.set_ylim(loss_range(runs, [*levels.values()]))
     _finish(axes)
     axes.legend(loc="upper right")

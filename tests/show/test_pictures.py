@@ -137,7 +137,7 @@ def test_several_runs_have_their_names_and_colours_and_one_reference(drawn, llmc
     good, bad = (LoggedRun(f"run {above}", fineweb_record(), rows_like(llmc, above)) for above in (0.0, 0.5))
     loss_picture([good, bad])
     names = ["run 0.0, last 3.2722, on track", "run 0.5, last 3.7722, off", f"{llmc.title}, last 3.2722"]
-    assert labels(drawn[-1].axes[0]) == names
+    assert labels(drawn[-1].axes[0]) == names and "thin: training" in drawn[-1].axes[0].get_ylabel()
     training_picture([good, bad])
     axes = drawn[-1].axes[0]
     assert labels(axes) == ["run 0.0", "run 0.5"] and len({line.get_color() for line in axes.lines}) == 2
