@@ -185,9 +185,9 @@ def test_an_interrupted_start_leaves_the_directory_untouched(tmp_path):
     (run.path / "recipe.yaml.tmp").write_text("seed")
     assert run.is_untouched()
     run.unlock()
-    run.write_record({"seed": 1})
+    run.write_record({"seed": 1, "data": {}})
     run.write_verified({})
-    assert run.is_untouched() and run.read_record() == {"seed": 1}
+    assert run.is_untouched() and run.read_record() == {"seed": 1, "data": {}}
     run.metrics.write_text("")
     assert not run.is_untouched()
 

@@ -204,7 +204,7 @@ def test_rows_after_a_changed_recipe_are_logged_again(tmp_path):
     model = torch.nn.Linear(2, 2)
     model.config = GPT2Config()
     for overrides, expected in (([], [1.0, 1.0]), ([{"step": 2}], [1.0, 3.0])):
-        folder.write_record({"overrides": overrides})
+        folder.write_record({"data": {}, "overrides": overrides})
         telemetry = Telemetry(recipe, accelerator, model)
         telemetry.start(2)
         telemetry.log(2, val_loss=3.0)
