@@ -108,7 +108,9 @@ def main(argv: list[str]) -> None:
         stop_request.ignore_signals()  # a launcher ends the other ranks when one has exited; rank 0 reports first
     run.take_best(checkpoints)
     trained = unwrapped(raw_model)  # all ranks gather a sharded model
-    # Free DDP while all ranks are still alive: it destroys its process group holding the GIL, which gloo may wait for.
+    # Free DDP while all ranks are still alive, and all that holds it: as the last owner of the process group it would
+    # destroy it with the GIL, for which gloo may wait.
+    del evaluations
     model, *optimizers = accelerator.free_memory(model, *optimizers)
     telemetry.close()
     if run.stopping:

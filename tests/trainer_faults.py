@@ -6,6 +6,7 @@ Forked runs are given these functions by fork_server.py. `accelerate launch` sta
 """
 
 import contextlib
+import gc
 import json
 import os
 import resource
@@ -19,6 +20,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from filelock import FileLock
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import get_worker_info
 
 import train_accelerate
@@ -130,6 +132,18 @@ def slow_main_process(seconds: float) -> None:
         return verify_changed(*args, **options)
 
     RunData.verify_changed = verify_slowly
+
+
+def refuse_a_living_ddp() -> None:
+    """No fault: fail if DDP lives on where the process group ends."""
+    close = Telemetry.close
+
+    def close_without_ddp(self) -> None:
+        living = [thing for thing in gc.get_objects() if isinstance(thing, DistributedDataParallel)]
+        assert not living, "DDP outlives the process group"
+        close(self)
+
+    Telemetry.close = close_without_ddp
 
 
 def more_flags(flags: Sequence[str], only_rank: int) -> None:

@@ -284,6 +284,13 @@ def test_processes_wait_minutes_for_each_other_and_an_hour_in_a_collective(data_
     assert run.wait() == 0, run.printed
 
 
+def test_no_ddp_outlives_its_process_group(data_dir, tmp_path):
+    """It would end it with the GIL, for which gloo may wait: a stopped run then never ended, once in many."""
+    stopped = partial(faults.signal_after_step, step=3, name="SIGTERM")
+    run = Training(tmp_path, data_dir, faults=(faults.refuse_a_living_ddp, stopped), processes=2)
+    assert run.wait() == EXIT_CODE, run.printed
+
+
 def test_processes_of_two_runs_that_meet_at_one_port_are_refused(data_dir, tmp_path):
     other = (partial(faults.more_flags, flags=["--max_steps", "25"], only_rank=1),)
     run = Training(tmp_path, data_dir, faults=other, processes=2)
