@@ -28,13 +28,13 @@ from gpt2repro.evaluation.hellaswag import (
     download_problems,
     has_wikihow_marks,
     load_items,
-    positions,
     read_items,
     score_hellaswag,
     style_problem,
     with_error,
 )
 from gpt2repro.evaluation.published import openai_models, published_score
+from gpt2repro.evaluation.rows import positions
 from gpt2repro.files import write_problem
 from gpt2repro.models.folder import DTYPES, find_model, open_model
 from gpt2repro.processes import cpu_asked, note_missing_processes

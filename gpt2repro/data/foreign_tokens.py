@@ -25,6 +25,7 @@ from typing import NamedTuple
 import numpy as np
 
 from gpt2repro.errors import UserError, first_line
+from gpt2repro.files import is_special
 
 
 GPT2_VOCAB_SIZE = 50_257
@@ -84,7 +85,7 @@ def read_foreign_tokens(folder: Path) -> ForeignTokens | None:
         return None
     train_pattern, val_pattern, locate = FORMATS[name]
     for path in folder.iterdir():
-        if path.exists() and not (path.is_file() or path.is_dir()):  # a pipe would be waited for
+        if is_special(path):  # a pipe would be waited for
             raise UserError(f"{path} is neither a file nor a folder; remove it")
     try:
         train = [locate(path) for path in sorted(folder.glob(train_pattern))]

@@ -38,7 +38,7 @@ from accelerate import Accelerator
 from gpt2repro.errors import UserError, refuse
 from gpt2repro.evaluation import task_data
 from gpt2repro.evaluation.multiple_choice import Question, score_questions
-from gpt2repro.evaluation.rows import UnsuitableTokenizer
+from gpt2repro.evaluation.rows import UnsuitableTokenizer, positions
 
 
 HUB_ID = "Rowan/hellaswag"
@@ -415,11 +415,6 @@ def score_encoded(
 def default_batch_size(device: torch.device) -> int:
     """Items per forward pass."""
     return CPU_BATCH_SIZE if device.type == "cpu" else BATCH_SIZE
-
-
-def positions(model) -> int | None:
-    """How many tokens the model takes; None means no limit."""
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None)  # an alias of n_positions
 
 
 def style_problem(style: str, known: Sequence[str] = STYLES) -> str | None:

@@ -37,7 +37,7 @@ from tqdm import tqdm
 from gpt2repro.errors import UserError
 from gpt2repro.evaluation.bootstrap import Ratio
 from gpt2repro.evaluation.detokenizers import unchanged
-from gpt2repro.evaluation.rows import UnsuitableTokenizer, last_logits, padded, share_of_rank
+from gpt2repro.evaluation.rows import UnsuitableTokenizer, last_logits, padded, positions, share_of_rank
 
 
 FALLBACK_POSITIONS = 2048  # of a model without a limit; as lm-evaluation-harness
@@ -289,7 +289,7 @@ def token_nlls(
 
 def model_positions(model: Any) -> int:
     """Tokens that the model sees at once."""
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or FALLBACK_POSITIONS
+    return positions(model) or FALLBACK_POSITIONS
 
 
 def score_rows(

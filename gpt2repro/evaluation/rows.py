@@ -1,4 +1,4 @@
-"""Rows of tokens through a causal model: their shares of the ranks, their padding, and the logits that are needed."""
+"""Rows of tokens through a causal model: its positions, the ranks' shares, padding, and the logits that are needed."""
 
 import inspect
 import math
@@ -54,3 +54,8 @@ def last_logits(model, tokens: torch.Tensor, count: int, cache: DynamicCache | N
     kept = {"logits_to_keep": count} if has_logits_to_keep else {}
     reused = {} if cache is None else {CACHE: cache}
     return model(input_ids=tokens, use_cache=cache is not None, **reused, **kept).logits[:, -count:]
+
+
+def positions(model) -> int | None:
+    """How many tokens the model takes; None means no limit."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None)  # an alias of n_positions
