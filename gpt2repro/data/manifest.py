@@ -127,6 +127,17 @@ class Manifest:
             content["sha256"] = self.sha256
         return content
 
+    def record(self) -> dict[str, Any]:
+        """What recipe.yaml records of the data: all but the list of shards."""
+        return {
+            "manifest_sha256": self.fingerprint,
+            "corpus": self.corpus,
+            "deduplicated": self.is_deduplicated,
+            "validation": self.validation,
+            "tokenizer": self.tokenizer.to_dict(),
+            "splits": {name: split.totals() for name, split in self.splits.items()},
+        }
+
     def content_sha256(self) -> str:
         """The hash of all that manifest.json says but its own hash."""
         content = dataclasses.replace(self, sha256=None).to_dict()
@@ -191,6 +202,15 @@ class Manifest:
     def shards(self) -> list[Shard]:
         """Those of all splits."""
         return [shard for name in SPLITS for shard in self.splits[name].shards]
+
+    @property
+    def validation(self) -> str:
+        """How its validation documents were chosen."""
+        return "chosen by hash" if "val_fraction" in self.preparation.get("split", {}) else "the first documents"
+
+    @property
+    def is_deduplicated(self) -> bool:
+        return bool(self.preparation.get("deduplication"))
 
     # ---- checks ----
 

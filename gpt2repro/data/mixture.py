@@ -57,15 +57,6 @@ class Source:
     def weight(self) -> float:
         return self.slots / MIXTURE_BLOCK
 
-    def record(self) -> dict[str, Any]:
-        """What recipe.yaml records of this source: its manifest without the list of shards."""
-        return {
-            "manifest_sha256": self.manifest.fingerprint,
-            "corpus": self.manifest.corpus,
-            "tokenizer": self.manifest.tokenizer.to_dict(),
-            "splits": {name: split.totals() for name, split in self.manifest.splits.items()},
-        }
-
     def windows_problems(self, sequence_length: int) -> list[str]:
         """One line for each split that is shorter than one window."""
         return [
@@ -134,8 +125,8 @@ class RunData:
     def record(self) -> dict[str, Any]:
         """What recipe.yaml records of the data."""
         if len(self.sources) == 1:
-            return self.sources[0].record()
-        of_sources = [{"directory": s.directory, "weight": s.weight, **s.record()} for s in self.sources]
+            return self.sources[0].manifest.record()
+        of_sources = [{"directory": s.directory, "weight": s.weight, **s.manifest.record()} for s in self.sources]
         return {
             "manifest_sha256": self.fingerprint,
             "corpus": {"name": self.name},

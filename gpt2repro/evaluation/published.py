@@ -48,6 +48,20 @@ class PublishedScore:
         return self.same_method and self.tokens in (None, tokens)
 
 
+def preparation_caveat(data: dict[str, Any]) -> str | None:
+    """Why published losses, of GPT-2's tokens and the first documents, are not of a run's validation split; None: they
+    are, as far as its preparation says.
+
+    Args:
+        data: what recipe.yaml records of the data.
+    """
+    if data["tokenizer"]["name"] != "gpt2":
+        return f"here the tokenizer is {data['tokenizer']['name']}"
+    if data.get("validation") == "chosen by hash":
+        return "here the validation documents are chosen by hash"
+    return "here the corpus is deduplicated" if data.get("deduplicated") else None
+
+
 @cache
 def _content() -> dict[str, Any]:
     return yaml.safe_load((resources.files(__package__) / "published.yaml").read_text(encoding="utf-8"))

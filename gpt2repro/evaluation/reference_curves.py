@@ -25,7 +25,13 @@ import yaml
 from gpt2repro.data.manifest import corpus_identity
 from gpt2repro.errors import refuse
 from gpt2repro.evaluation.hellaswag import FULL_SET
-from gpt2repro.evaluation.published import OpenAIModel, gpt3_hellaswag, openai_models, published_score
+from gpt2repro.evaluation.published import (
+    OpenAIModel,
+    gpt3_hellaswag,
+    openai_models,
+    preparation_caveat,
+    published_score,
+)
 from modeling_gpt2repro import GPT2ReproConfig
 
 
@@ -162,7 +168,9 @@ def openai_levels(record: dict[str, Any]) -> list[Level]:
     for model in _models_beside(record):
         score = published_score(model.name, "validation_loss", corpus)
         if score is not None:
-            caveat = None if score.is_comparable(tokens) else score.note
+            caveat = preparation_caveat(record["data"])
+            if caveat is None and not score.is_comparable(tokens):
+                caveat = score.note
             levels.append(Level(f"OpenAI {model.title}", score.value, score.source, caveat))
     return levels
 
@@ -216,6 +224,9 @@ def model_of(record: dict[str, Any]) -> dict[str, Any]:
 
 CONDITIONS = {
     "corpus": _corpus,  # a list of names in the file: any of them
+    # Older runs do not record these two.
+    "deduplicated": lambda record: "yes" if record["data"].get("deduplicated") else "no",
+    "validation": lambda record: record["data"].get("validation", "the first documents"),
     "tokenizer": lambda record: record["data"]["tokenizer"]["name"],
     "vocabulary": lambda record: record["data"]["tokenizer"]["vocab_size"],
     "training_tokens": lambda record: record["data"]["splits"]["train"]["tokens"],

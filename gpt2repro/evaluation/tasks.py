@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from accelerate import Accelerator
 
-from gpt2repro.data.manifest import GPT2_TOKENIZER, MANIFEST, Manifest, corpus_identity, corpus_title
+from gpt2repro.data.manifest import MANIFEST, Manifest, corpus_identity, corpus_title
 from gpt2repro.data.order import count_windows
 from gpt2repro.data.token_stream import TokenStream
 from gpt2repro.data.tokenization import build_tokenizer
@@ -35,6 +35,7 @@ from gpt2repro.evaluation.perplexity import (
     whole_text,
     wikitext_pages,
 )
+from gpt2repro.evaluation.published import preparation_caveat
 from gpt2repro.evaluation.task_data import HubSource, download_problems, hub_texts, read_text
 from gpt2repro.models.folder import load_tokenizer
 
@@ -441,13 +442,8 @@ class PreparedData:
 
     @property
     def caveat(self) -> str | None:
-        """Why losses published for the corpus are not of this split; None: they are, as far as its preparation says.
-        They are in GPT-2's tokens, of the first documents."""
-        if self.manifest.tokenizer.name != GPT2_TOKENIZER.name:
-            return f"here the tokenizer is {self.manifest.tokenizer.name}"
-        if "val_fraction" in self.manifest.preparation.get("split", {}):
-            return "here the validation documents are chosen by hash"
-        return "here the corpus is deduplicated" if self.manifest.preparation.get("deduplication") else None
+        """Why losses published for the corpus are not of this split; None: they are, as far as its preparation says."""
+        return preparation_caveat(self.manifest.record())
 
     def describe(self) -> dict[str, Any]:
         hub_id = self.manifest.corpus.get("hub_id") if self.manifest.corpus.get("revision") else None

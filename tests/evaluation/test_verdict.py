@@ -172,6 +172,23 @@ def test_what_cannot_be_compared_gets_no_verdict_but_the_reason(llmc, change, mi
     assert mismatch in verdict.headline and "/home" not in verdict.headline
 
 
+@pytest.mark.parametrize(
+    "preparation, mismatch, caveat",
+    [
+        ({"deduplicated": True}, "deduplicated yes (there no)", "here the corpus is deduplicated"),
+        (
+            {"validation": "chosen by hash"},
+            "validation chosen by hash (there the first documents)",
+            "here the validation documents are chosen by hash",
+        ),
+    ],
+)
+def test_other_validation_documents_are_not_comparable_even_if_as_many(llmc, preparation, mismatch, caveat):
+    verdict = judge(fineweb_record() | {"data": FINEWEB | preparation}, rows_like(llmc, above=0.5))
+    assert verdict.status == "no verdict" and mismatch in verdict.headline
+    assert f"OpenAI gpt2 (124M) on the same corpus (3.425, {caveat})" in verdict.headline
+
+
 def test_llmcs_own_token_files_are_the_references_data(llmc):
     data = FINEWEB | {"corpus": {"name": "fineweb10B (llm.c's tokens)"}}
     assert judge(fineweb_record() | {"data": data}, rows_like(llmc)).status == "on track"
