@@ -11,73 +11,13 @@ written by save_pretrained, a Hub id, or a file of nanoGPT, build-nanogpt or llm
 """
 
 import argparse
-import hashlib
-import json
 import os
 from pathlib import Path
 
-from accelerate import Accelerator
-
 from gpt2repro.errors import Parser, UserError, problems_of, refuse, run_script
-from gpt2repro.evaluation.hellaswag import (
-    FULL_SET,
-    HUB_ID,
-    STYLES,
-    Scores,
-    default_batch_size,
-    download_problems,
-    has_wikihow_marks,
-    load_items,
-    read_items,
-    score_hellaswag,
-    style_problem,
-    with_error,
-)
-from gpt2repro.evaluation.published import openai_models, published_score
-from gpt2repro.evaluation.rows import positions
+from gpt2repro.evaluation.hellaswag_items import STYLES, read_items, style_problem
 from gpt2repro.files import write_problem
-from gpt2repro.models.folder import DTYPES, find_model, open_model
-from gpt2repro.processes import cpu_asked, note_missing_processes
-
-
-PROTOCOLS = {
-    "completion": "completion style, build-nanogpt",
-    "harness": "harness style, lm-evaluation-harness",
-}
-
-
-def main(argv: list[str]) -> None:
-    args = parse_arguments(argv)
-    check_arguments(args)
-    note_missing_processes()
-    accelerator = Accelerator(cpu=cpu_asked())
-    styles = styles_asked(args)
-    with accelerator.main_process_first():  # the other ranks find downloads and remote code in the caches
-        items = load_items(args.data, args.limit, styles=styles)
-        model, tokenizer = open_model(args.model, DTYPES[args.dtype], args.trust_remote_code)
-
-    model = model.to(accelerator.device)
-    batch_size = args.batch_size or default_batch_size(accelerator.device)
-    scores = score_hellaswag(model, tokenizer, items, accelerator, batch_size, styles, progress=True)
-
-    if accelerator.is_main_process:
-        for style in styles:
-            print(score_table(args.model, scores[style]))
-            for caveat in caveats(items, scores[style], args.limit, positions(model)):
-                print(f"note: {caveat}")
-        if args.output:
-            results = {style: results_of(items, scores[style]) for style in styles}
-            report = {
-                "model": args.model,
-                "data": describe_data(args.data),
-                "n": len(items),
-                "dtype": str(model.dtype).removeprefix("torch."),
-                "mixed_precision": accelerator.mixed_precision,
-                **results.pop(styles[0]),
-                **results,  # with --style both, "harness"
-            }
-            write_report(report, args.output)
-    accelerator.end_training()
+from gpt2repro.models.find import DTYPES, find_model
 
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
@@ -101,8 +41,13 @@ def styles_asked(args: argparse.Namespace) -> tuple[str, ...]:
     return STYLES if args.style == "both" else (args.style,)
 
 
-def check_arguments(args: argparse.Namespace) -> None:
-    """Raise one UserError with every mistake that can be found before anything is loaded."""
+def check_command_line(argv: list[str]) -> None:
+    """Raise one UserError with every mistake that can be told without loading anything."""
+    refuse(argument_problems(parse_arguments(argv)))
+
+
+def argument_problems(args: argparse.Namespace) -> list[str]:
+    """One line for each mistake."""
     style = style_problem(args.style, (*STYLES, "both"))
     problems = [f"--style {args.style}: {style}"] if style else []
     for name in ("limit", "batch_size"):
@@ -121,9 +66,65 @@ def check_arguments(args: argparse.Namespace) -> None:
     elif args.output:
         unwritable = write_problem(Path(args.output).parent)
         problems += [f"--output {args.output}: {unwritable}; choose another folder"] if unwritable else []
-    if args.data is None:
-        problems += download_problems("--data")
-    refuse(problems + problems_of(find_model, args.model))
+    return problems + problems_of(find_model, args.model)
+
+
+if __name__ == "__main__":
+    run_script(check_command_line)  # mistakes end here, before the seconds that the imports below take
+
+import hashlib
+import json
+
+from accelerate import Accelerator
+
+from gpt2repro.evaluation.bootstrap import with_error
+from gpt2repro.evaluation.hellaswag import Scores, default_batch_size, score_hellaswag
+from gpt2repro.evaluation.hellaswag_items import FULL_SET, HUB_ID, download_problems, has_wikihow_marks, load_items
+from gpt2repro.evaluation.published import openai_models, published_score
+from gpt2repro.evaluation.rows import positions
+from gpt2repro.models.folder import open_model
+from gpt2repro.processes import cpu_asked, note_missing_processes
+
+
+PROTOCOLS = {
+    "completion": "completion style, build-nanogpt",
+    "harness": "harness style, lm-evaluation-harness",
+}
+
+
+def main(argv: list[str]) -> None:
+    args = parse_arguments(argv)
+    about_hub = download_problems("--data") if args.data is None else []
+    refuse(about_hub + argument_problems(args))
+    note_missing_processes()
+    accelerator = Accelerator(cpu=cpu_asked())
+    styles = styles_asked(args)
+    with accelerator.main_process_first():  # the other ranks find downloads and remote code in the caches
+        items = load_items(args.data, args.limit, styles=styles)
+        model, tokenizer = open_model(args.model, args.dtype, args.trust_remote_code)
+
+    model = model.to(accelerator.device)
+    batch_size = args.batch_size or default_batch_size(accelerator.device)
+    scores = score_hellaswag(model, tokenizer, items, accelerator, batch_size, styles, progress=True)
+
+    if accelerator.is_main_process:
+        for style in styles:
+            print(score_table(args.model, scores[style]))
+            for caveat in caveats(items, scores[style], args.limit, positions(model)):
+                print(f"note: {caveat}")
+        if args.output:
+            results = {style: results_of(items, scores[style]) for style in styles}
+            report = {
+                "model": args.model,
+                "data": describe_data(args.data),
+                "n": len(items),
+                "dtype": str(model.dtype).removeprefix("torch."),
+                "mixed_precision": accelerator.mixed_precision,
+                **results.pop(styles[0]),
+                **results,  # with --style both, "harness"
+            }
+            write_report(report, args.output)
+    accelerator.end_training()
 
 
 def score_table(model: str, scores: Scores) -> str:

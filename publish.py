@@ -13,38 +13,53 @@ attention of each head; on the Hub it is a Space. --to and --space may be given 
 """
 
 import argparse
-import os
-import shutil
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from huggingface_hub.utils import HFValidationError, validate_repo_id
-from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
-
-from gpt2repro.data.tokenization import tokenizer_folder
-from gpt2repro.errors import Parser, UserError, first_line, os_error_number, refuse, run_script
-from gpt2repro.evaluation.score_cache import model_folder, model_sha256
-from gpt2repro.evaluation.scorecard import public_part, read_scorecard
-from gpt2repro.files import SCRATCH, scratch_folder, write_bytes, write_problem
-from gpt2repro.hub.model_card import THIS_MODEL, model_card
-from gpt2repro.hub.upload import create_repository, create_space, needs_token, upload, upload_space
-from gpt2repro.models.errors import explained
-from gpt2repro.models.folder import check_tokenizer, find_model, load_tokenizer, save_model_folder, tokenizer_for
-from gpt2repro.models.openai_weights import from_gpt2, to_gpt2
-from gpt2repro.processes import note
-from gpt2repro.recipe import Recipe
-from gpt2repro.run_folder import RunFolder
-from gpt2repro.show.logged_run import LoggedRun
-from gpt2repro.show.pictures import loss_picture
-from gpt2repro.show.space import MODEL_FOLDER, Space, write_space
-from gpt2repro.train import checkpoint
-from gpt2repro.train.metrics import read_metrics
+from gpt2repro.errors import Parser, UserError, problems_of, refuse, run_script
+from gpt2repro.files import write_problem
+from gpt2repro.models.find import find_model
 
 
-CARD_FILE = "scorecard.json"  # in a run's folder, where `scorecard.py RUN --output RUN` writes it
 FOLDER_PREFIXES = (".", "/", "~")  # of --to; any other value is a Hub repository
+
+
+def parse_arguments(argv: list[str]) -> argparse.Namespace:
+    parser = Parser(__doc__)
+    parser.add_argument("source", help="run, checkpoint, model folder, Hub id, or another trainer's checkpoint")
+    parser.add_argument("--to", metavar="REPO_OR_FOLDER", help="owner/name, or a new folder ./name")
+    parser.add_argument(
+        "--space", metavar="REPO_OR_FOLDER", help="write a demo to owner/name, or to a new folder ./name"
+    )
+    parser.add_argument(
+        "--format",
+        choices=("gpt2repro", "gpt2"),
+        default="gpt2repro",
+        help="gpt2repro: with our model code; gpt2: transformers' own class, loads anywhere (default: %(default)s)",
+    )
+    parser.add_argument("--tokenizer", help="folder, run, prepared directory or Hub id, if SOURCE has none")
+    parser.add_argument("--drop_heads", action="store_true", help="leave out value heads and other trainers' extras")
+    parser.add_argument("--scorecard", help="scorecard.json for the model card (default: the run's, if it has one)")
+    parser.add_argument("--license", help="license of the weights, for the model card (default: the run's recipe's)")
+    parser.add_argument("--private", action="store_true", help="create a private repository")
+    parser.add_argument("--revision", help="branch to push to, created if missing (default: main)")
+    parser.add_argument("--overwrite_readme", action="store_true", help="replace the README.md that is on the Hub")
+    args = parser.parse_args(argv)
+    args.to = Destination("--to", args.to) if args.to else None
+    args.space = Destination("--space", args.space) if args.space else None
+    given = [destination for destination in (args.to, args.space) if destination]
+    if not given:
+        raise UserError("nothing to write; add --to for the model, --space for a demo of it, or both")
+    problems = [destination.problem() for destination in given]
+    folders = [destination.path for destination in given if destination.is_folder]
+    if len(set(folders)) < len(folders):
+        problems.append(f"--to and --space are both {args.to.value}; choose a folder for each")
+    to_hub = [destination.flag for destination in given if not destination.is_folder]
+    if (args.private and not to_hub) or ((args.revision or args.overwrite_readme) and "--to" not in to_hub):
+        flags = "--private, --revision and --overwrite_readme"
+        problems.append(f"{flags} are for the Hub; drop them, or pass --to owner/name")
+    refuse([problem for problem in problems if problem] + problems_of(find_model, args.source))
+    return args
 
 
 @dataclass(frozen=True)
@@ -75,6 +90,8 @@ class Destination:
             if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
                 return f"{self} exists already; choose a new folder, or delete it"
         else:
+            from huggingface_hub.utils import HFValidationError, validate_repo_id
+
             try:
                 validate_repo_id(self.value)
             except HFValidationError as error:
@@ -87,6 +104,39 @@ class Destination:
 
     def __str__(self) -> str:
         return f"{self.flag} {self.value}"
+
+
+if __name__ == "__main__":
+    run_script(parse_arguments)  # mistakes end here, before the seconds that the imports below take
+
+import os
+import shutil
+from collections.abc import Callable
+from typing import Any
+
+from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from gpt2repro.data.tokenization import tokenizer_folder
+from gpt2repro.errors import first_line, os_error_number
+from gpt2repro.evaluation.score_cache import model_folder, model_sha256
+from gpt2repro.evaluation.scorecard import public_part, read_scorecard
+from gpt2repro.files import SCRATCH, scratch_folder, write_bytes
+from gpt2repro.hub.model_card import THIS_MODEL, model_card
+from gpt2repro.hub.upload import create_repository, create_space, needs_token, upload, upload_space
+from gpt2repro.models.errors import explained
+from gpt2repro.models.folder import check_tokenizer, load_tokenizer, save_model_folder, tokenizer_for
+from gpt2repro.models.openai_weights import from_gpt2, to_gpt2
+from gpt2repro.processes import note
+from gpt2repro.recipe import Recipe
+from gpt2repro.run_folder import RunFolder
+from gpt2repro.show.logged_run import LoggedRun
+from gpt2repro.show.pictures import loss_picture
+from gpt2repro.show.space import MODEL_FOLDER, Space, write_space
+from gpt2repro.train.checkpoint_files import MODEL, STATE, find_damage, read_state
+from gpt2repro.train.metrics import read_metrics
+
+
+CARD_FILE = "scorecard.json"  # in a run's folder, where `scorecard.py RUN --output RUN` writes it
 
 
 @dataclass(frozen=True)
@@ -256,13 +306,13 @@ def checkpoint_step_of(source: Path) -> int | None:
     Raises:
         UserError: a file that is published of it is damaged.
     """
-    if not (source / checkpoint.STATE).is_file():
+    if not (source / STATE).is_file():
         return None
-    for name in (checkpoint.STATE, "config.json", checkpoint.MODEL):
-        problem = checkpoint.find_damage(source, name)
+    for name in (STATE, "config.json", MODEL):
+        problem = find_damage(source, name)
         if problem:
             raise UserError(f"{source} is damaged ({problem}); publish another checkpoint of the run")
-    return checkpoint.read_state(source)["step"]
+    return read_state(source)["step"]
 
 
 def draw_losses(run: RunFolder, last_step: int | None, path: Path, name: str) -> None:
@@ -272,44 +322,6 @@ def draw_losses(run: RunFolder, last_step: int | None, path: Path, name: str) ->
         return
     rows = [row for row in read_metrics(run.metrics) if last_step is None or row["step"] <= last_step]
     write_bytes(path, loss_picture([LoggedRun(name, run.read_record(), rows)]))
-
-
-def parse_arguments(argv: list[str]) -> argparse.Namespace:
-    parser = Parser(__doc__)
-    parser.add_argument("source", help="run, checkpoint, model folder, Hub id, or another trainer's checkpoint")
-    parser.add_argument("--to", metavar="REPO_OR_FOLDER", help="owner/name, or a new folder ./name")
-    parser.add_argument(
-        "--space", metavar="REPO_OR_FOLDER", help="write a demo to owner/name, or to a new folder ./name"
-    )
-    parser.add_argument(
-        "--format",
-        choices=("gpt2repro", "gpt2"),
-        default="gpt2repro",
-        help="gpt2repro: with our model code; gpt2: transformers' own class, loads anywhere (default: %(default)s)",
-    )
-    parser.add_argument("--tokenizer", help="folder, run, prepared directory or Hub id, if SOURCE has none")
-    parser.add_argument("--drop_heads", action="store_true", help="leave out value heads and other trainers' extras")
-    parser.add_argument("--scorecard", help="scorecard.json for the model card (default: the run's, if it has one)")
-    parser.add_argument("--license", help="license of the weights, for the model card (default: the run's recipe's)")
-    parser.add_argument("--private", action="store_true", help="create a private repository")
-    parser.add_argument("--revision", help="branch to push to, created if missing (default: main)")
-    parser.add_argument("--overwrite_readme", action="store_true", help="replace the README.md that is on the Hub")
-    args = parser.parse_args(argv)
-    args.to = Destination("--to", args.to) if args.to else None
-    args.space = Destination("--space", args.space) if args.space else None
-    given = [destination for destination in (args.to, args.space) if destination]
-    if not given:
-        raise UserError("nothing to write; add --to for the model, --space for a demo of it, or both")
-    problems = [destination.problem() for destination in given]
-    folders = [destination.path for destination in given if destination.is_folder]
-    if len(set(folders)) < len(folders):
-        problems.append(f"--to and --space are both {args.to.value}; choose a folder for each")
-    to_hub = [destination.flag for destination in given if not destination.is_folder]
-    if (args.private and not to_hub) or ((args.revision or args.overwrite_readme) and "--to" not in to_hub):
-        flags = "--private, --revision and --overwrite_readme"
-        problems.append(f"{flags} are for the Hub; drop them, or pass --to owner/name")
-    refuse([problem for problem in problems if problem])
-    return args
 
 
 if __name__ == "__main__":

@@ -8,34 +8,11 @@ nanoGPT, build-nanogpt or llm.c.
 
 import argparse
 
-from accelerate import Accelerator
-from transformers import TextStreamer
-
 from gpt2repro.errors import Parser, problems_of, refuse, run_script
-from gpt2repro.models.folder import find_model, open_model
-from gpt2repro.models.sampling import generate
-from gpt2repro.processes import cpu_asked
+from gpt2repro.models.find import find_model
 
 
 MINIMUM = {"num_samples": 1, "max_new_tokens": 1, "top_k": 0, "seed": 0}
-
-
-def main(argv: list[str]) -> None:
-    args = parse_arguments(argv)
-    model, tokenizer = open_model(args.model, trust_remote_code=args.trust_remote_code)
-    model.to(Accelerator(cpu=cpu_asked()).device)
-    for number in range(args.num_samples):
-        print(f"--- sample {number + 1} ---", flush=True)
-        generate(
-            model,
-            tokenizer,
-            args.prompt,
-            args.max_new_tokens,
-            seed=args.seed + number,
-            top_k=args.top_k,
-            temperature=args.temperature,
-            streamer=TextStreamer(tokenizer, skip_special_tokens=True),
-        )
 
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
@@ -60,6 +37,35 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
         problems.append(f"--temperature {args.temperature} must be above 0")
     refuse(problems + problems_of(find_model, args.model))
     return args
+
+
+if __name__ == "__main__":
+    run_script(parse_arguments)  # mistakes end here, before the seconds that the imports below take
+
+from accelerate import Accelerator
+from transformers import TextStreamer
+
+from gpt2repro.models.folder import open_model
+from gpt2repro.models.sampling import generate
+from gpt2repro.processes import cpu_asked
+
+
+def main(argv: list[str]) -> None:
+    args = parse_arguments(argv)
+    model, tokenizer = open_model(args.model, trust_remote_code=args.trust_remote_code)
+    model.to(Accelerator(cpu=cpu_asked()).device)
+    for number in range(args.num_samples):
+        print(f"--- sample {number + 1} ---", flush=True)
+        generate(
+            model,
+            tokenizer,
+            args.prompt,
+            args.max_new_tokens,
+            seed=args.seed + number,
+            top_k=args.top_k,
+            temperature=args.temperature,
+            streamer=TextStreamer(tokenizer, skip_special_tokens=True),
+        )
 
 
 if __name__ == "__main__":

@@ -16,32 +16,208 @@ layer and the logits differ, both losses, how often both predict the same token,
 """
 
 import argparse
-import dataclasses
 import difflib
+from pathlib import Path
+
+from gpt2repro.errors import Parser, UserError, problems_of, refuse, run_script
+from gpt2repro.evaluation.detokenizers import DETOKENIZERS
+from gpt2repro.files import write_problem
+from gpt2repro.models.find import DTYPES, find_model
+from gpt2repro.prepare.built_in import python_docs
+
+
+CHARACTERS_PER_TOKEN = 8  # more than tokens of the default text have
+TASKS = ("validation", "hellaswag", "lambada", "wikitext2", "wikitext103", "ptb")
+# Not wikitext103: without <unk> its test set is wikitext2's.
+DEFAULT_TASKS = ("hellaswag", "lambada", "wikitext2", "ptb")
+CARD_FILES = ("scorecard.json", "scorecard.md", "scorecard.png")
+
+
+def parse_arguments(argv: list[str]) -> argparse.Namespace:
+    parser = Parser(__doc__)
+    parser.add_argument("models", nargs="*", metavar="MODEL", help="the models to measure")
+    parser.add_argument(
+        "--against",
+        nargs="+",
+        metavar="NAME",
+        help="models to compare with, measured in the same way; of gpt2, gpt2-medium, gpt2-large and gpt2-xl published "
+        "figures if the weights cannot be had (default: published figures of gpt2, nothing is downloaded)",
+    )
+    parser.add_argument("--data", metavar="DIR", help="prepared directory: the loss on its validation split")
+    parser.add_argument("--tasks", nargs="+", metavar="NAME", help=f"of {', '.join(TASKS)}")
+    parser.add_argument(
+        "--task_data", nargs="+", default=[], metavar="NAME=FILE", help="local data of tasks (default: from the Hub)"
+    )
+    parser.add_argument("--text", nargs="+", default=[], metavar="FILE", help="text files: their perplexity")
+    parser.add_argument(
+        "--limit", type=int, help="score only LIMIT items or documents of each benchmark, spread over it"
+    )
+    parser.add_argument(
+        "--validation_tokens",
+        type=int,
+        default=10_485_760,
+        help="of --data, from the start of its validation split; 0: all (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--stride", type=int, help="tokens that each window of a text predicts (default: as many as the model takes)"
+    )
+    parser.add_argument(
+        "--detokenize", choices=DETOKENIZERS, help="rules for all texts (default: those of each benchmark)"
+    )
+    parser.add_argument(
+        "--batch_size", type=int, help="items or windows per forward pass (default: 16 and 8; on a CPU 1)"
+    )
+    parser.add_argument("--dtype", choices=DTYPES, default="auto", help="dtype of the weights; auto: as saved")
+    parser.add_argument(
+        "--output", type=Path, help=f"folder for {', '.join(CARD_FILES)}; with --weights-only: a new JSON file"
+    )
+    parser.add_argument("--weights-only", nargs=2, metavar=("A", "B"), help="compare two models on one text instead")
+    parser.add_argument("--tokens", type=int, default=8192, help="of text, for --weights-only (default: %(default)s)")
+    parser.add_argument("--trust_remote_code", action="store_true", help="run the model code that comes with a MODEL")
+    args = parser.parse_args(argv)
+    args.output = args.output and args.output.expanduser()
+    args.data = args.data and str(Path(args.data).expanduser())
+    args.text = [str(Path(file).expanduser()) for file in args.text]
+    return args
+
+
+def check_command_line(argv: list[str]) -> None:
+    """Raise one UserError with every mistake that can be told without opening models and data."""
+    args = parse_arguments(argv)
+    if args.weights_only:
+        check_comparison(args)
+    else:
+        refuse(check_card(args) + [problem for model in args.models for problem in problems_of(find_model, model)])
+
+
+def check_card(args: argparse.Namespace) -> list[str]:
+    """The mistakes in the flags of a scorecard. The files of --task_data become args.task_files."""
+    problems = []
+    if not args.models:
+        problems.append("no MODEL given; `python scorecard.py runs/mine` measures one")
+    for name, least in (("limit", 1), ("stride", 1), ("batch_size", 1), ("validation_tokens", 0)):
+        value = getattr(args, name)
+        if value is not None and value < least:
+            problems.append(f"--{name} {value} must be at least {least}")
+    problems += [problem for name in args.tasks or [] for problem in task_problems(name, "--tasks")]
+    if "validation" in (args.tasks or []) and not args.data:
+        problems.append("--tasks validation needs the prepared directory: give --data DIR")
+    problems += task_data_problems(args)
+    args.tasks = args.tasks and [name for name in TASKS if name in args.tasks]
+    if args.output:
+        existing = [name for name in CARD_FILES if (args.output / name).exists()]
+        if existing:
+            problems.append(
+                f"--output {args.output}: {existing[0]} exists and is not overwritten; choose another folder"
+            )
+        elif not args.output.parent.is_dir():
+            problems.append(f"--output {args.output}: no folder {args.output.parent}; create it first")
+        elif unwritable := write_problem(args.output):
+            problems.append(f"--output {args.output}: {unwritable}; choose another folder")
+    return problems
+
+
+def task_problems(name: str, flag: str) -> list[str]:
+    if name in TASKS:
+        return []
+    nearest = difflib.get_close_matches(name, TASKS, n=1)
+    remedy = f"did you mean {nearest[0]}?" if nearest else f"choose from {', '.join(TASKS)}"
+    return [f"{flag} {name}: no such task; {remedy}"]
+
+
+def task_data_problems(args: argparse.Namespace) -> list[str]:
+    """Turn --task_data into args.task_files; one line for each entry that cannot be used."""
+    problems = []
+    files: dict[str, str] = {}
+    for entry in args.task_data:
+        name, separator, file = entry.partition("=")
+        path = Path(file).expanduser()
+        if not separator or not file:
+            problems.append(f"--task_data {entry} must be NAME=FILE, as in hellaswag=hellaswag_val.jsonl")
+        elif unknown := task_problems(name, "--task_data"):
+            problems += unknown
+        elif name == "validation":
+            problems.append("--task_data validation: prepared data is given with --data DIR")
+        elif name not in (DEFAULT_TASKS if args.tasks is None else args.tasks):
+            problems.append(f"--task_data {entry}: {name} is not measured; add it to --tasks")
+        elif not path.is_file():
+            problems.append(f"--task_data {entry}: no such file; without it, {name} comes from the Hub")
+        else:
+            files[name] = str(path)
+    args.task_files = files
+    return problems
+
+
+def names_of(entries: list[str]) -> set[str]:
+    """The tasks in --task_data."""
+    return {entry.partition("=")[0] for entry in entries}
+
+
+def check_comparison(args: argparse.Namespace) -> None:
+    """Raise one UserError with every mistake in the flags of --weights-only."""
+    problems = []
+    for model in args.weights_only:
+        problems += problems_of(find_model, model)
+    if args.models or args.against or args.tasks or args.data:
+        problems.append("--weights-only A B measures no tasks; drop the other models, --against, --tasks and --data")
+    if len(args.text) > 1:
+        problems.append(f"--text: {len(args.text)} files given, --weights-only takes one")
+    elif args.text:
+        problems += problems_of(comparison_text, args.text, args.tokens)
+    if args.tokens < 1:
+        problems.append(f"--tokens {args.tokens} must be at least 1")
+    if args.output and (args.output.exists() or not args.output.parent.is_dir()):
+        problems.append(f"--output {args.output} must be a new file in an existing folder; choose another name")
+    elif args.output and (unwritable := write_problem(args.output.parent)):
+        problems.append(f"--output {args.output}: {unwritable}; choose another folder")
+    refuse(problems)
+
+
+def comparison_text(paths: list[str], tokens: int) -> str:
+    """The given text, or enough of the documentation that ships with Python for so many tokens."""
+    if not paths:
+        return default_text(tokens * CHARACTERS_PER_TOKEN)
+    [path] = paths
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--text {path} cannot be read ({error}); give a text file in UTF-8") from error
+
+
+def default_text(min_characters: int) -> str:
+    texts = []
+    length = 0
+    for text in python_docs():
+        texts.append(text)
+        length += len(text)
+        if length > min_characters:
+            break
+    return "\n".join(texts)
+
+
+if __name__ == "__main__":
+    run_script(check_command_line)  # mistakes end here, before the seconds that the imports below take
+
+import dataclasses
 import functools
 import json
 import sys
-from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 
-from gpt2repro.errors import Parser, UserError, problems_of, refuse, run_script
 from gpt2repro.evaluation.compare import as_table as comparison_table
 from gpt2repro.evaluation.compare import compare_models
-from gpt2repro.evaluation.detokenizers import DETOKENIZERS
 from gpt2repro.evaluation.perplexity import WindowSettings
 from gpt2repro.evaluation.published import OpenAIModel, openai_model, openai_models
 from gpt2repro.evaluation.rows import UnsuitableTokenizer
 from gpt2repro.evaluation.score_cache import cache_file, model_folder, model_sha256, read_cached, write_cached
 from gpt2repro.evaluation.scorecard import MeasuredModel, make_scorecard, software_versions
 from gpt2repro.evaluation.scorecard_views import as_markdown, as_table, draw_scorecard
+from gpt2repro.evaluation.task import Columns, Task
 from gpt2repro.evaluation.tasks import (
-    TEXT_BENCHMARKS,
-    Columns,
     PreparedData,
-    Task,
     benchmark_task,
     hellaswag_task,
     lambada_task,
@@ -50,19 +226,13 @@ from gpt2repro.evaluation.tasks import (
     validation_text_task,
     vocabulary_sha256,
 )
-from gpt2repro.files import write_json, write_problem, write_text
-from gpt2repro.models.folder import DTYPES, find_model, load_tokenizer, open_model
-from gpt2repro.prepare.built_in import python_docs
+from gpt2repro.files import write_json, write_text
+from gpt2repro.models.folder import load_tokenizer, open_model
 from gpt2repro.processes import cpu_asked, device_name, note_missing_processes, on_main
 from gpt2repro.run_folder import RunFolder
 
 
-CHARACTERS_PER_TOKEN = 8  # more than tokens of the default text have
-TASKS = ("validation", "hellaswag", "lambada", *TEXT_BENCHMARKS)
-# Not wikitext103: without <unk> its test set is wikitext2's.
-DEFAULT_TASKS = ("hellaswag", "lambada", "wikitext2", "ptb")
 DEFAULT_SIZE = "gpt2"
-CARD_FILES = ("scorecard.json", "scorecard.md", "scorecard.png")
 
 
 def main(argv: list[str]) -> None:
@@ -106,7 +276,7 @@ class Subject:
     trust_remote_code: bool
     opened: tuple[Any, Any] | None = None
 
-    def open(self, dtype: str | torch.dtype, accelerator: Accelerator) -> tuple[Any, Any]:
+    def open(self, dtype: str, accelerator: Accelerator) -> tuple[Any, Any]:
         """The model, on the accelerator's device, and its tokenizer."""
         if self.opened is None:
             with accelerator.main_process_first():  # the other ranks find downloads and remote code in the caches
@@ -251,10 +421,9 @@ def measure(
     Raises:
         UserError: there is nothing that suits it, or it cannot be opened.
     """
-    dtype = DTYPES[args.dtype]
     folder = model_folder(subject.path)
     if folder is None:  # of the Hub, and not downloaded yet
-        subject.open(dtype, accelerator)
+        subject.open(args.dtype, accelerator)
         folder = model_folder(subject.path)
     assert folder is not None, f"{subject.path} was opened, but its files are not in the Hub's cache"
     sha256 = model_sha256(folder)
@@ -293,7 +462,7 @@ def measure_task(
     subject: Subject, task: Task, args: argparse.Namespace, accelerator: Accelerator
 ) -> tuple[int, Columns]:
     """The number of the model's parameters and the task's columns."""
-    model, tokenizer = subject.open(DTYPES[args.dtype], accelerator)
+    model, tokenizer = subject.open(args.dtype, accelerator)
     if accelerator.is_main_process:
         print(f"{subject.name}: {task.title}", file=sys.stderr, flush=True)
     windows = WindowSettings(args.stride, args.batch_size, progress=True)
@@ -321,8 +490,8 @@ def write_card(card: dict[str, Any], folder: Path) -> None:
 def compare(args: argparse.Namespace) -> None:
     device = Accelerator(cpu=cpu_asked()).device
     name_a, name_b = args.weights_only
-    model_a, tokenizer_a = open_model(name_a, torch.float32, args.trust_remote_code)
-    model_b, tokenizer_b = open_model(name_b, torch.float32, args.trust_remote_code)
+    model_a, tokenizer_a = open_model(name_a, "float32", args.trust_remote_code)
+    model_b, tokenizer_b = open_model(name_b, "float32", args.trust_remote_code)
     text = comparison_text(args.text, args.tokens)
     ids = tokenizer_a(text, verbose=False).input_ids
     if ids != tokenizer_b(text, verbose=False).input_ids:
@@ -349,162 +518,6 @@ def cut_windows(ids: list[int], length: int, max_tokens: int) -> torch.Tensor:
     if len(tokens) <= length:
         raise UserError(f"the text has {len(ids)} tokens, fewer than one window of {length + 1}; give a longer --text")
     return tokens.unfold(0, length + 1, length)
-
-
-def comparison_text(paths: list[str], tokens: int) -> str:
-    """The given text, or enough of the documentation that ships with Python for so many tokens."""
-    if not paths:
-        return default_text(tokens * CHARACTERS_PER_TOKEN)
-    [path] = paths
-    try:
-        return Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--text {path} cannot be read ({error}); give a text file in UTF-8") from error
-
-
-def default_text(min_characters: int) -> str:
-    texts = []
-    length = 0
-    for text in python_docs():
-        texts.append(text)
-        length += len(text)
-        if length > min_characters:
-            break
-    return "\n".join(texts)
-
-
-# ---- flags ----
-
-
-def parse_arguments(argv: list[str]) -> argparse.Namespace:
-    parser = Parser(__doc__)
-    parser.add_argument("models", nargs="*", metavar="MODEL", help="the models to measure")
-    parser.add_argument(
-        "--against",
-        nargs="+",
-        metavar="NAME",
-        help="models to compare with, measured in the same way; of gpt2, gpt2-medium, gpt2-large and gpt2-xl published "
-        "figures if the weights cannot be had (default: published figures of gpt2, nothing is downloaded)",
-    )
-    parser.add_argument("--data", metavar="DIR", help="prepared directory: the loss on its validation split")
-    parser.add_argument("--tasks", nargs="+", metavar="NAME", help=f"of {', '.join(TASKS)}")
-    parser.add_argument(
-        "--task_data", nargs="+", default=[], metavar="NAME=FILE", help="local data of tasks (default: from the Hub)"
-    )
-    parser.add_argument("--text", nargs="+", default=[], metavar="FILE", help="text files: their perplexity")
-    parser.add_argument(
-        "--limit", type=int, help="score only LIMIT items or documents of each benchmark, spread over it"
-    )
-    parser.add_argument(
-        "--validation_tokens",
-        type=int,
-        default=10_485_760,
-        help="of --data, from the start of its validation split; 0: all (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--stride", type=int, help="tokens that each window of a text predicts (default: as many as the model takes)"
-    )
-    parser.add_argument(
-        "--detokenize", choices=DETOKENIZERS, help="rules for all texts (default: those of each benchmark)"
-    )
-    parser.add_argument(
-        "--batch_size", type=int, help="items or windows per forward pass (default: 16 and 8; on a CPU 1)"
-    )
-    parser.add_argument("--dtype", choices=DTYPES, default="auto", help="dtype of the weights; auto: as saved")
-    parser.add_argument(
-        "--output", type=Path, help=f"folder for {', '.join(CARD_FILES)}; with --weights-only: a new JSON file"
-    )
-    parser.add_argument("--weights-only", nargs=2, metavar=("A", "B"), help="compare two models on one text instead")
-    parser.add_argument("--tokens", type=int, default=8192, help="of text, for --weights-only (default: %(default)s)")
-    parser.add_argument("--trust_remote_code", action="store_true", help="run the model code that comes with a MODEL")
-    args = parser.parse_args(argv)
-    args.output = args.output and args.output.expanduser()
-    args.data = args.data and str(Path(args.data).expanduser())
-    args.text = [str(Path(file).expanduser()) for file in args.text]
-    return args
-
-
-def check_card(args: argparse.Namespace) -> list[str]:
-    """The mistakes in the flags of a scorecard. The files of --task_data become args.task_files."""
-    problems = []
-    if not args.models:
-        problems.append("no MODEL given; `python scorecard.py runs/mine` measures one")
-    for name, least in (("limit", 1), ("stride", 1), ("batch_size", 1), ("validation_tokens", 0)):
-        value = getattr(args, name)
-        if value is not None and value < least:
-            problems.append(f"--{name} {value} must be at least {least}")
-    problems += [problem for name in args.tasks or [] for problem in task_problems(name, "--tasks")]
-    if "validation" in (args.tasks or []) and not args.data:
-        problems.append("--tasks validation needs the prepared directory: give --data DIR")
-    problems += task_data_problems(args)
-    args.tasks = args.tasks and [name for name in TASKS if name in args.tasks]
-    if args.output:
-        existing = [name for name in CARD_FILES if (args.output / name).exists()]
-        if existing:
-            problems.append(
-                f"--output {args.output}: {existing[0]} exists and is not overwritten; choose another folder"
-            )
-        elif not args.output.parent.is_dir():
-            problems.append(f"--output {args.output}: no folder {args.output.parent}; create it first")
-        elif unwritable := write_problem(args.output):
-            problems.append(f"--output {args.output}: {unwritable}; choose another folder")
-    return problems
-
-
-def task_problems(name: str, flag: str) -> list[str]:
-    if name in TASKS:
-        return []
-    nearest = difflib.get_close_matches(name, TASKS, n=1)
-    remedy = f"did you mean {nearest[0]}?" if nearest else f"choose from {', '.join(TASKS)}"
-    return [f"{flag} {name}: no such task; {remedy}"]
-
-
-def task_data_problems(args: argparse.Namespace) -> list[str]:
-    """Turn --task_data into args.task_files; one line for each entry that cannot be used."""
-    problems = []
-    files: dict[str, str] = {}
-    for entry in args.task_data:
-        name, separator, file = entry.partition("=")
-        path = Path(file).expanduser()
-        if not separator or not file:
-            problems.append(f"--task_data {entry} must be NAME=FILE, as in hellaswag=hellaswag_val.jsonl")
-        elif unknown := task_problems(name, "--task_data"):
-            problems += unknown
-        elif name == "validation":
-            problems.append("--task_data validation: prepared data is given with --data DIR")
-        elif name not in (DEFAULT_TASKS if args.tasks is None else args.tasks):
-            problems.append(f"--task_data {entry}: {name} is not measured; add it to --tasks")
-        elif not path.is_file():
-            problems.append(f"--task_data {entry}: no such file; without it, {name} comes from the Hub")
-        else:
-            files[name] = str(path)
-    args.task_files = files
-    return problems
-
-
-def names_of(entries: list[str]) -> set[str]:
-    """The tasks in --task_data."""
-    return {entry.partition("=")[0] for entry in entries}
-
-
-def check_comparison(args: argparse.Namespace) -> None:
-    """Raise one UserError with every mistake in the flags of --weights-only."""
-    problems = []
-    for model in args.weights_only:
-        problems += problems_of(find_model, model)
-    if args.models or args.against or args.tasks or args.data:
-        problems.append("--weights-only A B measures no tasks; drop the other models, --against, --tasks and --data")
-    if len(args.text) > 1:
-        problems.append(f"--text: {len(args.text)} files given, --weights-only takes one")
-    elif args.text:
-        problems += problems_of(comparison_text, args.text, args.tokens)
-    if args.tokens < 1:
-        problems.append(f"--tokens {args.tokens} must be at least 1")
-    if args.output and (args.output.exists() or not args.output.parent.is_dir()):
-        problems.append(f"--output {args.output} must be a new file in an existing folder; choose another name")
-    elif args.output and (unwritable := write_problem(args.output.parent)):
-        problems.append(f"--output {args.output}: {unwritable}; choose another folder")
-    refuse(problems)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,12 @@ run that was stopped. gpt2repro/recipe.py lists the recipe's fields, gpt2repro/r
 """
 
 import gpt2repro.launcher  # noqa: F401  watches the launcher while the rest is imported
+from gpt2repro.errors import refuse, report_write_errors, run_script
+from gpt2repro.train.command_line import check_command_line
 
+
+if __name__ == "__main__":
+    run_script(check_command_line)  # mistakes end here, before the seconds that the imports below take
 
 # isort: split
 import dataclasses
@@ -29,7 +34,6 @@ from transformers.utils.logging import disable_progress_bar
 
 from gpt2repro.data.batches import Batches, StepBatches
 from gpt2repro.data.order import stateless_seed
-from gpt2repro.errors import refuse, report_write_errors, run_script
 from gpt2repro.evaluation.validation import validation_losses
 from gpt2repro.files import write_bytes
 from gpt2repro.hub.model_card import model_card

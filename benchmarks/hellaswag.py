@@ -37,7 +37,7 @@ def main() -> None:
     torch.manual_seed(0)
     accelerator = Accelerator(mixed_precision=args.precision)
     if args.model:
-        model, tokenizer = open_model(args.model, torch.float32)
+        model, tokenizer = open_model(args.model, "float32")
     else:
         model, tokenizer = GPT2ReproForCausalLM(GPT2ReproConfig()), fast_from_tiktoken(gpt2_encoding())
     model = model.to(accelerator.device).eval()

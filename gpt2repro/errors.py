@@ -106,7 +106,7 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message}; `python {self.prog} --help` lists the flags")
 
 
-def run_script(main: Callable[[list[str]], None], save_memory: str = SAVE_MEMORY) -> None:
+def run_script(main: Callable[[list[str]], object], save_memory: str = SAVE_MEMORY) -> None:
     """Run `main(argv)` as a script. A UserError is printed, by one process if all have it, and exits with code 2; so
     are a GPU or a memory that is too small and a file that the user may not touch. Any other exception is printed as a
     line with the file that keeps its traceback, and exits with code 1; `python -X dev` shows it instead.

@@ -22,7 +22,7 @@ from gpt2repro.files import (
     write_text,
 )
 from gpt2repro.run_folder import RunFolder, checkpoint_step
-from gpt2repro.train.checkpoint import find_damage
+from gpt2repro.train.checkpoint_files import find_damage
 
 
 class Crash(BaseException):

@@ -32,7 +32,7 @@ from gpt2repro.evaluation import task_data
 from gpt2repro.files import file_sha256
 from gpt2repro.recipe import Recipe
 from gpt2repro.run_folder import RunFolder
-from gpt2repro.train import launch, preflight
+from gpt2repro.train import command_line, launch, preflight
 from gpt2repro.train.evaluations import load_hellaswag
 from gpt2repro.train.optimizers import build_optimizers, set_lr
 from gpt2repro.train.schedule import lr_at
@@ -802,7 +802,7 @@ def test_a_reference_curve_that_does_not_exist_is_refused_with_the_nearest_name(
 
 
 def test_a_missing_tracker_names_its_pip_install(refused, monkeypatch):
-    monkeypatch.setattr(preflight, "get_available_trackers", list)
+    monkeypatch.setattr(command_line, "find_spec", lambda package: None)
     assert "pip install trackio" in refused("--report_to", "trackio")
 
 

@@ -1,8 +1,5 @@
 """Asking the Hub before the libraries do, which ask for each file, and for half a minute when there is no network."""
 
-from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
-
-
 HUB_TIMEOUT = 10.0  # seconds
 
 
@@ -12,6 +9,8 @@ def hub_failure(repo_id: str, file: str) -> Exception | None:
     Returns:
         What the Hub or the network answers instead; None if the file is there, in the cache, or HF_HUB_OFFLINE is set.
     """
+    from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
+
     is_cached = isinstance(try_to_load_from_cache(repo_id, file), str)
     if is_cached or constants.HF_HUB_OFFLINE:
         return None

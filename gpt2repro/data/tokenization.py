@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 import tiktoken
 import tokenizers
-from huggingface_hub.errors import EntryNotFoundError
 from tiktoken_ext import openai_public
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
@@ -202,6 +201,8 @@ def _saved_tokenizer(name: str) -> Tokenizer:
 
 def _ask_hub_once(name: str) -> None:
     """Raise what the Hub or the network answers if it cannot be asked for a tokenizer called `name`."""
+    from huggingface_hub.errors import EntryNotFoundError
+
     failure = hub_failure(name, "tokenizer_config.json")
     if failure is not None and not isinstance(failure, EntryNotFoundError):  # older ones have only vocab.json
         raise failure

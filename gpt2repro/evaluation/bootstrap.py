@@ -98,3 +98,9 @@ def interval(sample: np.ndarray) -> Interval | None:
     tail = (1 - LEVEL) / 2
     low, high = np.quantile(sample, [tail, 1 - tail])
     return Interval(float(low), float(high))
+
+
+def with_error(accuracy: float, standard_error: float | None) -> str:
+    """As in "0.2955 ± 0.0046"; a single item has no standard error."""
+    error = "n/a" if standard_error is None else f"{standard_error:.4f}"
+    return f"{accuracy:.4f} ± {error}"

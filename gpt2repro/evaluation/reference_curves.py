@@ -24,7 +24,7 @@ import yaml
 
 from gpt2repro.data.manifest import corpus_identity
 from gpt2repro.errors import refuse
-from gpt2repro.evaluation.hellaswag import FULL_SET
+from gpt2repro.evaluation.hellaswag_items import FULL_SET
 from gpt2repro.evaluation.published import (
     OpenAIModel,
     gpt3_hellaswag,
@@ -32,7 +32,7 @@ from gpt2repro.evaluation.published import (
     preparation_caveat,
     published_score,
 )
-from modeling_gpt2repro import GPT2ReproConfig
+from gpt2repro.model_fields import model_fields
 
 
 FOLDER = files("gpt2repro.evaluation") / "reference_curves"
@@ -218,7 +218,8 @@ def _validation_tokens(record: dict[str, Any]) -> int:
 
 def model_of(record: dict[str, Any]) -> dict[str, Any]:
     """All fields of a run's model; those that its recipe leaves out have their defaults."""
-    defaults = {name: getattr(GPT2ReproConfig, name) for name in GPT2ReproConfig.__annotations__}
+    fields = model_fields()
+    defaults = {name: getattr(fields, name) for name in fields.__annotations__}
     return defaults | record.get("model", {})
 
 

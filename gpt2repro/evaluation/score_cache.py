@@ -12,10 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from huggingface_hub import constants, try_to_load_from_cache
 
-from gpt2repro.evaluation.tasks import Columns, Task, content_sha256
-from gpt2repro.files import file_sha256, write_problem, write_text
+from gpt2repro.evaluation.task import Columns, Task
+from gpt2repro.files import content_sha256, file_sha256, write_problem, write_text
 
 
 FORMAT = 1
@@ -39,6 +38,8 @@ def model_folder(path: str) -> Path | None:
     """Where the files of a model lie: its folder, its file, or its snapshot in the Hub's cache; None if not there."""
     if Path(path).exists():
         return Path(path)
+    from huggingface_hub import try_to_load_from_cache
+
     config = try_to_load_from_cache(path, "config.json")
     return Path(config).parent if isinstance(config, str) else None
 
@@ -77,12 +78,16 @@ def cache_file(path: Path, model_hash: str, task: Task, settings: dict[str, Any]
 def _cache_folder(path: Path) -> Path:
     folder = path.parent if path.is_file() else path
     if _is_of_hub(folder) or write_problem(folder):
+        from huggingface_hub import constants
+
         return Path(constants.HF_HOME) / "gpt2repro" / "scores"
     return folder / FOLDER
 
 
 def _is_of_hub(folder: Path) -> bool:
     """Whether a folder lies in the Hub's cache."""
+    from huggingface_hub import constants
+
     return Path(constants.HF_HUB_CACHE).resolve() in folder.resolve().parents
 
 

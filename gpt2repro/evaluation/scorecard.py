@@ -47,7 +47,7 @@ import numpy as np
 from gpt2repro.errors import UserError, first_line
 from gpt2repro.evaluation.bootstrap import Ratio, interval, resample
 from gpt2repro.evaluation.published import OpenAIModel, openai_models, published_score
-from gpt2repro.evaluation.tasks import Columns, Metric, Task
+from gpt2repro.evaluation.task import Columns, Metric, Task
 
 
 FORMAT = "gpt2repro scorecard 1"

@@ -6,14 +6,15 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import datasets
-from huggingface_hub import HfApi, constants
+from typing import TYPE_CHECKING, Any
 
 from gpt2repro.data.hub import HUB_TIMEOUT
 from gpt2repro.errors import UserError, first_line
 from gpt2repro.files import is_special
+
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 
 READ_ERRORS = (OSError, EOFError, zlib.error)  # the last two: a truncated or damaged gzip file
@@ -40,7 +41,7 @@ class HubSource:
         return f"{self.hub_id}{config}, {self.split}"
 
 
-def hub_rows(source: HubSource, title: str, remedy: str) -> datasets.Dataset:
+def hub_rows(source: HubSource, title: str, remedy: str) -> "Dataset":
     """The rows of the split; with a `column` only that one.
 
     Args:
@@ -49,6 +50,8 @@ def hub_rows(source: HubSource, title: str, remedy: str) -> datasets.Dataset:
     Raises:
         UserError: the Hub is unreachable or has no such data.
     """
+    import datasets  # takes a second
+
     try:
         _ask_hub_once(source)
         rows = datasets.load_dataset(
@@ -80,6 +83,9 @@ def cannot_download(error: Exception, source: HubSource, title: str, remedy: str
 def _ask_hub_once(source: HubSource) -> None:
     """Raise a ConnectionError if the dataset is not in the cache and the Hub cannot be reached: `load_dataset` would
     try again for half a minute."""
+    import datasets
+    from huggingface_hub import HfApi, constants
+
     cached = Path(datasets.config.HF_DATASETS_CACHE) / source.hub_id.replace("/", "___")
     if cached.is_dir() or Path(source.hub_id).is_dir() or constants.HF_HUB_OFFLINE:
         return

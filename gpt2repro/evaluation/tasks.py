@@ -1,12 +1,7 @@
-"""The tasks of a scorecard: what is measured, how, on which data, and which scores follow from it.
-
-A task measures a model unit by unit (`Task.measure`), as columns of numbers. Every score (`Metric`) is a ratio of two
-columns' sums, which is what gives it an interval (bootstrap.py) and lets two models be compared on the same units.
-"""
+"""The tasks of a scorecard: what is measured, how, on which data, and which scores follow from it."""
 
 import dataclasses
 import hashlib
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,8 +15,7 @@ from gpt2repro.data.order import count_windows
 from gpt2repro.data.token_stream import TokenStream
 from gpt2repro.data.tokenization import build_tokenizer
 from gpt2repro.errors import UserError, refuse
-from gpt2repro.evaluation import hellaswag, lambada
-from gpt2repro.evaluation.bootstrap import Ratio
+from gpt2repro.evaluation import hellaswag, hellaswag_items, lambada
 from gpt2repro.evaluation.detokenizers import DETOKENIZERS
 from gpt2repro.evaluation.perplexity import (
     BLOCK_CHARACTERS,
@@ -36,72 +30,13 @@ from gpt2repro.evaluation.perplexity import (
     wikitext_pages,
 )
 from gpt2repro.evaluation.published import preparation_caveat
+from gpt2repro.evaluation.task import Columns, Metric, Task
 from gpt2repro.evaluation.task_data import HubSource, download_problems, hub_texts, read_text
+from gpt2repro.files import content_sha256
 from gpt2repro.models.folder import load_tokenizer
 
 
 BLOCK_TOKENS = 1024  # of prepared data without <|endoftext|>
-Columns = dict[str, np.ndarray]
-
-
-@dataclass(frozen=True)
-class Metric:
-    """A score, a ratio of the sums of two columns.
-
-    key: its name in scorecard.json.
-    unit: share, perplexity, nats or bits.
-    headline: it is spoken of in the sentences; the others stand in the table only.
-    needs_same_vocabulary: it is normalised by tokens, so that only models with the same vocabulary can be compared.
-    caveat: why figures published for this metric are not of this data; None: they are.
-    """
-
-    key: str
-    title: str
-    numerator: str
-    denominator: str
-    unit: str
-    higher_is_better: bool
-    headline: bool
-    needs_same_vocabulary: bool = False
-    caveat: str | None = None
-
-    def score(self, columns: Columns) -> Ratio:
-        transform = {"share": "mean", "nats": "mean", "perplexity": "perplexity", "bits": "bits"}[self.unit]
-        return Ratio(columns[self.numerator], columns[self.denominator], transform)
-
-
-@dataclass(frozen=True)
-class Task:
-    """What a model is measured on.
-
-    name: as --tasks names it.
-    method: one line: what is done, in whose way.
-    version: raised when the method changes, so that cached columns are not used.
-    units: what a row of the columns is, in the plural.
-    data: name, hub_id, sha256, n, units and complete, for scorecard.json: `hub_id` is the dataset on the Hub that the
-        data is, None if that is not known; `complete`: it is all of it, without --limit.
-    measure: called on all ranks; (model, tokenizer, accelerator, settings) -> columns, (U,) float64 each.
-    depends_on_windows: WindowSettings.stride changes the scores.
-    vocabulary: sha256 of the only vocabulary whose models it can measure; None: any.
-    corpus: the prepared data, as `corpus_identity` names it; None: the task has none.
-    """
-
-    name: str
-    title: str
-    method: str
-    version: int
-    units: str
-    data: dict[str, Any]
-    metrics: tuple[Metric, ...]
-    measure: Callable[[Any, Any, Accelerator, WindowSettings], Columns]
-    depends_on_windows: bool = True
-    vocabulary: str | None = None
-    corpus: str | None = None
-
-
-def content_sha256(content: Any) -> str:
-    """Of anything that JSON can hold."""
-    return hashlib.sha256(json.dumps(content, sort_keys=True, ensure_ascii=False).encode("utf-8")).hexdigest()
 
 
 def spread(items: Sequence[Any], limit: int | None) -> list[Any]:
@@ -150,12 +85,12 @@ def hellaswag_task(file: str | None, limit: int | None, flag: str) -> Task:
     Args:
         file: local .jsonl or .jsonl.gz; None: from the Hub.
     Raises:
-        UserError: as `hellaswag.load_items`.
+        UserError: as `hellaswag_items.load_items`.
     """
     if file is None:
-        source = HubSource(hellaswag.HUB_ID, None, "validation", "ctx")
+        source = HubSource(hellaswag_items.HUB_ID, None, "validation", "ctx")
         refuse(download_problems(source, "HellaSwag", f"give a local copy with {flag}"))
-    loaded = hellaswag.load_items(file, flag=flag, styles=hellaswag.STYLES)
+    loaded = hellaswag_items.load_items(file, flag=flag, styles=hellaswag_items.STYLES)
     items = spread(loaded, limit)
 
     def measure(model: Any, tokenizer: Any, accelerator: Accelerator, settings: WindowSettings) -> Columns:
@@ -165,7 +100,7 @@ def hellaswag_task(file: str | None, limit: int | None, flag: str) -> Task:
             items,
             accelerator,
             settings.batch_size or hellaswag.default_batch_size(accelerator.device),
-            hellaswag.STYLES,
+            hellaswag_items.STYLES,
             settings.progress,
         )
         columns = {"items": np.ones(len(items))}
@@ -174,8 +109,8 @@ def hellaswag_task(file: str | None, limit: int | None, flag: str) -> Task:
             columns[f"{style}_acc_norm"] = score.acc_norm.astype(np.float64)
         return columns
 
-    other_size = _other_size(len(loaded), hellaswag.FULL_SET)
-    has_marks = hellaswag.has_wikihow_marks(loaded)
+    other_size = _other_size(len(loaded), hellaswag_items.FULL_SET)
+    has_marks = hellaswag_items.has_wikihow_marks(loaded)
     caveats = {
         "completion": other_size
         or (None if has_marks else "this copy of the set lacks WikiHow's marks, which the completion style keeps"),
@@ -192,7 +127,7 @@ def hellaswag_task(file: str | None, limit: int | None, flag: str) -> Task:
             headline=name == "acc_norm",
             caveat=caveats[style],
         )
-        for style in hellaswag.STYLES
+        for style in hellaswag_items.STYLES
         for name in ("acc_norm", "acc")
     ]
     return Task(
@@ -202,7 +137,7 @@ def hellaswag_task(file: str | None, limit: int | None, flag: str) -> Task:
         + _sample_text(items, loaded),
         version=1,
         units="items",
-        data=describe_data(file, hellaswag.HUB_ID, items, loaded, "items", caveats["harness"]),
+        data=describe_data(file, hellaswag_items.HUB_ID, items, loaded, "items", caveats["harness"]),
         metrics=tuple(metrics),
         measure=measure,
         depends_on_windows=False,

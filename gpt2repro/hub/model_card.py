@@ -10,7 +10,8 @@ from transformers import PreTrainedModel
 from gpt2repro.data.manifest import corpus_title
 from gpt2repro.data.token_stream import bits_per_byte, perplexity, perplexity_text
 from gpt2repro.evaluation import scorecard_views
-from gpt2repro.evaluation.hellaswag import FULL_SET, HUB_ID, with_error
+from gpt2repro.evaluation.bootstrap import with_error
+from gpt2repro.evaluation.hellaswag_items import FULL_SET, HUB_ID
 from gpt2repro.evaluation.published import openai_models, published_score
 from gpt2repro.models.padding import without_padding
 from gpt2repro.run_folder import RunFolder

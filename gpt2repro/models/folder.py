@@ -2,9 +2,7 @@
 
 import contextlib
 import functools
-import json
 import logging
-import re
 import shlex
 import shutil
 import tempfile
@@ -14,7 +12,6 @@ from pathlib import Path
 import torch
 from filelock import FileLock
 from huggingface_hub import ModelCard
-from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -26,126 +23,22 @@ from transformers import (
     dynamic_module_utils,
 )
 
-from gpt2repro.data.hub import hub_failure
-from gpt2repro.data.manifest import MANIFEST
 from gpt2repro.data.tokenization import build_tokenizer, save_tokenizer
 from gpt2repro.errors import UserError, first_line
-from gpt2repro.files import is_special, new_folder
-from gpt2repro.models.errors import ACCESS_DENIED, LIBRARY_ERRORS, LOG_IN, explained, python_command
+from gpt2repro.files import new_folder
+from gpt2repro.models.errors import LIBRARY_ERRORS, explained, python_command
+from gpt2repro.models.find import find_model, is_path
 from gpt2repro.models.foreign_checkpoints import WRAPPERS, first_three
 from gpt2repro.models.generation_defaults import load_generation_defaults, our_generation_defaults
 from gpt2repro.models.openai_weights import (
-    ADAPTED_OR_NOT,
-    ADAPTER_CONFIG,
     MASK_BUFFERS,
-    WEIGHT_FILES,
     check_torch_files,
     from_gpt2,
     refuse_not_finite,
 )
 from gpt2repro.models.padding import unpadded, without_padding
 from gpt2repro.processes import note
-from gpt2repro.run_folder import RunFolder
 from modeling_gpt2repro import LARGEST_SIZES, GPT2ReproConfig, GPT2ReproForCausalLM, register_auto_classes
-
-
-# What --dtype takes.
-DTYPES: dict[str, str | torch.dtype] = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16}
-# Parts of PEFT's names of what learns a prompt, not a change of the weights.
-PROMPT_LEARNING = ("PROMPT", "P_TUNING", "PREFIX", "CPT", "CARTRIDGE")
-
-
-def find_model(name: str) -> str:
-    """Resolve what a user calls a model: a run (its model folder), a model folder, another trainer's file or a Hub id.
-
-    Raises:
-        UserError: a folder without a model or with an adapter, a path that does not exist, or a Hub id that the Hub
-            does not have, or cannot be asked about.
-    """
-    path = Path(name).expanduser()
-    for candidate in (RunFolder(path).model, path):
-        if (candidate / ADAPTER_CONFIG).is_file():
-            both = f"{candidate} {ADAPTED_OR_NOT}"
-            raise UserError(both if _has_weights(candidate) else _merge_first(candidate))
-        if (candidate / "config.json").is_file():
-            return str(candidate)
-    if path.is_file():
-        lies_in_model_folder = path.name in WEIGHT_FILES and (path.parent / "config.json").is_file()
-        return str(path.parent if lies_in_model_folder else path)
-    if is_special(path):
-        raise UserError(f"{name} is a pipe or device; give a model folder, a run folder, a file or a Hub id")
-    if path.exists():
-        raise UserError(
-            f"{name} holds no model: neither config.json nor model/config.json exists; {_what_it_holds(path)}"
-        )
-    if _is_path(name):
-        raise UserError(f"{name} does not exist; give a model folder, a run folder or a Hub id")
-    _check_hub(name)
-    return name
-
-
-def _what_it_holds(folder: Path) -> str:
-    """The remedy for a folder that is no model: the newest of what it holds that is one."""
-    newest = RunFolder(folder).latest_checkpoint()
-    if newest:
-        return f"it is an unfinished run, and its newest checkpoint is {newest}"
-    if (folder / MANIFEST).is_file():
-        return "it is prepared data; give a model that was trained on it"
-
-    def holds_model(path: Path) -> bool:
-        run = RunFolder(path)
-        is_folder = any((place / "config.json").is_file() for place in (path, run.model))
-        return path.match("*.pt") or path.match("model*.bin") or is_folder or run.latest_checkpoint() is not None
-
-    def age(path: Path) -> tuple[list[int], float]:
-        return [int(number) for number in re.findall(r"\d+", path.name)], path.stat().st_mtime
-
-    found = sorted(filter(holds_model, folder.iterdir()), key=age)
-    if found:
-        return f"give {found[-1]}"
-    return "give a model folder, a run, a checkpoint, a Hub id, or a file of another trainer"
-
-
-def _is_path(name: str) -> bool:
-    """Whether a name can only be a path, not a Hub id."""
-    return name.count("/") > 1 or name.startswith((".", "/", "~"))
-
-
-def _check_hub(name: str) -> None:
-    """Refuse a name for which neither the cache nor the Hub has a model."""
-    error = hub_failure(name, "config.json")
-    if error is None:
-        return
-    remedy = "check the name and the network"
-    if isinstance(error, HfHubHTTPError) and error.response.status_code in ACCESS_DENIED:
-        remedy = LOG_IN
-    if isinstance(error, EntryNotFoundError):
-        remedy = "give a model that has a config.json"
-    raise UserError(
-        f"{name}: no such file or folder, and no model can be loaded from the Hub ({first_line(error)}); {remedy}"
-    ) from error
-
-
-def _has_weights(folder: Path) -> bool:
-    return any((folder / name).is_file() for file in WEIGHT_FILES for name in (file, f"{file}.index.json"))
-
-
-def _merge_first(folder: Path) -> str:
-    """The message about a folder that holds an adapter instead of a model."""
-    with explained(f"{folder / ADAPTER_CONFIG} is damaged", "save the adapter again"):
-        settings = dict(json.loads((folder / ADAPTER_CONFIG).read_text()))
-        kind, base = str(settings.get("peft_type")), settings.get("base_model_name_or_path")
-    problem = f"{folder} is an adapter ({kind} in {ADAPTER_CONFIG}), not a model"
-    if any(word in kind for word in PROMPT_LEARNING):
-        return f"{problem}, and of a kind that cannot be merged into one; give the model that it was trained for"
-    if not base:
-        return f"{problem}; write the name of its base model to base_model_name_or_path there"
-    code = (
-        "from transformers import AutoModelForCausalLM as M; from peft import PeftModel as P; "
-        f"m = M.from_pretrained({base!r}, trust_remote_code=True); "
-        f"P.from_pretrained(m, {str(folder)!r}).merge_and_unload().save_pretrained({f'{folder}-merged'!r})"
-    )
-    return f"{problem}; merge it into {base} with `{python_command(code)}` and copy the tokenizer there"
 
 
 def save_model_folder(
@@ -223,7 +116,7 @@ def load_tokenizer(name: str | Path, trust_remote_code: bool = False) -> PreTrai
     """
     register_auto_classes()
     with explained(f"{name}: no tokenizer can be loaded from there", "save one there with tokenizer.save_pretrained"):
-        if _is_path(str(name)) and not Path(name).exists():  # transformers would look for it on the Hub
+        if is_path(str(name)) and not Path(name).exists():  # transformers would look for it on the Hub
             raise FileNotFoundError("it does not exist")
         # Of a folder without a tokenizer transformers would ask the Hub.
         local = Path(name).is_dir()
@@ -261,19 +154,19 @@ def check_tokenizer(name: str, tokenizer: PreTrainedTokenizerBase, config: PreTr
 
 
 def open_model(
-    name: str, dtype: str | torch.dtype = "auto", trust_remote_code: bool = False
+    name: str, dtype: str = "auto", trust_remote_code: bool = False
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A causal language model and its tokenizer, from a run, a model folder, another trainer's file or the Hub.
 
     Args:
-        dtype: of the weights; "auto" keeps the dtype they were saved in.
+        dtype: of the weights, one of DTYPES; "auto" keeps the dtype they were saved in.
         trust_remote_code: run the model code that comes with the weights if transformers does not know the model.
     Raises:
         UserError: no such folder, no model in it, or not a causal language model with a tokenizer of its own.
     """
     register_auto_classes()
     path = find_model(name)
-    as_gpt2 = functools.partial(from_gpt2, path, dtype=None if dtype == "auto" else dtype)
+    as_gpt2 = functools.partial(from_gpt2, path, dtype=None if dtype == "auto" else getattr(torch, dtype))
     if Path(path).is_file() or _is_of_2019(path):
         model = as_gpt2()
         tokenizer = tokenizer_for(path, model)

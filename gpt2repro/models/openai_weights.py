@@ -26,6 +26,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedConfig, PreTrain
 
 from gpt2repro.errors import UserError, first_line
 from gpt2repro.models.errors import explained, python_command
+from gpt2repro.models.find import ADAPTED_OR_NOT, ADAPTER_CONFIG, WEIGHT_FILES
 from gpt2repro.models.foreign_checkpoints import (
     LANGUAGE_MODEL,
     check_tensors,
@@ -42,12 +43,6 @@ from modeling_gpt2repro import GPT2ReproConfig, GPT2ReproForCausalLM
 
 PROJECTIONS = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 GELUS = ("gelu_new", "gelu_pytorch_tanh", "gelu")  # the first two are the same function; the third is nanoGPT's
-WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")  # the first that exists is read; or their shards
-ADAPTER_CONFIG = "adapter_config.json"  # PEFT's
-ADAPTED_OR_NOT = (
-    f"holds {ADAPTER_CONFIG} beside full weights; delete {ADAPTER_CONFIG} if they are merged already, otherwise move "
-    "the adapter's files to another folder and merge the two"
-)
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 MASK_BUFFERS = (".attn.bias", ".attn.masked_bias")  # causal masks that older releases of transformers saved
 

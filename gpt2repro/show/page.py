@@ -27,7 +27,7 @@ from jinja2 import Environment, StrictUndefined
 
 from gpt2repro.data.manifest import corpus_title
 from gpt2repro.data.token_stream import bits_per_byte, perplexity_text
-from gpt2repro.evaluation.hellaswag import with_error
+from gpt2repro.evaluation.bootstrap import with_error
 from gpt2repro.evaluation.reference_curves import ReferenceCurve, hellaswag_levels, model_of
 from gpt2repro.evaluation.scorecard_views import legend_lines, method_lines, table_rows
 from gpt2repro.recipe import Recipe

@@ -30,39 +30,16 @@ from transformers import GenerationConfig
 
 from gpt2repro.data.tokenization import save_tokenizer
 from gpt2repro.errors import UserError, first_line, write_remedy
-from gpt2repro.files import delete, delete_folder, delete_unfinished, file_problem, file_sha256, flush, new_folder
+from gpt2repro.files import delete, delete_folder, delete_unfinished, file_sha256, flush, new_folder
 from gpt2repro.models.generation_defaults import load_generation_defaults
 from gpt2repro.processes import on_main
 from gpt2repro.recipe import Recipe
 from gpt2repro.run_folder import RunFolder, checkpoint_step
+from gpt2repro.train.checkpoint_files import HASHES, MODEL, OPTIMIZER, STATE, find_damage, read_state
 from gpt2repro.train.early_stopping import best_first
 
 
-MODEL, OPTIMIZER, STATE, HASHES = "model.safetensors", "optimizer.safetensors", "trainer_state.json", "hashes.json"
-MIN_FILES = 4  # state, configuration, weights, optimizer
 Tensors = dict[str, torch.Tensor]  # by the parameter's name
-
-
-def read_state(checkpoint: Path) -> dict[str, Any]:
-    """The content of trainer_state.json: RunState.state_dict()."""
-    return json.loads((checkpoint / STATE).read_text())
-
-
-def find_damage(checkpoint: Path, only: str | None = None) -> str | None:
-    """What is missing or altered in a checkpoint, or in its file `only`; None if it is intact."""
-    try:
-        hashes = json.loads((checkpoint / HASHES).read_text())
-    except (OSError, ValueError, RecursionError) as error:
-        return f"{HASHES} cannot be read: {first_line(error)}"
-    listed = hashes.keys() if isinstance(hashes, dict) else set()
-    if not {STATE, "config.json"} <= listed or len(listed) < MIN_FILES:
-        return f"{HASHES} is damaged: it does not list the checkpoint's files"
-    expected = hashes if only is None else {only: hashes.get(only)}
-    for name, sha256 in expected.items():
-        problem = file_problem(checkpoint / name, sha256, f"the one in {HASHES}")
-        if problem:
-            return problem
-    return None
 
 
 class Checkpoints:

@@ -7,7 +7,8 @@ from accelerate import Accelerator
 from transformers import PreTrainedModel
 
 from gpt2repro.errors import first_line
-from gpt2repro.evaluation.hellaswag import ENDINGS, EncodedItem, encode_item, load_items, score_encoded
+from gpt2repro.evaluation.hellaswag import EncodedItem, encode_item, score_encoded
+from gpt2repro.evaluation.hellaswag_items import ENDINGS, load_items
 from gpt2repro.evaluation.validation import validation_losses
 from gpt2repro.evaluation.verdict import judge
 from gpt2repro.files import write_bytes

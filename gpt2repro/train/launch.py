@@ -16,7 +16,7 @@ from gpt2repro.errors import UserError, refuse, report_write_errors
 from gpt2repro.processes import cpu_asked, device_name, note_missing_processes, on_main, use_all_cores, world_size
 from gpt2repro.recipe import Recipe
 from gpt2repro.run_folder import RunFolder
-from gpt2repro.train.preflight import output_problems
+from gpt2repro.train.command_line import output_problems
 from gpt2repro.train.recipe_change import RecipeChange
 from gpt2repro.train.rendezvous import join
 from gpt2repro.train.report import provenance

@@ -11,35 +11,29 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from accelerate.tracking import get_available_trackers
-from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id
 from transformers import PreTrainedTokenizerBase
 
 from gpt2repro.data.manifest import MANIFEST
 from gpt2repro.data.mixture import RunData
 from gpt2repro.data.tokenization import TOKENIZER_FILES, build_tokenizer, padded_vocab_size
-from gpt2repro.errors import UserError, first_line, problems_of, refuse
-from gpt2repro.evaluation.hellaswag import download_problems, read_items
-from gpt2repro.evaluation.reference_curves import reference_problems
-from gpt2repro.files import CHECKOUT, append_problem, write_problem
+from gpt2repro.errors import UserError, problems_of, refuse
+from gpt2repro.evaluation.hellaswag_items import download_problems, read_items
+from gpt2repro.files import CHECKOUT
 from gpt2repro.models.folder import check_tokenizer, find_model, load_tokenizer
 from gpt2repro.models.foreign_checkpoints import first_three
 from gpt2repro.models.openai_weights import StoredGPT2, open_gpt2
 from gpt2repro.models.padding import padded
 from gpt2repro.models.sampling import prompt_text
-from gpt2repro.processes import missing_gpu, note, on_main, world_size
+from gpt2repro.processes import missing_gpu, note, on_main
 from gpt2repro.recipe import Recipe
-from gpt2repro.recipe_file import parse_recipe
 from gpt2repro.run_folder import RunFolder
-from gpt2repro.train import checkpoint
+from gpt2repro.train.checkpoint_files import find_damage
+from gpt2repro.train.command_line import DEMO, output_problems, read_command_line
 from gpt2repro.train.optimizers import optimizer_problems
-from gpt2repro.train.recipe_change import RecipeChange, edit_problems
 from gpt2repro.train.rendezvous import join
 from modeling_gpt2repro import GPT2ReproConfig
 
 
-DEMO = CHECKOUT / "recipes" / "demo.yaml"
 DROPOUTS = ("resid_pdrop", "embd_pdrop", "attn_pdrop")
 
 
@@ -67,34 +61,25 @@ def resolve_and_check(argv: list[str]) -> Plan:
     Raises:
         UserError: one line for each mistake.
     """
-    recipe, problems = parse_recipe(argv, DEMO, GPT2ReproConfig)
-    is_read = not problems
-    has_data = is_read or any(recipe.sources)  # otherwise what was given as data is refused
-    flags = {word.split("=")[0] for word in argv}
-    if not problems and not flags & {"--config", "--data_dir", "--data"}:
-        prepare_demo(recipe)
-    problems += recipe.problems(world_size()) + optimizer_problems(recipe) + missing_gpu()
-    problems += tracker_problems(recipe) + hub_problems(recipe) + reference_problems(recipe.reference_curve)
-    # --eval_only has neither an output directory nor checkpoints of its own.
-    folder = None if recipe.eval_only else RunFolder(recipe.output_dir)
-    data = plan = None
-    try:
-        data = open_data(recipe) if has_data else None
-    except (UserError, ValueError) as error:
-        problems += [str(error), *init_from_problems(recipe, folder)]
+    command = read_command_line(argv)
+    if command.uses_demo and not command.problems:
+        prepare_demo(command.recipe)
+        command = read_command_line(argv)
+    recipe, folder, data = command.recipe, command.folder, command.data
+    problems = command.problems + optimizer_problems(recipe) + missing_gpu()
+    plan = None
     try:
         if data is not None and not recipe.bound_problems():
-            plan = make_plan(recipe, data, folder, flags)
-            recipe = plan.recipe
+            plan = make_plan(recipe, data, folder, command.flags)
             problems += plan_problems(plan)
+            if folder is not None:  # again: init_from decides on the model's sizes
+                problems += output_problems(plan.recipe, folder, data)
     except (UserError, ValueError) as error:
         problems.append(str(error))
-    if folder is not None:
-        problems += output_problems(recipe if is_read else None, folder, data)
     if folder is not None and recipe.hellaswag_every:
         problems += hellaswag_problems(recipe.hellaswag_data)
     if problems or plan is None:
-        raise UserError("\n".join(problems))
+        raise UserError("\n".join(dict.fromkeys(problems)))
     return plan
 
 
@@ -136,19 +121,6 @@ def prepare_demo(recipe: Recipe) -> None:
 
 
 # ---- data ----
-
-
-def open_data(recipe: Recipe) -> RunData:
-    """The recipe's data. If it does not exist, the error names the command that prepares it, if there is one."""
-    try:
-        return RunData.open(recipe.sources)
-    except UserError as error:
-        is_description = " " in recipe.corpus  # of a mixture or another trainer's tokens, in the record of a run
-        if recipe.data or Path(recipe.data_dir).exists() or is_description:
-            raise
-        corpus = "files --source FOLDER" if recipe.corpus == "files" else recipe.corpus
-        command = f"python prepare_data.py {corpus} --output_dir {shlex.quote(recipe.data_dir)}"
-        raise UserError(f"{error}; `{command}` prepares this recipe's data") from error
 
 
 def data_tokenizer(data: RunData) -> PreTrainedTokenizerBase:
@@ -236,17 +208,9 @@ def scratch_config(recipe: Recipe, data: RunData) -> GPT2ReproConfig:
 def newest_config(folder: RunFolder) -> GPT2ReproConfig | None:
     """The configuration in the newest checkpoint whose config.json is intact; None if there is none."""
     for path in reversed(folder.complete_checkpoints()):
-        if checkpoint.find_damage(path, "config.json") is None:
+        if find_damage(path, "config.json") is None:
             return GPT2ReproConfig.from_pretrained(path)
     return None
-
-
-def init_from_problems(recipe: Recipe, folder: RunFolder | None) -> list[str]:
-    """One line if there is no model at init_from, and no checkpoint in its place."""
-    resumes = folder is not None and folder.latest_checkpoint() is not None
-    if recipe.init_from == "scratch" or resumes:
-        return []
-    return problems_of(find_model, recipe.init_from)
 
 
 def drop_other_sizes(recipe: Recipe, stored: GPT2ReproConfig, flags: set[str]) -> Recipe:
@@ -306,65 +270,6 @@ def hellaswag_problems(path: str | None) -> list[str]:
     if path is None:
         return download_problems(flag)
     return problems_of(read_items, path, None, flag) if Path(path).is_file() else []
-
-
-def tracker_problems(recipe: Recipe) -> list[str]:
-    available = ["none", *map(str, get_available_trackers())]
-    if recipe.report_to in available:
-        return []
-    return [f"report_to={recipe.report_to} is not installed; run `pip install {recipe.report_to}`"]
-
-
-def hub_problems(recipe: Recipe) -> list[str]:
-    """One line if the Hub would not accept the repository's name; that it has an owner is checked with the recipe."""
-    if not recipe.push_to_hub or recipe.hub_model_id.count("/") != 1:
-        return []
-    try:
-        validate_repo_id(recipe.hub_model_id)
-    except HFValidationError as error:
-        return [f"hub_model_id={recipe.hub_model_id!r} is no name of a repository ({first_line(error)}); change it"]
-    return []
-
-
-def output_problems(recipe: Recipe | None, folder: RunFolder, data: RunData | None) -> list[str]:
-    """Why the run must not write to its output directory: it never overwrites another run's files.
-
-    Args:
-        recipe: None if it cannot be read as it was meant, and so not be compared with the directory's.
-        data: None if it cannot be opened, which is reported elsewhere.
-    """
-    elsewhere = "choose another --output_dir, or delete it"
-    misplaced = folder.layout_problem()
-    if misplaced:
-        return [f"output_dir={folder.path}: {misplaced}; {elsewhere}"]
-    unwritable = write_problem(folder.path) or write_problem(folder.checkpoints) or append_problem(folder.metrics)
-    if unwritable:
-        return [f"output_dir={folder.path}: {unwritable}; correct that, or choose another --output_dir"]
-    if folder.is_untouched():
-        return []
-    if not folder.recipe.is_file():
-        return [f"output_dir={folder.path} exists and is not a run; {elsewhere}"]
-    if recipe is None:
-        return []
-    if not recipe.resume:
-        return [f"output_dir={folder.path} holds a run, and resume is off; pass --resume true, or {elsewhere}"]
-    if folder.model.exists() and folder.latest_checkpoint() is None:
-        return [
-            f"output_dir={folder.path} holds a trained model, but no checkpoint to resume from, so this would train "
-            f"it anew; to continue, set --init_from {folder.path} and another --output_dir, or delete it"
-        ]
-    try:
-        recorded = folder.read_record()
-    except UserError as error:
-        return [str(error)]
-    problems = edit_problems(recorded, folder)
-    problems = problems or RecipeChange.between(recorded, recipe, folder).problems(recipe, recorded)
-    if problems:
-        return problems
-    if data is not None and recorded.get("data", {}).get("manifest_sha256") != data.fingerprint:
-        asked = f"data={recipe.data}" if recipe.data else f"data_dir={recipe.data_dir}"
-        return [f"output_dir={folder.path} holds a run on other data than {asked}; {elsewhere}"]
-    return []
 
 
 def plan_problems(plan: Plan) -> list[str]:

@@ -14,7 +14,7 @@ from gpt2repro.files import delete
 from gpt2repro.recipe import Recipe
 from gpt2repro.recipe_file import changed_fields, differences
 from gpt2repro.run_folder import RunFolder, checkpoint_step
-from gpt2repro.train.checkpoint import read_state
+from gpt2repro.train.checkpoint_files import read_state
 from gpt2repro.train.schedule import lr_at, steps_of_equal_rates
 
 

@@ -9,8 +9,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from gpt2repro.data.mixture import RunData
 from gpt2repro.data.token_stream import bits_per_byte, unigram_entropy
 from gpt2repro.errors import CHECK_PERMISSIONS, UserError, first_line, problems_of, refuse
@@ -26,6 +24,8 @@ REPORT_PACKAGES = ("bokeh", "jinja2")
 
 def provenance() -> dict[str, Any]:
     """Versions of the software and, in a git checkout, the commit."""
+    import torch  # takes seconds, and pictures and reports of a run need nothing of it
+
     commit = None
     if (CHECKOUT / ".git").exists():  # an installed copy may lie inside another repository's checkout
         git = ["git", "-C", str(CHECKOUT), "describe", "--always", "--dirty", "--abbrev=40"]

@@ -15,7 +15,8 @@ from tiny_models import tiny_model
 
 import publish
 from gpt2repro.data.tokenization import Tokenizer
-from gpt2repro.evaluation.hellaswag import Scores, load_items, score_hellaswag
+from gpt2repro.evaluation.hellaswag import Scores, score_hellaswag
+from gpt2repro.evaluation.hellaswag_items import load_items
 from gpt2repro.models.folder import open_model
 
 

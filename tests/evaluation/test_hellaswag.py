@@ -26,19 +26,17 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast, T
 
 import eval_hellaswag
 from gpt2repro.errors import UserError
-from gpt2repro.evaluation import hellaswag, task_data
+from gpt2repro.evaluation import hellaswag_items, task_data
 from gpt2repro.evaluation.hellaswag import (
-    STYLES,
     EncodedItem,
     Scores,
     encode_item,
     harness_texts,
-    load_items,
     score_encoded,
     score_hellaswag,
-    split_context,
     tokenize_together,
 )
+from gpt2repro.evaluation.hellaswag_items import STYLES, load_items, split_context
 
 
 VALIDATION_SET = ROOT.parent / "shared" / "data" / "hellaswag_val.jsonl.gz"
@@ -443,7 +441,7 @@ def test_items_from_the_hub_have_labels_as_text(tmp_path, monkeypatch):
     (tmp_path / "repo" / "data").mkdir(parents=True)
     datasets.Dataset.from_list(rows).to_parquet(tmp_path / "repo" / "data" / "validation-00000-of-00001.parquet")
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    monkeypatch.setattr(hellaswag, "HUB", task_data.HubSource(str(tmp_path / "repo"), None, "validation"))
+    monkeypatch.setattr(hellaswag_items, "HUB", task_data.HubSource(str(tmp_path / "repo"), None, "validation"))
     assert load_items() == make_items()
     assert load_items(limit=4) == make_items()[:4]
 

@@ -286,7 +286,7 @@ def test_a_limit_takes_items_from_everywhere():
 
 def test_only_a_file_of_the_sets_size_is_taken_for_the_set(tmp_path, monkeypatch):
     """Neither a part of it nor, say, its training split gets its name or is compared with figures of it."""
-    monkeypatch.setattr(tasks.hellaswag, "FULL_SET", 3)
+    monkeypatch.setattr(tasks.hellaswag_items, "FULL_SET", 3)
     monkeypatch.setattr(tasks.lambada, "FULL_SET", 3)
     for units, is_set in ((2, False), (3, True), (4, False)):
         (tmp_path / "h").write_text("".join(json.dumps(item) + "\n" for item in HELLASWAG[:units]))
@@ -486,7 +486,7 @@ def test_a_cache_that_is_damaged_or_cannot_be_written_does_not_matter(tmp_path, 
     score_cache.write_cached(tmp_path / "file" / "x.json", task, 12, {})  # cannot be written
 
     monkeypatch.setattr(score_cache, "write_problem", lambda folder: "read-only")
-    monkeypatch.setattr(score_cache.constants, "HF_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(constants, "HF_HOME", str(tmp_path / "home"))
     elsewhere = score_cache.cache_file(folders / "ours", "hash", task, {})
     assert elsewhere.parent == tmp_path / "home" / "gpt2repro" / "scores" and elsewhere.name == file.name
 
@@ -588,3 +588,9 @@ def test_without_a_network_published_figures_stand_in(folders, monkeypatch, caps
     with pytest.raises(UserError) as caught:  # a mistake beside it does not make gpt2 one
         script.main(["nope/nope/nope", "--against", "gpt2", *flags_of(folders, "lambada")])
     assert str(caught.value) == "nope/nope/nope does not exist; give a model folder, a run folder or a Hub id"
+
+
+def test_the_flags_know_every_benchmark():
+    """Its names are written out in the script, which checks them before it imports what holds the benchmarks."""
+    names = ("validation", "hellaswag", "lambada", *tasks.TEXT_BENCHMARKS)
+    assert names == script.TASKS

@@ -15,7 +15,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from gpt2repro.data.tokenization import build_tokenizer
 from gpt2repro.errors import UserError
 from gpt2repro.hub.model_card import model_card
-from gpt2repro.models.folder import check_tokenizer, find_model, load_tokenizer, open_model, save_model_folder
+from gpt2repro.models.find import find_model
+from gpt2repro.models.folder import check_tokenizer, load_tokenizer, open_model, save_model_folder
 from gpt2repro.models.openai_weights import from_gpt2, to_gpt2
 from modeling_gpt2repro import GPT2ReproConfig, GPT2ReproForCausalLM
 

@@ -16,7 +16,8 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, Llam
 from gpt2repro.data.tokenization import build_tokenizer
 from gpt2repro.errors import UserError, first_line
 from gpt2repro.models.errors import explained
-from gpt2repro.models.folder import find_model, open_model
+from gpt2repro.models.find import find_model
+from gpt2repro.models.folder import open_model
 from gpt2repro.models.openai_weights import from_gpt2, open_gpt2, to_gpt2
 from gpt2repro.models.padding import without_padding
 from modeling_gpt2repro import GPT2ReproConfig, GPT2ReproForCausalLM

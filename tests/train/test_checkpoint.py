@@ -16,7 +16,8 @@ from transformers import GenerationConfig
 from gpt2repro.errors import UserError
 from gpt2repro.recipe import Recipe
 from gpt2repro.train import checkpoint
-from gpt2repro.train.checkpoint import Checkpoints, find_damage
+from gpt2repro.train.checkpoint import Checkpoints
+from gpt2repro.train.checkpoint_files import find_damage
 from gpt2repro.train.optimizers import build_optimizers
 
 
