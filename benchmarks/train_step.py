@@ -27,11 +27,12 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from gpt2repro.plan.sizes import flops_per_token
 from gpt2repro.recipe import Recipe
 from gpt2repro.train.optimizers import build_optimizers, set_lr
 from gpt2repro.train.report import provenance
 from gpt2repro.train.schedule import lr_at
-from gpt2repro.train.speed import flops_per_token, peak_flops
+from gpt2repro.train.speed import peak_flops
 from modeling_gpt2repro import GPT2ReproConfig, GPT2ReproForCausalLM
 from train_accelerate import forward_backward, step_all, zero_grad_all
 

@@ -17,14 +17,15 @@ ROOMS = {  # room -> the rooms that it may import from, besides itself
     GROUND: set(),
     "data": {GROUND},
     "prepare": {GROUND, "data"},
+    "plan": {GROUND},
     "models": {GROUND, "data"},
     "evaluation": {GROUND, "data", "models"},
     "show": {GROUND, "data", "models", "evaluation"},
-    "train": {GROUND, "data", "models", "evaluation", "show"},
-    "hub": {GROUND, "data", "models", "evaluation", "show", "train"},
+    "train": {GROUND, "plan", "data", "models", "evaluation", "show"},
+    "hub": {GROUND, "plan", "data", "models", "evaluation", "show", "train"},
 }
 # Run with `python -m`; like scripts they may import every room, and nobody imports them.
-DOORS = {"gpt2repro.plot", "gpt2repro.report"}
+DOORS = {"gpt2repro.planner", "gpt2repro.plot", "gpt2repro.report"}
 MODULES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
     for path in sorted(PACKAGE.rglob("*.py"))

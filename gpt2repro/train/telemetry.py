@@ -13,11 +13,12 @@ from tqdm import tqdm
 
 from gpt2repro.errors import first_line, report_write_errors
 from gpt2repro.models.unwrap import full_tensor
+from gpt2repro.plan.sizes import flops_per_token
 from gpt2repro.recipe import Recipe
 from gpt2repro.run_folder import RunFolder
 from gpt2repro.train.guard import Guard
 from gpt2repro.train.metrics import Metrics
-from gpt2repro.train.speed import flops_per_token, peak_flops, peak_memory_bytes
+from gpt2repro.train.speed import peak_flops, peak_memory_bytes
 from gpt2repro.train.tracker import track
 
 
@@ -137,8 +138,9 @@ class Telemetry:
         before = [p.detach().clone() for p in self.parameters]
         yield
         after = [p.detach() for p in self.parameters]
-        update = torch._foreach_sub(after, before)
-        self.update_ratio = (_norm(update) / _norm(before)).item()
+        norm_before = _norm(before)
+        torch._foreach_sub_(before, after)  # in place: another copy of the weights can be what does not fit
+        self.update_ratio = (_norm(before) / norm_before).item()
 
     def log_step(
         self, step: int, loss: float, lr: float, grad_norm: float, guard: Guard, seconds_waited: float = 0.0

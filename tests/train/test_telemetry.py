@@ -12,13 +12,14 @@ from support import DAMAGED_JSON
 from tqdm import tqdm
 from transformers import GPT2Config
 
+from gpt2repro.plan.sizes import flops_per_token
 from gpt2repro.recipe import Recipe
 from gpt2repro.run_folder import RunFolder
 from gpt2repro.train import metrics
 from gpt2repro.train.guard import Guard
 from gpt2repro.train.metrics import Metrics, read_metrics
 from gpt2repro.train.report import provenance
-from gpt2repro.train.speed import flops_per_token, peak_flops
+from gpt2repro.train.speed import peak_flops
 from gpt2repro.train.telemetry import Telemetry, Unbreakable
 
 

@@ -1,0 +1,186 @@
+"""Bytes that training holds on one GPU at its peak, by part. Nothing is measured: what is saved for backward, and in
+which type, follows from modeling_gpt2repro.py; tests/plan and benchmarks/planner.py compare it with what is held.
+
+Units are bytes. "Half" below means the type of the matrix products: bf16 or fp16 under autocast, else float32.
+"""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Literal
+
+from gpt2repro.model_fields import model_constant
+from gpt2repro.plan.sizes import Sizes
+from gpt2repro.recipe import divisors
+
+
+Strategy = Literal["ddp", "fsdp2", "hsdp"]
+
+# On a GPU beside torch's tensors: the CUDA context, workspaces of cuBLAS and, with several GPUs, NCCL's buffers; and
+# what the allocator cannot use between tensors. Ours, rough.
+OVERHEAD = 1.5 * 2**30
+UNUSABLE = 0.05
+
+# Bytes that the loss needs for a logit: in half precision, in float32, and for its gradient in half precision; float32
+# alone needs no third. torch.compile makes the gradient from the float32 values as they are computed.
+LOGIT, LOGIT_COMPILED = 8, 6
+
+
+@dataclass(frozen=True)
+class Setup:
+    """How a model is trained.
+
+    micro_batch_size: sequences per GPU and forward pass.
+    accumulation: micro-batches per step.
+    shards: GPUs across which a parameter is divided: 1 with DDP, all with FSDP2, those of a machine with HSDP.
+    half: 16-bit autocast, else float32.
+    """
+
+    micro_batch_size: int
+    sequence_length: int
+    accumulation: int = 1
+    strategy: Strategy = "ddp"
+    num_gpus: int = 1
+    shards: int = 1
+    half: bool = True
+    compile: bool = False
+    gradient_checkpointing: bool = False
+    muon: bool = False
+    has_telemetry: bool = True  # the trainer's, which now and then copies the weights to measure an update
+
+    @property
+    def tokens(self) -> int:
+        """Of a micro-batch on one GPU."""
+        return self.micro_batch_size * self.sequence_length
+
+    @property
+    def half_bytes(self) -> int:
+        return 2 if self.half else 4
+
+    @property
+    def is_sharded(self) -> bool:
+        return self.strategy != "ddp"
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of each part at the moment of the step that needs most."""
+
+    moment: str
+    parts: dict[str, float]
+
+    @property
+    def total(self) -> float:
+        return sum(self.parts.values())
+
+
+def peak_memory(sizes: Sizes, setup: Setup) -> Memory:
+    """The moment of a step with the highest sum of parts, on one GPU, without OVERHEAD.
+
+    The moments: the loss, when all activations are stored and the logits of a chunk are there; the start of the
+    backward pass; its end, when all gradients are there; and the optimizer step, now and then with a copy of the
+    weights (`Telemetry.measuring_update`).
+    """
+    weights = 4 * sizes.parameters / setup.shards
+    kept = {
+        "weights": weights,
+        "optimizer": optimizer_bytes(sizes, setup),
+        "communication": communication_bytes(sizes, setup),
+    }
+    stored = activations(sizes, setup) + casts(sizes, setup)
+    gradients = 4 * sizes.parameters if setup.accumulation > 1 else 0  # of the micro-batches before; not yet sharded
+    all_gradients = 4 * sizes.parameters if setup.accumulation > 1 or not setup.is_sharded else weights
+    head = 4 * sizes.embedding
+    moments = {
+        "loss": {"gradients": gradients, "activations": stored, "loss": loss_bytes(sizes, setup)},
+        "start of backward": {
+            "gradients": gradients + 2 * head,  # the head's, and the same times the gradient of the loss
+            "activations": stored + block_gradients(sizes, setup),
+        },
+        "end of backward": {  # the embedding's own gradient, before it is added to the head's
+            "gradients": all_gradients + head,
+            "activations": setup.tokens * 4 * sizes.n_embd,
+        },
+        "optimizer step": {"gradients": weights, "copies": weights if setup.has_telemetry else 0},
+    }
+    candidates = [Memory(moment, kept | parts) for moment, parts in moments.items()]
+    return max(candidates, key=lambda memory: memory.total)
+
+
+def optimizer_bytes(sizes: Sizes, setup: Setup) -> float:
+    """AdamW keeps two float32 values for a parameter; Muon, for the matrices of the blocks, one."""
+    matrices = sizes.n_layer * sizes.block_matrices if setup.muon else 0
+    return (8 * sizes.parameters - 4 * matrices) / setup.shards
+
+
+def activations(sizes: Sizes, setup: Setup) -> float:
+    """What forward stores for backward: every block's share or, with gradient checkpointing, every block's input; then
+    the input of the final LayerNorm and what the loss keeps: the hidden states and their gradient."""
+    width, half = sizes.n_embd, setup.half_bytes
+    of_block = 4 * width if setup.gradient_checkpointing else activations_per_token(sizes, half)
+    of_head = 4 * width + 4 * width + (2 * width if setup.half else 0) + half * width
+    return setup.tokens * (sizes.n_layer * of_block + of_head)
+
+
+def activations_per_token(sizes: Sizes, half: int) -> float:
+    """Bytes that one block stores for a token.
+
+    In float32 the residual stream, which both LayerNorms store, with their means and deviations, and the logarithm of
+    each head's softmax sum; in half precision the inputs of the four matrices (of which attention's output is one), q,
+    k and v, and the MLP's state before its activation.
+    """
+    width, inner = sizes.n_embd, sizes.n_inner
+    in_float32 = 4 * (2 * width + 4 + sizes.n_head)
+    in_half = half * (2 * width + 3 * width + width + 2 * inner)
+    dropout_masks = 2 * width if sizes.has_dropout else 0  # a byte each on a GPU; more on the CPU
+    return in_float32 + in_half + dropout_masks
+
+
+def casts(sizes: Sizes, setup: Setup) -> float:
+    """The matrices in 16 bits, which autocast makes of the float32 weights and backward needs again."""
+    return 2 * sizes.n_layer * sizes.block_matrices if setup.half else 0
+
+
+def loss_bytes(sizes: Sizes, setup: Setup) -> float:
+    """What `linear_cross_entropy` holds at once: the head in half precision, its float32 gradient, a chunk's logits."""
+    vocab = sizes.vocab_size
+    rows = max(1, model_constant("LOGITS_PER_CHUNK") // vocab, -(-setup.tokens // model_constant("MAX_CHUNKS")))
+    chunk = min(rows, setup.tokens) * vocab * (LOGIT_COMPILED if setup.half and setup.compile else LOGIT)
+    cast = 2 * sizes.embedding if setup.half else 0
+    return chunk + cast + 4 * sizes.embedding
+
+
+def block_gradients(sizes: Sizes, setup: Setup) -> float:
+    """Gradients of a block's activations while they are used: of the residual stream, of the MLP's output, and of its
+    inner state. With gradient checkpointing, the block's activations too, which are computed anew."""
+    inner = setup.tokens * (8 * sizes.n_embd + setup.half_bytes * sizes.n_inner)
+    recomputed = setup.tokens * activations_per_token(sizes, setup.half_bytes) if setup.gradient_checkpointing else 0
+    return inner + recomputed
+
+
+def communication_bytes(sizes: Sizes, setup: Setup) -> float:
+    """DDP's buckets are a second copy of the gradients. FSDP2 gathers the embeddings and two blocks, the one that
+    computes and the next, and holds the gradients of two blocks before and after they are sharded."""
+    if setup.num_gpus == 1:
+        return 0
+    if not setup.is_sharded:
+        return 4 * sizes.parameters
+    embeddings = 4 * (sizes.embedding + sizes.n_positions * sizes.n_embd)
+    return embeddings + 4 * 4 * sizes.block
+
+
+def largest_micro_batch(sizes: Sizes, setup: Setup, sequences: int, capacity: float) -> Setup | None:
+    """The setup with the largest micro-batch that fits into `capacity` bytes; None if not even one sequence does.
+
+    Args:
+        sequences: per GPU and step; the micro-batch size divides it, so that accumulation keeps the global batch.
+    """
+    for size in reversed(divisors(sequences)):
+        candidate = dataclasses.replace(setup, micro_batch_size=size, accumulation=sequences // size)
+        if peak_memory(sizes, candidate).total <= capacity:
+            return candidate
+    return None
+
+
+def capacity(memory_mib: int) -> float:
+    """Bytes of a GPU's memory that tensors can fill."""
+    return memory_mib * 2**20 * (1 - UNUSABLE) - OVERHEAD

@@ -1,0 +1,60 @@
+"""A GPT-2's parameters and the FLOPs of one token, from the sizes in its configuration."""
+
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """The fields of GPT2ReproConfig that parameters, FLOPs and memory follow from; vocab_size counts padding rows."""
+
+    vocab_size: int
+    n_positions: int
+    n_embd: int
+    n_layer: int
+    n_head: int
+    n_inner: int
+    bias: bool = True
+    has_dropout: bool = False
+
+    @property
+    def block_matrices(self) -> int:
+        """Weights in the four matrices of a block: qkv, its projection, and the MLP's two."""
+        return 4 * self.n_embd**2 + 2 * self.n_embd * self.n_inner
+
+    @property
+    def block(self) -> int:
+        """Parameters of a block: the matrices, their biases, and two LayerNorms."""
+        width, inner = self.n_embd, self.n_inner
+        biases = (3 * width + width + inner + width + 2 * width) if self.bias else 0
+        return self.block_matrices + biases + 2 * width
+
+    @property
+    def embedding(self) -> int:
+        """Parameters of the token embedding, which is the head too."""
+        return self.vocab_size * self.n_embd
+
+    @property
+    def parameters(self) -> int:
+        final_norm = self.n_embd * (2 if self.bias else 1)
+        return self.embedding + self.n_positions * self.n_embd + self.n_layer * self.block + final_norm
+
+    def exact_flops_per_token(self, sequence_length: int) -> float:
+        """FLOPs of the matrix products of a training step per token: forward once, backward twice. Of attention only
+        the pairs that the causal mask leaves, (T + 1) / 2 of T on average; of the embedding only the head."""
+        attended = (sequence_length + 1) / 2
+        attention = 2 * 2 * self.n_embd * attended  # queries times keys, weights times values
+        forward = self.n_layer * (2 * self.block_matrices + attention) + 2 * self.embedding
+        return 3 * forward
+
+
+def flops_per_token(config: Any, parameters: int, sequence_length: int) -> float:
+    """FLOPs of a training step per token as MFU counts them: 6 per weight, plus 12 * n_layer * n_embd * T for
+    attention. Position embeddings are looked up, not multiplied.
+
+    Args:
+        config: `Sizes`, or a model's configuration.
+    Source: PaLM paper, appendix B; nanoGPT estimate_mfu.
+    """
+    weights = parameters - config.n_positions * config.n_embd
+    return 6 * weights + 12 * config.n_layer * config.n_embd * sequence_length
