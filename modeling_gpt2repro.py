@@ -54,10 +54,11 @@ from transformers.utils.output_capturing import capture_outputs
 
 
 IGNORE_INDEX = -100  # label of positions without loss, the convention of torch and transformers
-# The loss materializes this many logits at once, 0.5 GiB in float32, or as many as it takes for MAX_CHUNKS chunks:
-# torch.compile unrolls them, and compiling many takes minutes.
-LOGITS_PER_CHUNK = 2**27
+# The loss materializes this many logits at once: on a CPU 128 MiB in float32, on a GPU 0.5 GiB, where small products
+# waste time. Or as many as it takes for MAX_CHUNKS chunks: torch.compile unrolls them, and compiling many takes minutes.
+LOGITS_PER_CHUNK = {"cpu": 2**25, "cuda": 2**27}
 MAX_CHUNKS = 8
+SOFTMAX_ROWS = 32  # on a CPU, the softmax of this many rows at once stays in the cache
 
 # Larger sizes are mistakes or malice: building such a model takes all memory before anything else is noticed.
 LARGEST_SIZES = {"n_layer": 10_000, "n_embd": 2**17, "n_positions": 2**24, "vocab_size": 2**24}
@@ -170,22 +171,23 @@ class _ChunkedLinearCrossEntropy(torch.autograd.Function):
     def forward(ctx, hidden, weight, labels, unpadded_vocab_size, dtype, with_gradients):
         ctx.hidden_dtype, ctx.weight_dtype = hidden.dtype, weight.dtype
         x, w = hidden.to(dtype), weight.to(dtype)
-        chunk_rows = max(1, LOGITS_PER_CHUNK // len(w), -(-len(x) // MAX_CHUNKS))
+        logits_per_chunk = LOGITS_PER_CHUNK.get(x.device.type, LOGITS_PER_CHUNK["cuda"])
+        chunk_rows = max(1, logits_per_chunk // len(w), -(-len(x) // MAX_CHUNKS))
         loss = torch.zeros((), dtype=torch.float32, device=x.device)
         grad_x = torch.empty_like(x) if with_gradients else None
+        grad_w = None
         with_weight = with_gradients and ctx.needs_input_grad[1]  # False when only adapters are trained
-        grad_w = torch.zeros_like(w, dtype=torch.float32) if with_weight else None
         # torch.compile specializes on the number of chunks, not on len(x).
         for chunk in range(-(-len(x) // chunk_rows)):
             rows = slice(chunk * chunk_rows, (chunk + 1) * chunk_rows)
-            chunk_loss, grad_logits = _chunk_loss_and_gradient(
-                x[rows], w, labels[rows], unpadded_vocab_size, with_gradients
-            )
-            loss = loss + chunk_loss  # not in place, which torch 2.11 compiles into gradients of zero
+            logits = x[rows] @ w.T
+            # not in place, which torch 2.11 compiles into gradients of zero
+            loss = loss + _to_gradient(logits, labels[rows], unpadded_vocab_size, with_gradients)
             if with_gradients:
-                grad_x[rows] = grad_logits @ w
-                if with_weight:
-                    grad_w += grad_logits.T @ x[rows]
+                grad_x[rows] = logits @ w
+            if with_weight:
+                product = logits.T @ x[rows]
+                grad_w = product.float() if grad_w is None else grad_w.add_(product)
         if with_gradients:
             ctx.save_for_backward(grad_x, grad_w)
         return loss
@@ -199,21 +201,23 @@ class _ChunkedLinearCrossEntropy(torch.autograd.Function):
         return grad_hidden, grad_weight, None, None, None, None
 
 
-def _chunk_loss_and_gradient(x, w, labels, unpadded_vocab_size, with_gradient):
-    """The summed loss of some rows, () float32; and its gradient with respect to their logits, (rows, V) in x's dtype,
-    or None. A function of its own, so that its temporaries are freed before the next chunk."""
-    logits = x @ w.T
-    logits[:, unpadded_vocab_size:] = -torch.inf
-    log_probs = F.log_softmax(logits, dim=-1, dtype=torch.float32)
-    counted = (labels != IGNORE_INDEX)[:, None]
-    target = labels[:, None].where(counted, 0)
-    # gather gets the real tokens only, so a label out of range raises an error instead of training silently
-    loss = -(log_probs[:, :unpadded_vocab_size].gather(1, target) * counted).sum()
-    if not with_gradient:
-        return loss, None
-    # d loss / d logits = softmax - one_hot(target)
-    grad_logits = log_probs.exp_().scatter_add_(1, target, -torch.ones_like(target, dtype=torch.float32))
-    return loss, grad_logits.mul_(counted).to(x.dtype)
+def _to_gradient(logits, labels, unpadded_vocab_size, with_gradient):
+    """The summed loss of some rows, () float32; with_gradient turns the logits, (rows, V), in place into its gradient
+    with respect to them."""
+    in_blocks = logits.device.type == "cpu" and not torch.compiler.is_compiling()
+    block_rows = SOFTMAX_ROWS if in_blocks else len(logits)
+    loss = torch.zeros((), dtype=torch.float32, device=logits.device)
+    for block, target in zip(logits.split(block_rows), labels[:, None].split(block_rows)):
+        block[:, unpadded_vocab_size:] = -torch.inf
+        log_probs = F.log_softmax(block, dim=-1, dtype=torch.float32)
+        counted = target != IGNORE_INDEX
+        target = target.where(counted, 0)
+        # gather gets the real tokens only, so a label out of range raises an error instead of training silently
+        loss = loss - (log_probs[:, :unpadded_vocab_size].gather(1, target) * counted).sum()
+        if with_gradient:  # d loss / d logits = softmax - one_hot(target)
+            gradient = log_probs.exp_().scatter_add_(1, target, -torch.ones_like(target, dtype=torch.float32))
+            block.copy_(gradient.mul_(counted))
+    return loss
 
 
 def linear_cross_entropy(hidden, weight, labels, unpadded_vocab_size, num_items_in_batch=None):
