@@ -54,8 +54,8 @@ from transformers.utils.output_capturing import capture_outputs
 
 
 IGNORE_INDEX = -100  # label of positions without loss, the convention of torch and transformers
-# The loss materializes this many logits at once: on a CPU 128 MiB in float32, on a GPU 0.5 GiB, where small products
-# waste time. Or as many as it takes for MAX_CHUNKS chunks: torch.compile unrolls them, and compiling many takes minutes.
+# The loss materializes this many logits at once: on a CPU 128 MiB in float32; on a GPU 0.5 GiB, since small products
+# waste its time. Or as many as it takes for MAX_CHUNKS chunks: torch.compile unrolls them, and many take minutes.
 LOGITS_PER_CHUNK = {"cpu": 2**25, "cuda": 2**27}
 MAX_CHUNKS = 8
 SOFTMAX_ROWS = 32  # on a CPU, the softmax of this many rows at once stays in the cache
@@ -280,8 +280,8 @@ class GPT2ReproAttention(nn.Module):
 
     def forward(self, hidden_states, attention_mask=None, past_key_values: Cache | None = None, **kwargs):
         B, T, D = hidden_states.shape
-        qkv = self.c_attn(hidden_states).view(B, T, 3, -1, self.head_dim)
-        query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind()  # each (B, H, T, hs)
+        qkv = self.c_attn(hidden_states).chunk(3, dim=-1)  # each (B, T, D); the backward pass joins them in one copy
+        query, key, value = (part.view(B, T, -1, self.head_dim).transpose(1, 2) for part in qkv)  # each (B, H, T, hs)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx, kwargs=kwargs)  # (B, H, S, hs)
 

@@ -19,6 +19,7 @@ if __name__ == "__main__":
 # isort: split
 import dataclasses
 import functools
+import gc
 import logging
 import sys
 from collections.abc import Callable
@@ -46,6 +47,7 @@ from gpt2repro.recipe import Recipe
 from gpt2repro.run_folder import RunFolder
 from gpt2repro.show.logged_run import LoggedRun
 from gpt2repro.show.pictures import loss_picture
+from gpt2repro.train.attention import TrainingAttention
 from gpt2repro.train.checkpoint import Checkpoints
 from gpt2repro.train.evaluations import Evaluations, load_hellaswag
 from gpt2repro.train.launch import begin_run, build_accelerator, run_settings
@@ -86,12 +88,15 @@ def main(argv: list[str]) -> None:
     run.resume(checkpoints)
     evaluations.announce_reference()
     evaluations.before_first_step(run, checkpoints)
+    attention = TrainingAttention(recipe, plan.config, accelerator)
+    gc.freeze()  # the collector never again walks through the objects of all imports, which stops a step for long
     model.train()
     while not run.finished:
         micro_batches = batches.of_step(run.step)
         lr = set_lr(optimizers, lr_at(run.step, recipe))
-        loss, grad_norm = forward_backward(accelerator, model, micro_batches, recipe, run.step)
-        loss, run.stopping = agree(accelerator, loss, stop_request)
+        with attention():
+            loss, grad_norm = forward_backward(accelerator, model, micro_batches, recipe, run.step)
+        loss, grad_norm, run.stopping = agree(accelerator, loss, grad_norm, stop_request)
         if run.guard.accepts(run.step, loss, grad_norm, accelerator.scaler):
             with telemetry.measuring_update(run.step):
                 step_all(optimizers)
@@ -134,14 +139,14 @@ def forward_backward(
     micro_batches: StepBatches | list[torch.Tensor],
     recipe: Recipe,
     step: int,
-) -> tuple[torch.Tensor, float]:
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Compute and clip the gradient of one global batch.
 
     Args:
         micro_batches: of this rank, (micro_batch_size, T + 1) int64 each; their number is the gradient accumulation.
         step: counted from 0.
     Returns:
-        This rank's mean loss, () float32, nats per token; and the global gradient norm before clipping.
+        This rank's mean loss, () float32, nats per token; and the global gradient norm before clipping, ().
     """
     accelerator.gradient_accumulation_steps = len(micro_batches)
     accelerator.step = 0  # accelerate counts micro-batches to recognize the last one of a step
@@ -156,20 +161,25 @@ def forward_backward(
             accelerator.backward(loss)  # divides by the accumulation
         losses.append(loss.detach())
     grad_norm = accelerator.clip_grad_norm_(model.parameters(), recipe.max_grad_norm)
-    return torch.stack(losses).mean().float(), float(full_tensor(grad_norm))
+    return torch.stack(losses).mean().float(), torch.as_tensor(full_tensor(grad_norm))
 
 
-def agree(accelerator: Accelerator, loss: torch.Tensor, stop_request: StopRequest) -> tuple[float, str | None]:
-    """What all ranks must agree on.
+def agree(
+    accelerator: Accelerator, loss: torch.Tensor, grad_norm: torch.Tensor, stop_request: StopRequest
+) -> tuple[float, float, str | None]:
+    """What all ranks must agree on. The only place of a step that waits for the device.
 
+    Args:
+        loss, grad_norm: (), as `forward_backward` returns them.
     Returns:
-        The loss averaged over ranks, not finite if any rank's is not; and why to stop, if any rank must, else None.
+        The loss averaged over ranks, not finite if any rank's is not; the gradient norm, the same on every rank; and
+        why to stop, if any rank must, else None.
     """
     must_stop = torch.full_like(loss, stop_request.reason is not None)
-    mean_loss, share_of_stops = accelerator.reduce(torch.stack([loss, must_stop]), "mean").tolist()
-    if not share_of_stops:
-        return mean_loss, None
-    return mean_loss, stop_request.reason or "another process was told to stop"
+    shared = torch.stack([loss, grad_norm.to(loss), must_stop])
+    mean_loss, mean_norm, share_of_stops = accelerator.reduce(shared, "mean").tolist()
+    reason = stop_request.reason or "another process was told to stop"
+    return mean_loss, mean_norm, reason if share_of_stops else None
 
 
 def step_all(optimizers: list[AcceleratedOptimizer]) -> None:
@@ -198,6 +208,8 @@ def build_model(plan: Plan) -> GPT2ReproForCausalLM:
         model = plan.pretrained.build(plan.config, dtype=torch.float32)
     else:
         model = GPT2ReproForCausalLM(plan.config)
+    if plan.recipe.attention == "eager":
+        model.set_attn_implementation("eager")
     if plan.recipe.gradient_checkpointing:
         model.gradient_checkpointing_enable()
     return model

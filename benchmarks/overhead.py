@@ -112,7 +112,7 @@ class Loops:
     def ours(self, step: int) -> None:
         lr = set_lr(self.optimizers, lr_at(step, self.recipe))
         loss, grad_norm = forward_backward(self.accelerator, self.model, [self.tokens()], self.recipe, step)
-        loss, _ = agree(self.accelerator, loss, self.stop_request)
+        loss, grad_norm, _ = agree(self.accelerator, loss, grad_norm, self.stop_request)
         if self.guard.accepts(step, loss, grad_norm, self.accelerator.scaler):
             with self.telemetry.measuring_update(step):
                 step_all(self.optimizers)

@@ -3,6 +3,7 @@
 torch and accelerate are imported where they are used: the processes that prepare data need neither.
 """
 
+import ctypes
 import os
 import platform
 import sys
@@ -121,6 +122,20 @@ def use_all_cores() -> None:
     if launched and not sized_by_accelerate and os.environ.get("OMP_NUM_THREADS") == "1":
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+
+
+def keep_freed_memory() -> None:
+    """Let this process keep the memory that it frees for its next allocations, with glibc's malloc.
+
+    glibc returns large blocks to the system, so every training step on a CPU would have its gigabytes of activations
+    mapped and zeroed anew, page by page.
+    """
+    if platform.libc_ver()[0] != "glibc":
+        return
+    libc = ctypes.CDLL(None)
+    trim_threshold, mmap_max = -1, -4  # malloc.h's M_TRIM_THRESHOLD and M_MMAP_MAX
+    libc.mallopt(trim_threshold, -1)  # never trim the heap
+    libc.mallopt(mmap_max, 0)  # allocate nothing outside it
 
 
 # ---- worker processes ----

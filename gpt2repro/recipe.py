@@ -175,6 +175,12 @@ class Recipe:
 
     option = options_of("speed and memory")
     compile: bool = option(False, "torch.compile the model; its dropout drops other units", overridable=True)
+    attention: Literal["auto", "sdpa", "cudnn", "flash", "eager"] = option(
+        "auto",
+        "attention kernel in training: torch's cudnn or flash (no package), sdpa (torch's choice), eager (plain); "
+        "auto: cudnn on Hopper if it runs there, else sdpa",
+        changeable=True,
+    )
     gradient_checkpointing: bool = option(False, "recompute activations instead of storing them", changeable=True)
     num_workers: int = option(1, "processes that prefetch batches; 0: none", changeable=True, at_least=0)
 

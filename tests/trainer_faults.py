@@ -291,8 +291,8 @@ def nan_losses() -> None:
     agree = train_accelerate.agree
 
     def agree_on_nan(*args):
-        _, stopping = agree(*args)
-        return float("nan"), stopping
+        _, grad_norm, stopping = agree(*args)
+        return float("nan"), grad_norm, stopping
 
     train_accelerate.agree = agree_on_nan
 

@@ -13,9 +13,18 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from gpt2repro.data.mixture import RunData
 from gpt2repro.errors import UserError, refuse, report_write_errors
-from gpt2repro.processes import cpu_asked, device_name, note_missing_processes, on_main, use_all_cores, world_size
+from gpt2repro.processes import (
+    cpu_asked,
+    device_name,
+    keep_freed_memory,
+    note_missing_processes,
+    on_main,
+    use_all_cores,
+    world_size,
+)
 from gpt2repro.recipe import Recipe
 from gpt2repro.run_folder import RunFolder
+from gpt2repro.train.attention import attention_problems
 from gpt2repro.train.command_line import output_problems
 from gpt2repro.train.recipe_change import RecipeChange
 from gpt2repro.train.rendezvous import join
@@ -44,8 +53,10 @@ def build_accelerator(recipe: Recipe) -> Accelerator:
             f"WORLD_SIZE={world_size()}, but accelerate runs {accelerator.num_processes} process(es); "
             "start the run with `accelerate launch` or torchrun"
         )
+    refuse(attention_problems(recipe.attention, accelerator.device.type, accelerator.mixed_precision))
     if accelerator.device.type == "cpu":
         use_all_cores()
+        keep_freed_memory()
     torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in float32
     if accelerator.is_fsdp2:  # float32 weights and autocast, as with DDP; accelerate's policy gives a 16-bit loss
         accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy()
