@@ -13,7 +13,7 @@ export GOMP_SPINCOUNT ?= 10000
 # Tests share the cores: one process per core, one thread per process.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist worksteal
 
-.PHONY: demo test quick lint format bench constraints clean
+.PHONY: demo test quick lint format bench gpu constraints clean
 
 $(INSTALLED): pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -m venv .venv
@@ -47,6 +47,10 @@ format: $(INSTALLED)-dev
 
 bench: $(INSTALLED)
 	$(BIN)/python benchmarks/train_step.py
+
+# Where nothing can be installed: python benchmarks/gpu.py
+gpu: $(INSTALLED)-dev
+	$(BIN)/python benchmarks/gpu.py
 
 # Resolves the transitive pins of constraints.txt anew, for all extras together, and keeps the direct ones. Run it with
 # the oldest supported Python: what installs there also installs on later ones.

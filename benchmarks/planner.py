@@ -35,7 +35,7 @@ ROWS = [  # layers, width, rows of the vocabulary, sequences, tokens, micro-batc
     (4, 192, 2048, 128, 128, 1, ()),
     (4, 192, 2048, 256, 128, 1, ("gradient_checkpointing",)),
 ]
-TINY_ROWS = [(2, 64, 512, 64, 64, 1, ()), (2, 64, 512, 64, 64, 2, ("half",))]
+TINY_ROWS = [(2, 256, 4096, 64, 64, 1, ())]
 GPU_ROWS = [
     (12, 768, 50304, 32, 1024, 1, ("half", "compile")),
     (12, 768, 50304, 32, 1024, 1, ("half",)),
@@ -72,7 +72,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--fits", action="store_true", help="find the largest micro-batches of the four GPT-2s (cuda)")
-    parser.add_argument("--tiny", action="store_true", help="two small models only")
+    parser.add_argument("--tiny", action="store_true", help="one small model only")
     parser.add_argument("--output", type=Path, help="write the rows as JSON")
     parser.add_argument("--measure", help=argparse.SUPPRESS)
     return parser.parse_args()

@@ -1,12 +1,10 @@
 """Memory by formula, against what the model stores and what was measured on a GPU."""
 
 import dataclasses
-import sys
 
 import pytest
 import torch
 from planned_models import TINY, build
-from support import ROOT
 
 from gpt2repro.plan.memory import (
     Setup,
@@ -107,13 +105,3 @@ def test_the_largest_micro_batch_fits_and_the_next_does_not(recompute):
     more = dataclasses.replace(found, micro_batch_size=larger, accumulation=480 // larger)
     assert peak_memory(GPT2, more).total > room
     assert largest_micro_batch(GPT2, setup, 480, 2**30) is None
-
-
-@pytest.mark.slow
-def test_a_process_grows_by_what_is_planned(monkeypatch):
-    monkeypatch.setattr(sys, "path", [str(ROOT / "benchmarks"), *sys.path])
-    import planner as benchmark
-
-    row = (2, 256, 4096, 64, 64, 1, ())
-    planned = peak_memory(*benchmark.described(*row)).total
-    assert planned == pytest.approx(benchmark.measured_in_child("cpu", row), rel=0.1)
