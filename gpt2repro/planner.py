@@ -33,7 +33,8 @@ OPENAI = {  # --init_from NAME: n_layer, n_head, n_embd
     "gpt2-large": (36, 20, 1280),
     "gpt2-xl": (48, 25, 1600),
 }
-CONFIGS = {"ddp": "ddp_8gpu", "fsdp2": "fsdp2_8gpu", "hsdp": "hsdp_2node"}  # in accelerate_configs/
+# Of accelerate_configs/, for one machine and for several.
+CONFIGS = {"ddp": ("ddp_8gpu", "ddp_2node"), "fsdp2": ("fsdp2_8gpu",) * 2, "hsdp": ("hsdp_2node",) * 2}
 
 
 def main(argv: list[str]) -> None:
@@ -196,10 +197,10 @@ def measured_tflops(mixed_precision: str) -> float:
 
 
 def strategies(args: argparse.Namespace) -> list[Strategy]:
-    """Those that differ: one GPU shards nothing, and one machine has nothing to replicate."""
-    if args.num_gpus == 1:
-        return ["ddp"] if args.strategy == "ddp" else ["ddp", args.strategy]
-    return ["ddp", "fsdp2"] if args.num_gpus <= args.gpus_per_machine else ["ddp", "fsdp2", "hsdp"]
+    """What is asked for, and what differs here: one GPU shards nothing, one machine has nothing to replicate."""
+    differ = 1 if args.num_gpus == 1 else 2 if args.num_gpus <= args.gpus_per_machine else 3
+    shown = {*get_args(Strategy)[:differ], args.strategy}
+    return [strategy for strategy in get_args(Strategy) if strategy in shown]
 
 
 def sequences_per_gpu(recipe: Recipe, num_gpus: int) -> int:
@@ -292,7 +293,7 @@ def run_text(sizes: Sizes, setup: Setup, step: Step, recipe: Recipe, device: Dev
     dollars = "" if price.dollars is None else f", ${price.dollars:,.0f}"
     energy = f", {price.kwh:,.1f} kWh" if device.watts else ""
     lines.append(
-        f"run         {price.hours:,.1f} hours{dollars}{energy}, validation included, HellaSwag and saving not"
+        f"run         {price.hours:,.2f} hours{dollars}{energy}, validation included, HellaSwag and saving not"
     )
     return "\n".join(lines)
 
@@ -309,12 +310,14 @@ def network_text(step: Step, device: Device, args: argparse.Namespace) -> str:
 
 def command_text(recipe: Recipe, setup: Setup, args: argparse.Namespace) -> str:
     """The command that trains so."""
-    config = CONFIGS[setup.strategy] if args.num_gpus > 1 else "single_gpu"
+    machines = -(-args.num_gpus // args.gpus_per_machine)
+    config = CONFIGS[setup.strategy][machines > 1] if args.num_gpus > 1 else "single_gpu"
     config = "cpu" if args.gpu == CPU else config
     flags = f"--config {args.recipe} --micro_batch_size {setup.micro_batch_size}"
     if setup.gradient_checkpointing and not recipe.gradient_checkpointing:
         flags += " --gradient_checkpointing true"
     processes = f" --num_processes {args.num_gpus}" if args.num_gpus not in (1, 8) else ""
+    processes += f" --num_machines {machines}" if machines > 1 else ""
     return (
         f"\naccelerate launch --config_file accelerate_configs/{config}.yaml{processes} \\\n"
         f"    train_accelerate.py {flags}"

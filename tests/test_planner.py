@@ -30,7 +30,7 @@ def test_the_published_run_of_eight_h100(capsys):
     text = printed(capsys, RECIPE, "--gpu", "h100", "--num_gpus", 8, "--dollars_per_hour", 20)
     assert "124,475,904 parameters" in text and "(6ND: 7.47e+18)" in text
     assert "64 sequences x 1024 tokens x 8 (GPUs) x 1 (accumulation) = 524,288 tokens" in text
-    assert "step        140 ms" in text and "hidden by computation" in text and "0.8 hours, $15, 4.3 kWh" in text
+    assert "step        140 ms" in text and "hidden by computation" in text and "0.76 hours, $15, 4.3 kWh" in text
     assert "| MiB on one GPU, 64 sequences | ddp | fsdp2 |" in text
     assert "ddp_8gpu.yaml" in text and "--num_processes" not in text
 
@@ -52,6 +52,12 @@ def test_every_gpu_and_strategy_is_planned(capsys, gpu):
             "GB over the network (400 Gbit/s)" in text
             and "| MiB on one GPU, 32 sequences | ddp | fsdp2 | hsdp |" in text
         )
+
+
+@pytest.mark.parametrize(("strategy", "shown"), [("ddp", "ddp | fsdp2"), ("hsdp", "ddp | fsdp2 | hsdp")])
+def test_the_strategy_that_is_asked_for_is_shown(capsys, strategy, shown):
+    text = printed(capsys, RECIPE, "--num_gpus", 8, "--strategy", strategy)
+    assert f"| MiB on one GPU, 64 sequences | {shown} |" in text
 
 
 def test_this_cpu_is_planned_by_its_free_memory_and_a_given_rate(capsys):
