@@ -57,7 +57,7 @@ def main() -> None:
     print("| layers x width, vocabulary, micro-batch | planned, MiB | measured, MiB | planned / measured |")
     print("| --- | ---: | ---: | ---: |")
     for row in rows:
-        planned = peak_memory(*described(*row)).total
+        planned = peak_memory(*described(args.device, *row)).total
         measured = measured_in_child(args.device, row)
         results.append({"row": row, "planned_bytes": planned, "measured_bytes": measured})
         print(f"| {label(*row)} | {planned / MIB:,.0f} | {mib(measured)} | {ratio(planned, measured)} |", flush=True)
@@ -78,10 +78,12 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def described(layers, width, vocab, sequences, tokens, micro_batches, flags) -> tuple[Sizes, Setup]:
+def described(device, layers, width, vocab, sequences, tokens, micro_batches, flags) -> tuple[Sizes, Setup]:
     sizes = Sizes(vocab, tokens, width, layers, max(1, width // 64), 4 * width)
     choices = {flag: True for flag in flags if flag != "half"}
-    return sizes, Setup(sequences, tokens, micro_batches, half="half" in flags, has_telemetry=False, **choices)
+    return sizes, Setup(
+        sequences, tokens, micro_batches, half="half" in flags, device=device, has_telemetry=False, **choices
+    )
 
 
 def label(layers, width, vocab, sequences, tokens, micro_batches, flags) -> str:
@@ -190,7 +192,7 @@ def fits(args: argparse.Namespace) -> list[dict]:
     print(f"\n| bf16, T=1024, on {memory / MIB:,.0f} MiB | planned | trains |\n| --- | ---: | ---: |")
     results = []
     for name, (layers, _, width) in GPT2.items():
-        sizes, setup = described(layers, width, 50304, 1, 1024, 1, ("half",))
+        sizes, setup = described(args.device, layers, width, 50304, 1, 1024, 1, ("half",))
         found = largest_micro_batch(sizes, setup, 512, capacity(memory // MIB))
         planned = found.micro_batch_size if found else 0
         size = planned or 1

@@ -33,6 +33,7 @@ OPENAI = {  # --init_from NAME: n_layer, n_head, n_embd
     "gpt2-large": (36, 20, 1280),
     "gpt2-xl": (48, 25, 1600),
 }
+PLANNED = [key for key, device in devices().items() if device.has_bf16]
 # Of accelerate_configs/, for one machine and for several.
 CONFIGS = {"ddp": ("ddp_8gpu", "ddp_2node"), "fsdp2": ("fsdp2_8gpu",) * 2, "hsdp": ("hsdp_2node",) * 2}
 
@@ -65,7 +66,7 @@ def parse_arguments(argv: list[str]) -> tuple[argparse.Namespace, Recipe]:
     parser = Parser(__doc__)
     parser.prog = "-m gpt2repro.planner"
     parser.usage = "python -m gpt2repro.planner [RECIPE] [--field value ...] [flags below]"
-    parser.add_argument("--gpu", default="h100", choices=(*devices(), CPU), help="which (default: %(default)s)")
+    parser.add_argument("--gpu", default="h100", choices=(*PLANNED, CPU), help="which (default: %(default)s)")
     parser.add_argument("--num_gpus", type=int, default=1, metavar="N", help="in all machines (default: %(default)s)")
     parser.add_argument("--gpus_per_machine", type=int, default=8, metavar="N", help="(default: %(default)s)")
     parser.add_argument("--strategy", choices=get_args(Strategy), default="ddp", help="(default: %(default)s)")
@@ -114,45 +115,49 @@ def model_sizes(recipe: Recipe) -> Sizes:
         UserError: of init_from nothing is known without downloading it.
     """
     fields = {name: value for name, value in vars(model_fields()).items() if not name.startswith("__")}
-    fields |= stored_fields(recipe.init_from) if recipe.init_from != "scratch" else vocabulary(recipe) | recipe.model
-    if fields["n_embd"] % fields["n_head"]:
-        raise UserError(f"model.n_embd={fields['n_embd']} is not a multiple of model.n_head={fields['n_head']}")
+    fields |= vocabulary(recipe) | recipe.model if recipe.init_from == "scratch" else stored_fields(recipe)
     names = {field.name for field in dataclasses.fields(Sizes)}
     known = {name: value for name, value in fields.items() if name in names}
     known["n_inner"] = known["n_inner"] or 4 * known["n_embd"]
     known["has_dropout"] = any((fields | recipe.model)[f"{place}_pdrop"] for place in ("resid", "embd"))
+    too_small = [name for name, value in known.items() if name not in ("bias", "has_dropout") and value < 1]
+    refuse([f"model.{name}={known[name]} must be at least 1" for name in too_small])
     return Sizes(**known)
 
 
-def stored_fields(init_from: str) -> dict[str, Any]:
-    """The configuration of a model to start from."""
+def stored_fields(recipe: Recipe) -> dict[str, Any]:
+    """The configuration of the model to start from, with the positions that the run keeps of it."""
+    init_from, folder = recipe.init_from, Path(recipe.init_from)
     if init_from in OPENAI:
-        return dict(zip(("n_layer", "n_head", "n_embd"), OPENAI[init_from]))
-    config = Path(init_from) / "config.json"
-    try:
-        return json.loads(config.read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"init_from={init_from}: {config} cannot be read; give a folder of a model, one of {', '.join(OPENAI)}, or "
-            "the sizes as --init_from scratch --model.n_layer ..."
-        ) from error
+        stored = dict(zip(("n_layer", "n_head", "n_embd"), OPENAI[init_from]))
+    else:
+        config = folder / "model" if (folder / "model").is_dir() else folder
+        try:
+            stored = json.loads((config / "config.json").read_text())
+            stored["n_embd"], stored["n_layer"], stored["n_head"]  # a GPT-2's names
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(
+                f"init_from={init_from}: {config}/config.json is not one of a GPT-2; give a run or model folder, one "
+                f"of {', '.join(OPENAI)}, or the sizes as --init_from scratch --model.n_layer ..."
+            ) from error
+    return stored | {"n_positions": min(recipe.sequence_length, stored.get("n_positions", 1024))}
 
 
 def vocabulary(recipe: Recipe) -> dict[str, int]:
-    """That of the prepared data; of GPT-2 if there is none yet."""
-    if not (Path(recipe.data_dir) / "manifest.json").is_file():
+    """That of the prepared data; nothing if there is none yet, which means GPT-2's."""
+    prepared = [source for source in recipe.sources if (Path(source) / "manifest.json").is_file()]
+    if not prepared:
         return {}
     from gpt2repro.data.manifest import Manifest
     from gpt2repro.data.tokenization import padded_vocab_size
 
-    return {"vocab_size": padded_vocab_size(Manifest.read(recipe.data_dir).tokenizer.vocab_size)}
+    return {"vocab_size": padded_vocab_size(Manifest.read(prepared[0]).tokenizer.vocab_size)}
 
 
 def known_device(args: argparse.Namespace, recipe: Recipe) -> Device:
     device = devices()[args.gpu]
-    tflops = recipe.peak_tflops or device.tflops
-    if args.mixed_precision == "no":
-        tflops /= 2  # TF32, on all of these GPUs half of bf16
+    tf32 = device.tflops / 2  # on all of these GPUs half of bf16
+    tflops = recipe.peak_tflops or (tf32 if args.mixed_precision == "no" else device.tflops)
     given = {} if args.mfu is None else {"mfu": args.mfu, "mfu_source": "--mfu"}
     return dataclasses.replace(device, tflops=tflops, **given)
 
@@ -223,6 +228,7 @@ def setup_of(recipe: Recipe, sizes: Sizes, args: argparse.Namespace, strategy: S
         compile=recipe.compile,
         gradient_checkpointing=recipe.gradient_checkpointing,
         muon=recipe.optimizer == "muon",
+        device="cpu" if args.gpu == CPU else "cuda",
     )
 
 
@@ -312,7 +318,8 @@ def command_text(recipe: Recipe, setup: Setup, args: argparse.Namespace) -> str:
     """The command that trains so."""
     machines = -(-args.num_gpus // args.gpus_per_machine)
     config = CONFIGS[setup.strategy][machines > 1] if args.num_gpus > 1 else "single_gpu"
-    config = "cpu" if args.gpu == CPU else config
+    if args.gpu == CPU:
+        config = "cpu" if args.num_gpus == 1 else "multi_cpu"
     flags = f"--config {args.recipe} --micro_batch_size {setup.micro_batch_size}"
     if setup.gradient_checkpointing and not recipe.gradient_checkpointing:
         flags += " --gradient_checkpointing true"

@@ -9,7 +9,6 @@ from support import PATIENCE, ROOT
 
 from gpt2repro import planner
 from gpt2repro.errors import UserError
-from gpt2repro.plan.hardware import devices
 
 
 RECIPE = str(ROOT / "recipes" / "gpt2-124m-fineweb-edu.yaml")
@@ -44,7 +43,7 @@ def test_one_24_gb_card_gets_a_command_that_fits(capsys):
     assert "does not fit on NVIDIA GeForce RTX 4090 even with one sequence" in xl
 
 
-@pytest.mark.parametrize("gpu", devices())
+@pytest.mark.parametrize("gpu", planner.PLANNED)
 def test_every_gpu_and_strategy_is_planned(capsys, gpu):
     for strategy in ("ddp", "fsdp2", "hsdp"):
         text = printed(capsys, RECIPE, "--gpu", gpu, "--num_gpus", 16, "--strategy", strategy)
@@ -70,6 +69,12 @@ def test_an_openai_model_is_planned_by_name_and_another_by_its_folder(capsys, tm
     assert "1,557,686,400 parameters" in printed(capsys, RECIPE, "--init_from", "gpt2-xl", "--gpu", "h200")
     (tmp_path / "config.json").write_text('{"n_layer": 2, "n_head": 2, "n_embd": 64, "n_inner": null}')
     assert "2 layers, 2 heads, width 64" in printed(capsys, RECIPE, "--init_from", tmp_path)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "config.json").rename(tmp_path / "run" / "config.json")
+    (tmp_path / "run").rename(tmp_path / "model")  # as in a run's folder
+    assert "2 layers, 2 heads, width 64" in printed(capsys, RECIPE, "--init_from", tmp_path)
+    cropped = printed(capsys, RECIPE, "--init_from", "gpt2", "--sequence_length", 512)
+    assert f"{124_475_904 - 512 * 768:,} parameters" in cropped
 
 
 def test_all_mistakes_are_one_line_each():
@@ -84,7 +89,8 @@ def test_all_mistakes_are_one_line_each():
     (problem,) = refusal(RECIPE, "--num_gpus", 12)
     assert problem == "--num_gpus 12 is not a multiple of --gpus_per_machine 8"
     (problem,) = refusal(RECIPE, "--init_from", "nowhere")
-    assert problem.startswith("init_from=nowhere: nowhere/config.json cannot be read; give a folder")
+    assert problem.startswith("init_from=nowhere: nowhere/config.json is not one of a GPT-2; give a run or")
+    assert refusal(RECIPE, "--model.n_layer", 0) == ["model.n_layer=0 must be at least 1"]
     (problem,) = refusal(RECIPE, "--gpu", "h999")
     assert "invalid choice: 'h999'" in problem
 

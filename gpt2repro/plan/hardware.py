@@ -22,6 +22,7 @@ class Device:
     watts: float
     source: str
     pattern: str = ""
+    has_bf16: bool = True
     gb_s: float = 0.0
     link: str = ""
     link_gb_s: float = 0.0

@@ -20,10 +20,6 @@ Strategy = Literal["ddp", "fsdp2", "hsdp"]
 OVERHEAD = 1.5 * 2**30
 UNUSABLE = 0.05
 
-# Bytes that the loss needs for a logit: in half precision, in float32, and for its gradient in half precision; float32
-# alone needs no third. torch.compile makes the gradient from the float32 values as they are computed.
-LOGIT, LOGIT_COMPILED = 8, 6
-
 
 @dataclass(frozen=True)
 class Setup:
@@ -45,6 +41,7 @@ class Setup:
     compile: bool = False
     gradient_checkpointing: bool = False
     muon: bool = False
+    device: Literal["cuda", "cpu"] = "cuda"
     has_telemetry: bool = True  # the trainer's, which now and then copies the weights to measure an update
 
     @property
@@ -141,12 +138,20 @@ def casts(sizes: Sizes, setup: Setup) -> float:
 
 
 def loss_bytes(sizes: Sizes, setup: Setup) -> float:
-    """What `linear_cross_entropy` holds at once: the head in half precision, its float32 gradient, a chunk's logits."""
-    vocab = sizes.vocab_size
-    rows = max(1, model_constant("LOGITS_PER_CHUNK") // vocab, -(-setup.tokens // model_constant("MAX_CHUNKS")))
-    chunk = min(rows, setup.tokens) * vocab * (LOGIT_COMPILED if setup.half and setup.compile else LOGIT)
-    cast = 2 * sizes.embedding if setup.half else 0
-    return chunk + cast + 4 * sizes.embedding
+    """What `linear_cross_entropy` holds at once beside the hidden states and their gradient.
+
+    The head in half precision; a chunk's logits, which turn into their gradient; and the larger of their softmax in
+    float32 (on a CPU without torch.compile a few rows at a time) and the chunk's share of the head's gradient, which is
+    summed in float32.
+    """
+    half, head = setup.half_bytes, sizes.embedding
+    logits_per_chunk = model_constant("LOGITS_PER_CHUNK")[setup.device]
+    rows = max(1, logits_per_chunk // sizes.vocab_size, -(-setup.tokens // model_constant("MAX_CHUNKS")))
+    chunk = min(rows, setup.tokens) * sizes.vocab_size
+    is_first_chunk_last = rows >= setup.tokens
+    softmax = 0 if setup.device == "cpu" and not setup.compile else 4 * chunk
+    cast = half * head if setup.half else 0
+    return cast + half * chunk + max(softmax + (0 if is_first_chunk_last else 4 * head), (half + 4) * head)
 
 
 def block_gradients(sizes: Sizes, setup: Setup) -> float:

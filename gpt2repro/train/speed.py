@@ -11,9 +11,10 @@ def peak_flops(device: torch.device, mixed_precision: str) -> float | None:
         return None
     name = torch.cuda.get_device_name(device)
     is_slice_of_gpu = "MIG" in name
-    lacks_bf16_units = "V100" in name and mixed_precision == "bf16"
     known = device_named(name)
-    return None if known is None or is_slice_of_gpu or lacks_bf16_units else known.tflops * 1e12
+    if known is None or is_slice_of_gpu or (mixed_precision == "bf16" and not known.has_bf16):
+        return None
+    return known.tflops * 1e12
 
 
 def peak_memory_bytes(device: torch.device) -> int | None:
