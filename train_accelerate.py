@@ -294,4 +294,5 @@ def finish(plan: Plan, folder: RunFolder, model: PreTrainedModel, run: RunState)
 
 if __name__ == "__main__":
     silence_libraries()
-    run_script(main, save_memory="lower --micro_batch_size, or pass --gradient_checkpointing true")
+    what_fits = "`python -m gpt2repro.planner RECIPE --gpu NAME` says what fits"
+    run_script(main, save_memory=f"lower --micro_batch_size, or pass --gradient_checkpointing true; {what_fits}")
