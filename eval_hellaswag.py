@@ -14,7 +14,7 @@ import argparse
 import os
 from pathlib import Path
 
-from gpt2repro.errors import Parser, UserError, problems_of, refuse, run_script
+from gpt2repro.errors import Parser, UserError, check_before_imports, problems_of, refuse, run_script
 from gpt2repro.evaluation.hellaswag_items import STYLES, read_items, style_problem
 from gpt2repro.files import write_problem
 from gpt2repro.models.find import DTYPES, find_model
@@ -70,7 +70,7 @@ def argument_problems(args: argparse.Namespace) -> list[str]:
 
 
 if __name__ == "__main__":
-    run_script(check_command_line)  # mistakes end here, before the seconds that the imports below take
+    check_before_imports(check_command_line)  # mistakes end here, before the seconds that the imports below take
 
 import hashlib
 import json

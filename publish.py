@@ -16,7 +16,7 @@ import argparse
 from dataclasses import dataclass
 from pathlib import Path
 
-from gpt2repro.errors import Parser, UserError, problems_of, refuse, run_script
+from gpt2repro.errors import Parser, UserError, check_before_imports, problems_of, refuse, run_script
 from gpt2repro.files import write_problem
 from gpt2repro.models.find import find_model
 
@@ -107,7 +107,7 @@ class Destination:
 
 
 if __name__ == "__main__":
-    run_script(parse_arguments)  # mistakes end here, before the seconds that the imports below take
+    check_before_imports(parse_arguments)  # mistakes end here, before the seconds that the imports below take
 
 import os
 import shutil

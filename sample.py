@@ -8,7 +8,7 @@ nanoGPT, build-nanogpt or llm.c.
 
 import argparse
 
-from gpt2repro.errors import Parser, problems_of, refuse, run_script
+from gpt2repro.errors import Parser, check_before_imports, problems_of, refuse, run_script
 from gpt2repro.models.find import find_model
 
 
@@ -40,7 +40,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    run_script(parse_arguments)  # mistakes end here, before the seconds that the imports below take
+    check_before_imports(parse_arguments)  # mistakes end here, before the seconds that the imports below take
 
 from accelerate import Accelerator
 from transformers import TextStreamer

@@ -19,7 +19,7 @@ import argparse
 import difflib
 from pathlib import Path
 
-from gpt2repro.errors import Parser, UserError, problems_of, refuse, run_script
+from gpt2repro.errors import Parser, UserError, check_before_imports, problems_of, refuse, run_script
 from gpt2repro.evaluation.detokenizers import DETOKENIZERS
 from gpt2repro.files import write_problem
 from gpt2repro.models.find import DTYPES, find_model
@@ -196,7 +196,7 @@ def default_text(min_characters: int) -> str:
 
 
 if __name__ == "__main__":
-    run_script(check_command_line)  # mistakes end here, before the seconds that the imports below take
+    check_before_imports(check_command_line)  # mistakes end here, before the seconds that the imports below take
 
 import dataclasses
 import functools

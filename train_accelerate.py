@@ -9,12 +9,12 @@ run that was stopped. gpt2repro/recipe.py lists the recipe's fields, gpt2repro/r
 """
 
 import gpt2repro.launcher  # noqa: F401  watches the launcher while the rest is imported
-from gpt2repro.errors import refuse, report_write_errors, run_script
+from gpt2repro.errors import check_before_imports, refuse, report_write_errors, run_script
 from gpt2repro.train.command_line import check_command_line
 
 
 if __name__ == "__main__":
-    run_script(check_command_line)  # mistakes end here, before the seconds that the imports below take
+    check_before_imports(check_command_line)  # mistakes end here, before the seconds that the imports below take
 
 # isort: split
 import dataclasses

@@ -4,6 +4,7 @@ only, as every script starts here."""
 import argparse
 import contextlib
 import errno
+import gc
 import json
 import os
 import re
@@ -106,6 +107,13 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message}; `python {self.prog} --help` lists the flags")
 
 
+def check_before_imports(check: Callable[[list[str]], object]) -> None:
+    """Run `check(argv)` as `run_script` would, before a script imports what takes seconds. From here until `run_script`
+    no garbage is collected: what is imported is none, and looking for it takes a quarter of the time."""
+    run_script(check)
+    gc.disable()
+
+
 def run_script(main: Callable[[list[str]], object], save_memory: str = SAVE_MEMORY) -> None:
     """Run `main(argv)` as a script. A UserError is printed, by one process if all have it, and exits with code 2; so
     are a GPU or a memory that is too small and a file that the user may not touch. Any other exception is printed as a
@@ -114,6 +122,8 @@ def run_script(main: Callable[[list[str]], object], save_memory: str = SAVE_MEMO
     Args:
         save_memory: the remedy when torch finds no memory.
     """
+    gc.freeze()  # what is imported stays, and is never looked at again
+    gc.enable()
     try:
         main(sys.argv[1:])
     except UserError as error:

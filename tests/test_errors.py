@@ -1,6 +1,7 @@
 """How a user's mistake ends: which processes print it, and with which remedy."""
 
 import errno
+import gc
 import importlib
 import io
 import sys
@@ -11,7 +12,7 @@ import torch
 from tqdm import tqdm
 
 from gpt2repro import errors
-from gpt2repro.errors import Parser, SharedError, UserError, report_write_errors, run_script
+from gpt2repro.errors import Parser, SharedError, UserError, check_before_imports, report_write_errors, run_script
 
 
 @pytest.fixture
@@ -152,3 +153,13 @@ def test_a_name_that_is_too_long_is_one_line(monkeypatch, tmp_path, capsys):
     with pytest.raises(SystemExit) as end:
         run_script(lambda argv: (tmp_path / ("a" * 300)).exists())
     assert end.value.code == 2 and "; choose a shorter name" in capsys.readouterr().err
+
+
+def test_no_garbage_is_collected_between_the_check_and_main(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["script", "--flag"])
+    called = []
+    check_before_imports(called.append)
+    assert called == [["--flag"]] and not gc.isenabled()
+    run_script(lambda argv: called.append(gc.isenabled()))
+    assert called[1] and gc.isenabled()
+    gc.unfreeze()
