@@ -72,7 +72,7 @@ def resolve_and_check(argv: list[str]) -> Plan:
         if data is not None and not recipe.bound_problems():
             plan = make_plan(recipe, data, folder, command.flags)
             problems += plan_problems(plan)
-            if folder is not None:  # again: init_from decides on the model's sizes
+            if folder is not None and not command.problems:  # again, as init_from decides on the model's sizes
                 problems += output_problems(plan.recipe, folder, data)
     except (UserError, ValueError) as error:
         problems.append(str(error))
