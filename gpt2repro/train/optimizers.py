@@ -14,6 +14,7 @@ import torch
 from accelerate import Accelerator, DistributedType
 
 from gpt2repro.recipe import Recipe
+from gpt2repro.train.muon import Muon
 
 
 def build_optimizers(model: torch.nn.Module, recipe: Recipe) -> list[torch.optim.Optimizer]:
@@ -34,22 +35,19 @@ def adamw(model: torch.nn.Module, recipe: Recipe) -> list[torch.optim.Optimizer]
 
 
 def muon(model: torch.nn.Module, recipe: Recipe) -> list[torch.optim.Optimizer]:
-    """Muon, whose update is the approximately orthogonalized momentum, for the blocks' matrices; AdamW for the rest.
-
-    Source: https://kellerjordan.github.io/posts/muon/; torch.optim.Muon.
-    """
+    """Muon for the blocks' matrices, of which c_attn.weight is three: query, key and value. AdamW for the rest."""
     matrices = block_matrices(model)
+    joint = {block.attn.c_attn.weight for block in model.transformer.h}
+    lr_ratio = recipe.muon_learning_rate / recipe.learning_rate
+    groups = [
+        {"params": [p for p in matrices if p in joint], "n_matrices": 3, "lr_ratio": lr_ratio},
+        {"params": [p for p in matrices if p not in joint], "n_matrices": 1, "lr_ratio": lr_ratio},
+    ]
     in_muon = set(matrices)
     others = [p for p in model.parameters() if p not in in_muon]
-    group = {"params": matrices, "lr_ratio": recipe.muon_learning_rate / recipe.learning_rate}
     return [
         adamw_for(others, recipe),
-        torch.optim.Muon(
-            [group],
-            lr=recipe.muon_learning_rate,
-            momentum=recipe.muon_momentum,
-            weight_decay=recipe.muon_weight_decay,
-        ),
+        Muon(groups, recipe.muon_learning_rate, recipe.muon_momentum, recipe.muon_weight_decay),
     ]
 
 

@@ -63,7 +63,8 @@ def test_muon_updates_the_block_matrices_and_adamw_the_rest(model):
 
 
 def test_muon_steps_as_written_out(model):
-    """Nesterov momentum, five Newton-Schulz iterations, the aspect ratio's square root, decoupled decay; two steps."""
+    """Nesterov momentum, five Newton-Schulz iterations of query, key and value each and of every other matrix, the
+    aspect ratio's square root, decoupled decay; two steps."""
     _, muon = build_optimizers(model, MUON)
     weights = {name: p for name, p in model.named_parameters() if name.endswith(MATRICES) and ".h." in name}
     expected = {name: p.detach().double() for name, p in weights.items()}
@@ -72,14 +73,16 @@ def test_muon_steps_as_written_out(model):
         for name, p in weights.items():
             p.grad = torch.randn_like(p)
             momenta[name] = 0.9 * momenta[name] + 0.1 * p.grad.double()
-            update = orthogonalized(0.1 * p.grad.double() + 0.9 * momenta[name])
-            update *= math.sqrt(max(1, p.shape[0] / p.shape[1]))
+            nesterov = 0.1 * p.grad.double() + 0.9 * momenta[name]
+            matrices = nesterov.chunk(3 if name.endswith("c_attn.weight") else 1)
+            aspect = matrices[0].shape[0] / matrices[0].shape[1]
+            update = torch.cat([orthogonalized(matrix) for matrix in matrices]) * math.sqrt(max(1, aspect))
             expected[name] = expected[name] * (1 - 0.02 * 0.5) - 0.02 * update
         before = {name: p.detach().double() for name, p in weights.items()}
         muon.step()
         for name, p in weights.items():
             moved = (p - before[name]).norm()
-            assert (p - expected[name]).norm() < 0.03 * moved, name  # torch iterates in bfloat16
+            assert (p - expected[name]).norm() < 0.03 * moved, name  # the iterations are in bfloat16
             expected[name] = p.detach().double()
 
 
@@ -113,7 +116,7 @@ def test_both_learning_rates_follow_one_schedule(model):
     for lr, of_muon in ((1e-3, 0.02), (2.5e-4, 0.005), (0.0, 0.0)):
         assert set_lr([adamw, muon], lr) == lr
         assert {group["lr"] for group in adamw.param_groups} == {lr}
-        assert [group["lr"] for group in muon.param_groups] == [pytest.approx(of_muon)]
+        assert [group["lr"] for group in muon.param_groups] == [pytest.approx(of_muon)] * 2
 
 
 def test_a_registered_optimizer_is_built_by_its_name(model, monkeypatch):
@@ -159,7 +162,7 @@ def test_a_resumed_run_matches_an_uninterrupted_one(model, distributed):
     for which, its in ((model, optimizers), (other, restored)):
         set_lr(its, 5e-4)
         train(which, its, 2, first=3)
-    assert [g["lr"] for o in restored for g in o.param_groups] == [5e-4, 5e-4, pytest.approx(0.01)]
+    assert [g["lr"] for o in restored for g in o.param_groups] == [5e-4, 5e-4, *[pytest.approx(0.01)] * 2]
     for name, value in parameters(model).items():
         assert torch.equal(value, parameters(other)[name]), name
 
