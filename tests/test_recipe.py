@@ -81,8 +81,14 @@ def test_shipped_recipes_keep_the_numbers_of_their_sources():
     assert (edu.learning_rate, edu.min_learning_rate, edu.weight_decay, edu.adam_beta2) == (6e-4, 6e-5, 0.1, 0.95)
     assert (fineweb.warmup_steps, fineweb.min_learning_rate) == (700, 0)
     assert fineweb.max_steps * fineweb.global_batch_tokens == 10_255_073_280  # the last row of llm.c's log
-    muon = read("gpt2-124m-fineweb-muon")
-    assert (muon.optimizer, 3 * muon.max_steps) == ("muon", fineweb.max_steps) and muon.model == fineweb.model
+    muon, tuned = read("gpt2-124m-fineweb-muon"), read("gpt2-124m-fineweb-adamw-tuned")
+    assert (muon.optimizer, muon.max_steps, int(muon.wsd_decay_start)) == ("muon", 6200, 6200 - 1800)
+    assert (muon.learning_rate, muon.weight_decay, muon.warmup_steps) == (3.6e-3, 0, 0)
+    assert muon.muon_learning_rate == pytest.approx(3.6e-4 * 768**0.5, rel=5e-3)
+    assert (tuned.optimizer, tuned.max_steps, int(tuned.wsd_decay_start)) == ("adamw", 9536, 9536 - 2000)
+    assert (tuned.learning_rate, tuned.warmup_steps) == (1.8e-3, 250)
+    for recipe in (muon, tuned):
+        assert recipe.model == fineweb.model and recipe.global_batch_tokens == fineweb.global_batch_tokens
     assert owt.global_batch_tokens == 12 * 1024 * 5 * 8 and owt.accumulation(8, 0) == 5 and owt.max_steps == 600_000
 
 
