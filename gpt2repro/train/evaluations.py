@@ -85,7 +85,7 @@ class Evaluations:
             )
 
     def _judge_and_draw(self, run: RunState) -> str:
-        """Draw loss.png, unless that would take more than DRAWING_SHARE of the time.
+        """Draw loss.png, unless that would take more than DRAWING_SHARE of the time or the run draws it at its end.
 
         Returns:
             What the verdict says about the newest validation; and what failed, which must not end a run.
@@ -95,7 +95,7 @@ class Evaluations:
         try:
             logged = LoggedRun(self.folder.name, self.record, read_metrics(self.folder.metrics))
             remark = logged.verdict.remark(run.step)
-            if began >= self.next_picture:
+            if began >= self.next_picture and not run.is_last_step:
                 write_bytes(self.folder.picture, loss_picture([logged]))
                 now = time.perf_counter()
                 self.next_picture = now + (now - began) / DRAWING_SHARE

@@ -45,7 +45,8 @@ def run_of(tmp_path, monkeypatch):
     def validate(run: Evaluations, step: int, above: float) -> list[str]:
         loss = curve.loss_at(step * STEP) + above
         monkeypatch.setattr(evaluations, "validation_losses", lambda *args: {"val_loss": loss})
-        run.validate(SimpleNamespace(step=step, note_validation=lambda val_loss: None))
+        is_last_step = step == run.recipe.max_steps
+        run.validate(SimpleNamespace(step=step, is_last_step=is_last_step, note_validation=lambda val_loss: None))
         return run.telemetry.said
 
     make.validate = validate
@@ -76,10 +77,11 @@ def test_the_picture_exists_while_the_run_trains_and_costs_a_bounded_share_of_th
 
     monkeypatch.setattr(evaluations, "loss_picture", draw)
     run = run_of()
-    for step, after in ((5000, 0), (5250, 49), (5500, 2), (5750, 100)):
+    for step, after in ((5000, 0), (5250, 49), (5500, 2), (5750, 100), (run.recipe.max_steps, 100)):
         clock.now += after
         run_of.validate(run, step, above=0.0)
-    assert drawn == [5000, 5500, 5750], "drawing took 1 second, so the next may begin 1 / 0.02 seconds later"
+    # drawing took 1 second, so the next may begin 1 / 0.02 seconds later; the end of the run draws after the last step
+    assert drawn == [5000, 5500, 5750]
     assert run.folder.picture.read_bytes() == b"a picture"
 
 
