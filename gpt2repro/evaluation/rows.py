@@ -7,10 +7,8 @@ from typing import TypeVar
 
 import numpy as np
 import torch
-from transformers import DynamicCache
 
 from gpt2repro.errors import UserError
-from modeling_gpt2repro import CACHE
 
 
 T = TypeVar("T")
@@ -48,12 +46,16 @@ def padded(rows: Sequence[Sequence[int] | np.ndarray], device) -> tuple[torch.Te
     return tokens.to(device), is_token.to(device)
 
 
-def last_logits(model, tokens: torch.Tensor, count: int, cache: DynamicCache | None = None) -> torch.Tensor:
-    """(R, count, V): the logits at the last `count` positions of a forward pass, which extends the cache, if any."""
+def last_logits(model, tokens: torch.Tensor, count: int, **arguments: torch.Tensor) -> torch.Tensor:
+    """(R, count, V): the logits at the last `count` positions of a forward pass without a cache.
+
+    Args:
+        tokens: (R, T) int64.
+        arguments: more of the model's forward pass.
+    """
     has_logits_to_keep = "logits_to_keep" in inspect.signature(type(model).forward).parameters
     kept = {"logits_to_keep": count} if has_logits_to_keep else {}
-    reused = {} if cache is None else {CACHE: cache}
-    return model(input_ids=tokens, use_cache=cache is not None, **reused, **kept).logits[:, -count:]
+    return model(input_ids=tokens, use_cache=False, **arguments, **kept).logits[:, -count:]
 
 
 def positions(model) -> int | None:

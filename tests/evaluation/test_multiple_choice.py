@@ -1,8 +1,6 @@
-"""Multiple choice: scores compared with a plain loop over single rows, for models with and without a cache."""
+"""Multiple choice: scores compared with a plain loop over single rows, for models that pack rows and for others."""
 
-import math
 import random
-from collections import Counter
 
 import pytest
 import torch
@@ -15,6 +13,8 @@ from transformers import (
     BloomForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MambaConfig,
@@ -30,14 +30,14 @@ from transformers import (
 from gpt2repro.evaluation import multiple_choice
 from gpt2repro.evaluation.multiple_choice import (
     Question,
-    batches_of_rank,
+    packed_attention,
+    packs_rows,
     plan_batches,
-    reuses_contexts,
-    score_on_cache,
+    predictions,
     score_questions,
-    score_whole_rows,
-    summed_nll,
+    score_rows,
 )
+from gpt2repro.evaluation.rows import share_of_rank
 from modeling_gpt2repro import GPT2ReproForCausalLM
 
 
@@ -117,8 +117,13 @@ def test_scores_equal_a_plain_loop(name, batch_size, request, accelerator):
 
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "max_position_embeddings": POSITIONS}
 HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 48}
-OTHERS = {
+PACKED = {
     "rotary positions, grouped heads": lambda: LlamaForCausalLM(LlamaConfig(**SIZES, **SMALL, **HEADS)),
+    "attention beside the MLP": lambda: GPTNeoXForCausalLM(
+        GPTNeoXConfig(**SIZES, **SMALL, num_attention_heads=4, intermediate_size=48)
+    ),
+}
+WRITTEN_OUT = {
     "a window of 4": lambda: MistralForCausalLM(MistralConfig(**SIZES, **SMALL, **HEADS, sliding_window=4)),
     "slopes instead of positions": lambda: BloomForCausalLM(BloomConfig(**SIZES, hidden_size=32, n_layer=2, n_head=2)),
     "positions from the mask": lambda: OPTForCausalLM(
@@ -137,35 +142,45 @@ OTHERS = {
 }
 
 
-@pytest.mark.parametrize("kind", OTHERS)
+@pytest.mark.parametrize("kind", [*PACKED, *WRITTEN_OUT])
 def test_other_models(kind, accelerator):
     torch.manual_seed(0)
-    model = OTHERS[kind]().eval()
-    assert reuses_contexts(model) == ("state" not in kind)
+    model = (PACKED | WRITTEN_OUT)[kind]().eval()
+    assert packs_rows(model) == (kind in PACKED)
     expected = [one_by_one(model, question) for question in QUESTIONS]
     assert_same_scores(score_questions(model, QUESTIONS, accelerator, batch_size=4), expected)
 
 
+def test_another_attention_implementation_gets_rows_that_are_written_out(ours, accelerator):
+    model = tiny_model(
+        vocab_size=PADDED_VOCAB_SIZE, unpadded_vocab_size=VOCAB_SIZE, n_positions=POSITIONS, attn_implementation="eager"
+    )
+    model.load_state_dict(ours.state_dict())
+    assert packs_rows(ours) and not packs_rows(model)
+    expected = score_questions(ours, QUESTIONS, accelerator, 4)
+    assert_same_scores(score_questions(model, QUESTIONS, accelerator, 4), expected)
+
+
 def test_padded_vocabulary_is_invisible(ours, theirs, accelerator):
-    expected = score_questions(theirs, QUESTIONS, accelerator, 4)
+    expected = [one_by_one(theirs, question) for question in QUESTIONS]
     assert_same_scores(score_questions(ours, QUESTIONS, accelerator, 4), expected)
 
 
 class Opaque(torch.nn.Module):
-    """A model whose signature promises neither a cache nor logits_to_keep."""
+    """A model without a configuration, whose signature does not promise logits_to_keep."""
 
     def __init__(self, model):
         super().__init__()
         self.module = model
 
     def forward(self, *args, **kwargs):
-        assert not kwargs.keys() & {"logits_to_keep", "cache", "past_key_values"}
+        assert not kwargs.keys() & {"logits_to_keep", "attention_mask", "position_ids"}
         return self.module(*args, **kwargs)
 
 
-def test_a_model_that_promises_nothing_runs_whole_rows(ours, accelerator):
+def test_a_model_that_promises_nothing_gets_rows_that_are_written_out(ours, accelerator):
     expected = score_questions(ours, QUESTIONS, accelerator, 4)
-    assert not reuses_contexts(Opaque(ours))
+    assert not packs_rows(Opaque(ours))
     assert_same_scores(score_questions(Opaque(ours), QUESTIONS, accelerator, 4), expected)
 
 
@@ -177,7 +192,7 @@ def test_each_context_runs_once(ours, accelerator):
     questions = [Question([1, 2, 3, length], [[5] * length, [6] * 3, [7], [8, 9]]) for length in (2, 3, 4)]
     score_questions(ours, questions, accelerator, batch_size=3)
     hook.remove()
-    assert seen == [(3, 4), (12, 3)]  # three contexts of 4 tokens; twelve endings without their last token
+    assert seen == [(3, 4 + 3 + 2 + 0 + 1)]  # each context once, and the endings without their last tokens
 
 
 def test_padding_does_not_matter(ours, accelerator, monkeypatch):
@@ -195,44 +210,48 @@ def test_padding_does_not_matter(ours, accelerator, monkeypatch):
     assert_same_scores(scores, [expected[i] for i in fitting])
 
 
-def test_both_ways_agree_on_one_batch(ours):
-    questions = [question for question in QUESTIONS if len(question.context) == 5 and question.longest_ending > 1]
-    with torch.no_grad():
-        assert_same_scores(score_on_cache(ours, questions, "cpu"), score_whole_rows(ours, questions, "cpu"))
+def test_a_packed_row_by_hand():
+    row = Question([10, 11, 12], [[20, 21, 22], [30], [40, 41]])
+    assert row.packed_tokens == [10, 11, 12, 20, 21, 40]
+    assert list(predictions(row)) == [(2, 20), (3, 21), (4, 22), (2, 30), (2, 40), (5, 41)]
+    attention = packed_attention([row, Question([1], [[2, 3], [4]])], "cpu")
+    assert attention["position_ids"].tolist() == [[0, 1, 2, 3, 4, 3], [0, 1, 0, 0, 0, 0]]
+    assert attention["attention_mask"][0, 0].int().tolist() == [
+        [1, 0, 0, 0, 0, 0],
+        [1, 1, 0, 0, 0, 0],
+        [1, 1, 1, 0, 0, 0],
+        [1, 1, 1, 1, 0, 0],
+        [1, 1, 1, 1, 1, 0],
+        [1, 1, 1, 0, 0, 1],
+    ]
+    assert attention["attention_mask"][1, 0, :2].int().tolist() == [[1, 0, 0, 0, 0, 0], [1, 1, 0, 0, 0, 0]]
 
 
-@pytest.mark.parametrize("has_cache", [True, False])
+@torch.no_grad()
+def test_packed_rows_equal_those_that_are_written_out(ours):
+    packed = score_rows(ours, QUESTIONS, "cpu")
+    written_out = [sum(score_rows(ours, question.written_out, "cpu"), []) for question in QUESTIONS]
+    assert_same_scores(packed, written_out)
+
+
 @pytest.mark.parametrize("batch_size", [1, 3, 100])
-def test_batches(has_cache, batch_size):
-    batches = plan_batches(QUESTIONS, batch_size, has_cache)
-    assert sorted(sum((batch.indices for batch in batches), [])) == list(range(len(QUESTIONS)))
-    assert all(1 <= len(batch.indices) <= batch_size for batch in batches)
-    assert any(batch.on_cache for batch in batches) == has_cache
-
-    lengths = Counter()  # of contexts that run apart
-    for batch in batches:
-        questions = [QUESTIONS[i] for i in batch.indices]
-        if batch.on_cache:
-            (length,) = {len(question.context) for question in questions}
-            assert all(len(question.endings) > 1 and question.longest_ending > 1 for question in questions)
-            lengths[length] += len(questions)
-    fewest = sum(math.ceil(count / batch_size) for count in lengths.values())
-    assert sum(batch.on_cache for batch in batches) == fewest
-
-    whole = [QUESTIONS[i].tokens for batch in batches if not batch.on_cache for i in batch.indices]
-    assert whole == sorted(whole, reverse=True)
+def test_batches(batch_size):
+    batches = plan_batches(QUESTIONS, batch_size)
+    lengths = [len(QUESTIONS[i].packed_tokens) for batch in batches for i in batch]
+    assert sorted(sum(batches, [])) == list(range(len(QUESTIONS)))
+    assert lengths == sorted(lengths, reverse=True)
+    assert {len(batch) for batch in batches[:-1]} <= {batch_size} and 1 <= len(batches[-1]) <= batch_size
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 7])
-def test_all_ranks_run_the_same_forward_passes(world_size):
-    """As many batches of each kind: one kind has two forward passes, and a sharded model hangs if counts differ."""
-    batches = plan_batches(QUESTIONS, 3, has_cache=True)
-    ranks = [batches_of_rank(batches, rank, world_size) for rank in range(world_size)]
-    assert len({tuple(batch.on_cache for batch in mine) for mine in ranks}) == 1
-    covered = {i for mine in ranks for batch in mine for i in batch.indices}
-    assert covered == set(range(len(QUESTIONS)))
-    assert max(map(len, ranks)) <= len(batches) // world_size + 2
-    assert batches_of_rank([], 0, world_size) == []
+def test_all_ranks_run_equally_many_forward_passes(world_size):
+    """A sharded model hangs otherwise."""
+    batches = plan_batches(QUESTIONS, 3)
+    ranks = [share_of_rank(batches, rank, world_size) for rank in range(world_size)]
+    assert len({len(mine) for mine in ranks}) == 1
+    assert {i for mine in ranks for batch in mine for i in batch} == set(range(len(QUESTIONS)))
+    assert len(ranks[0]) <= len(batches) // world_size + 1
+    assert share_of_rank([], 0, world_size) == []
 
 
 def test_the_mode_is_restored_and_dropout_is_off(accelerator):
@@ -276,12 +295,3 @@ def test_the_accelerators_autocast_is_used(ours, accelerator):
     low = torch.tensor(sum(score_questions(ours, QUESTIONS, bf16, 4), []))
     assert not torch.equal(low, full)
     torch.testing.assert_close(low, full, rtol=0.02, atol=1.0)
-
-
-def test_summed_nll_by_hand():
-    probabilities = torch.tensor([[0.1, 0.7, 0.2], [0.3, 0.3, 0.4], [0.9, 0.05, 0.05]])
-    logits = probabilities.log().expand(2, -1, -1) + 5.0  # softmax ignores a constant
-    targets = torch.tensor([[0, 2, 1], [1, 0, 0]])
-    is_scored = torch.tensor([[True, True, False], [True, False, False]])
-    expected = -torch.tensor([0.1 * 0.4, 0.7]).log()
-    torch.testing.assert_close(summed_nll(logits, targets, is_scored), expected)
