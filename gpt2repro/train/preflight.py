@@ -42,10 +42,11 @@ class Plan:
     """A run that can start.
 
     data: opened, its hashes not yet verified.
-    tokenizer: of the data, or init_from's if that has more tokens.
+    tokenizer: of the data, or the pretrained model's if that has more tokens.
     config: of the model.
     pretrained: the model to start from, opened but its weights not yet read; None: the weights are initialized at
         random or come from the run's own checkpoint.
+    pretrained_tokenizer: of that model or, once there is one, of the run's newest checkpoint; None: it has none.
     """
 
     recipe: Recipe
@@ -53,6 +54,7 @@ class Plan:
     tokenizer: PreTrainedTokenizerBase
     config: GPT2ReproConfig
     pretrained: StoredGPT2 | None
+    pretrained_tokenizer: PreTrainedTokenizerBase | None
 
 
 def resolve_and_check(argv: list[str]) -> Plan:
@@ -93,13 +95,21 @@ def make_plan(recipe: Recipe, data: RunData, folder: RunFolder | None, flags: se
         UserError or ValueError: init_from is not a GPT-2, or the model's sizes contradict each other.
     """
     if recipe.init_from == "scratch":
-        config, pretrained = scratch_config(recipe, data), None
+        config, pretrained, source = scratch_config(recipe, data), None, None
     else:
         stored, pretrained = starting_point(recipe, folder)
         recipe = drop_other_sizes(recipe, stored, flags)
         config = adapt_config(stored, recipe)
-    tokenizer = run_tokenizer(recipe, data, config, pretrained, folder)
-    return Plan(recipe, data, tokenizer, config, pretrained)
+        checkpoint = folder.latest_checkpoint() if folder is not None else None
+        source = pretrained.source if pretrained is not None else checkpoint
+    theirs = model_tokenizer(source) if source is not None else None
+    ours = data_tokenizer(data)
+    tokenizer = ours
+    if theirs is not None and knows_more(theirs, ours, config):
+        tokenizer = theirs
+        more = first_three([token for token in theirs.get_vocab() if token not in ours.get_vocab()])
+        note(f"the run keeps the tokenizer of {source}: the data's lacks {more}; its end of text is {theirs.eos_token}")
+    return Plan(recipe, data, tokenizer, config, pretrained, theirs)
 
 
 def prepare_demo(recipe: Recipe) -> None:
@@ -129,32 +139,13 @@ def data_tokenizer(data: RunData) -> PreTrainedTokenizerBase:
     return build_tokenizer("gpt2", []).fast if folder is None else load_tokenizer(folder)
 
 
-def run_tokenizer(
-    recipe: Recipe,
-    data: RunData,
-    config: GPT2ReproConfig,
-    pretrained: StoredGPT2 | None,
-    folder: RunFolder | None,
-) -> PreTrainedTokenizerBase:
-    """The data's tokenizer or, if the model that training starts from has the same tokens and some more, such as the
-    markers of a dialogue, that model's: the trained model still knows them. Their newest checkpoint stands in for it.
-    """
-    ours = data_tokenizer(data)
-    if recipe.init_from == "scratch":
-        return ours
-    checkpoint = folder.latest_checkpoint() if folder is not None else None
-    source = pretrained.source if pretrained is not None else checkpoint
-    theirs = model_tokenizer(source) if source is not None else None
-    if theirs is None:
-        return ours
+def knows_more(theirs: PreTrainedTokenizerBase, ours: PreTrainedTokenizerBase, config: GPT2ReproConfig) -> bool:
+    """Whether the tokenizer of the model that training starts from has the data's tokens and some more, such as the
+    markers of a dialogue, which the trained model still knows."""
     our_ids, their_ids = ours.get_vocab(), theirs.get_vocab()
     has_more = our_ids.items() < their_ids.items()
     has_rows = max(their_ids.values()) < (config.unpadded_vocab_size or config.vocab_size)
-    if not (has_more and has_rows):
-        return ours
-    more = first_three([token for token in their_ids if token not in our_ids])
-    note(f"the run keeps the tokenizer of {source}: the data's lacks {more}; its end of text is {theirs.eos_token}")
-    return theirs
+    return has_more and has_rows
 
 
 def model_tokenizer(source: str | Path) -> PreTrainedTokenizerBase | None:
@@ -293,7 +284,7 @@ def plan_problems(plan: Plan) -> list[str]:
     for source in plan.data.sources:
         problems += source.windows_problems(recipe.sequence_length)
     if plan.pretrained is not None:
-        problems += tokenizer_problems(recipe, plan.tokenizer, plan.pretrained)
+        problems += tokenizer_problems(plan, plan.pretrained)
     return problems
 
 
@@ -319,13 +310,13 @@ def prompt_problems(prompt: str, tokenizer: PreTrainedTokenizerBase, n_positions
     ]
 
 
-def tokenizer_problems(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, pretrained: StoredGPT2) -> list[str]:
+def tokenizer_problems(plan: Plan, pretrained: StoredGPT2) -> list[str]:
     """One line if the pretrained model's tokenizer gives the data's tokens other ids, or has tokens without a row."""
-    theirs = model_tokenizer(pretrained.source)
+    recipe, theirs = plan.recipe, plan.pretrained_tokenizer
     if theirs is None:
         return []
     their_ids = theirs.get_vocab()
-    if all(their_ids.get(token) == id for token, id in tokenizer.get_vocab().items()):
+    if all(their_ids.get(token) == id for token, id in plan.tokenizer.get_vocab().items()):
         return problems_of(check_tokenizer, str(pretrained.source), theirs, pretrained.config)
     return [
         f"init_from={recipe.init_from} has another tokenizer than {', '.join(recipe.sources)}; prepare the data with "
