@@ -43,6 +43,7 @@ from gpt2repro.prepare.built_in import python_docs
 from gpt2repro.processes import device_name
 from gpt2repro.recipe import Recipe
 from gpt2repro.show.pictures import INK, PAPER, RUN_COLORS
+from gpt2repro.train.attention import TrainingAttention
 from gpt2repro.train.optimizers import build_optimizers
 from gpt2repro.train.report import provenance
 from gpt2repro.train.speed import peak_flops
@@ -65,7 +66,7 @@ class Switches:
     """How a step is computed; the defaults are the lecture's first version.
 
     matmul_precision: of float32, "highest" or "high", which is TF32 on a GPU.
-    attention: "eager", "sdpa", or "cudnn", which is sdpa with cuDNN's kernel only.
+    attention: as in a recipe.
     """
 
     matmul_precision: str = "highest"
@@ -237,6 +238,7 @@ def build_step(
         micro_batch_size=args.batch_size,
         sequence_length=args.sequence_length,
         global_batch_tokens=args.batch_size * args.sequence_length,
+        attention=switches.attention,
     )
     accelerator = Accelerator(
         cpu=args.device == "cpu",
@@ -252,14 +254,13 @@ def build_step(
             group["fused"] = False  # torch then chooses: a loop over tensors on a CPU, foreach on a GPU
     if not switches.fused_loss:
         modeling_gpt2repro.linear_cross_entropy = cross_entropy_of_all_logits
-    if switches.attention == "cudnn":
-        for enable in (torch.backends.cuda.enable_flash_sdp, torch.backends.cuda.enable_mem_efficient_sdp):
-            enable(False)
+    attention = TrainingAttention(recipe, raw_model.config, accelerator)
     model, *optimizers = accelerator.prepare(raw_model, *raw_optimizers)
     model.train()
 
     def step(batch: torch.Tensor, number: int) -> torch.Tensor:
-        loss, _ = forward_backward(accelerator, model, [batch], recipe, number)
+        with attention():
+            loss, _ = forward_backward(accelerator, model, [batch], recipe, number)
         step_all(optimizers)
         zero_grad_all(optimizers)
         return loss
