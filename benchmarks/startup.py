@@ -38,6 +38,7 @@ DOORS = {  # script -> a mistake in its flags
     "publish.py": ["./no-model"],
     "-m gpt2repro.plot": ["./no-run"],
     "-m gpt2repro.report": ["./no-run"],
+    "-m gpt2repro.planner": ["./no-recipe.yaml"],
 }
 STARTED = "STARTUP_BENCHMARK_BEGAN"  # environment variable: when `accelerate launch` was started
 LAUNCH = ["-m", "accelerate.commands.launch", "--config_file", str(ROOT / "accelerate_configs" / "cpu.yaml")]
