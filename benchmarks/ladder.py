@@ -55,7 +55,7 @@ VOCABULARY, PADDED_VOCABULARY = 50_257, 50_304
 TOLERANCE = 0.02  # nats by which the loss of a rung may differ from the first rung's: bf16 rounds differently
 DEFAULTS = {  # sequences a step, tokens a sequence, steps a process
     "tiny": (2, 64, 4),
-    "cpu": (1, 256, 8),
+    "cpu": (1, 256, 6),
     "cuda": (16, 1024, 30),
 }
 WARMUP = 2  # steps of each process that are not timed: compiling, first use of kernels
@@ -142,7 +142,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--tiny", action="store_true", help="2 layers of width 64, 2 x 64 tokens")
     parser.add_argument("--batch_size", type=int, help="sequences a step (default: 16, on a CPU 1)")
     parser.add_argument("--sequence_length", type=int, help="tokens a sequence (default: 1024, on a CPU 256)")
-    parser.add_argument("--steps", type=int, help=f"of which {WARMUP} are not timed (default: 30, on a CPU 8)")
+    parser.add_argument("--steps", type=int, help=f"of which {WARMUP} are not timed (default: 30, on a CPU 6)")
     parser.add_argument("--rounds", type=int, default=1, help="processes a rung; medians over all their steps")
     parser.add_argument("--output_dir", type=Path, help="folder for JSON and picture")
     parser.add_argument("--rung", type=int, help=argparse.SUPPRESS)
