@@ -61,8 +61,18 @@ PARTS = {
         ["-m", "pytest", "tests/test_gpu.py", "-p", "no:cacheprovider"],
     ),
     "step": Part("Training step", 2.5, STEP, TINY_STEP, LLM_C),
-    "ladder": Part("The lecture's ladder", 4, ["benchmarks/ladder.py", "--device", "cuda"], None),
-    "attention": Part("Attention backends", 1.5, ["benchmarks/attention.py", "--device", "cuda"], None),
+    "ladder": Part(
+        "The lecture's ladder",
+        4,
+        ["benchmarks/ladder.py", "--device", "cuda"],
+        ["benchmarks/ladder.py", "--device", "cpu", "--tiny"],
+    ),
+    "attention": Part(
+        "Attention backends",
+        1.5,
+        ["benchmarks/attention.py", "--device", "cuda", "--batch_size", "32"],
+        ["benchmarks/attention.py", "--device", "cpu", "--batch_size", "1", "--sequence_length", "16", "--rounds", "2"],
+    ),
     "chunks": Part(
         "Chunks of the loss",
         1.5,
@@ -76,7 +86,10 @@ PARTS = {
         ["benchmarks/planner.py", "--device", "cpu", "--tiny"],
     ),
     "hellaswag": Part(
-        "HellaSwag, the full set", 2.5, ["benchmarks/hellaswag.py", "--precision", "bf16", "--items", "10042"], None
+        "HellaSwag, the full set",
+        2.5,
+        ["benchmarks/hellaswag.py", "--precision", "bf16", "--items", "10042", "--batch_sizes", "64", "--rounds", "1"],
+        None,
     ),
     "generation": Part("Generation", 1.5, ["benchmarks/generation.py", "--device", "cuda"], None),
 }
