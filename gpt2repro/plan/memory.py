@@ -84,11 +84,12 @@ def peak_memory(sizes: Sizes, setup: Setup) -> Memory:
         "communication": communication_bytes(sizes, setup),
     }
     stored = activations(sizes, setup) + casts(sizes, setup)
+    last = head_activations(sizes, setup)
     gradients = 4 * sizes.parameters if setup.accumulation > 1 else 0  # of the micro-batches before; not yet sharded
     all_gradients = 4 * sizes.parameters if setup.accumulation > 1 or not setup.is_sharded else weights
     head = 4 * sizes.embedding
     moments = {
-        "loss": {"gradients": gradients, "activations": stored, "loss": loss_bytes(sizes, setup)},
+        "loss": {"gradients": gradients, "activations": stored + last, "loss": loss_bytes(sizes, setup)},
         "start of backward": {
             "gradients": gradients + 2 * head,  # the head's, and the same times the gradient of the loss
             "activations": stored + block_gradients(sizes, setup),
@@ -110,12 +111,17 @@ def optimizer_bytes(sizes: Sizes, setup: Setup) -> float:
 
 
 def activations(sizes: Sizes, setup: Setup) -> float:
-    """What forward stores for backward: every block's share or, with gradient checkpointing, every block's input; then
-    the input of the final LayerNorm and what the loss keeps: the hidden states and their gradient."""
-    width, half = sizes.n_embd, setup.half_bytes
-    of_block = 4 * width if setup.gradient_checkpointing else activations_per_token(sizes, half)
-    of_head = 4 * width + 4 * width + (2 * width if setup.half else 0) + half * width
-    return setup.tokens * (sizes.n_layer * of_block + of_head)
+    """What the blocks store for backward or, with gradient checkpointing, their inputs."""
+    recomputed = setup.gradient_checkpointing
+    of_block = 4 * sizes.n_embd if recomputed else activations_per_token(sizes, setup.half_bytes)
+    return setup.tokens * sizes.n_layer * of_block
+
+
+def head_activations(sizes: Sizes, setup: Setup) -> float:
+    """What there is during the loss only: the final LayerNorm's input and output in float32, the latter in half
+    precision too, and its gradient."""
+    copy = 2 if setup.half else 0
+    return setup.tokens * (4 + 4 + copy + setup.half_bytes) * sizes.n_embd
 
 
 def activations_per_token(sizes: Sizes, half: int) -> float:
@@ -155,9 +161,10 @@ def loss_bytes(sizes: Sizes, setup: Setup) -> float:
 
 
 def block_gradients(sizes: Sizes, setup: Setup) -> float:
-    """Gradients of a block's activations while they are used: of the residual stream, of the MLP's output, and of its
-    inner state. With gradient checkpointing, the block's activations too, which are computed anew."""
-    inner = setup.tokens * (8 * sizes.n_embd + setup.half_bytes * sizes.n_inner)
+    """Gradients of a block's activations while they are used: of the residual stream, in float32 and half precision,
+    and of the MLP's inner state. With gradient checkpointing, the block's activations too, which are computed anew."""
+    residual = (6 if setup.half else 4) * sizes.n_embd
+    inner = setup.tokens * (residual + setup.half_bytes * sizes.n_inner)
     recomputed = setup.tokens * activations_per_token(sizes, setup.half_bytes) if setup.gradient_checkpointing else 0
     return inner + recomputed
 
