@@ -91,7 +91,7 @@ def matrix_shape(parameter: torch.nn.Parameter, group: dict[str, Any]) -> tuple[
 
 def iteration_dtype(device: torch.device) -> torch.dtype:
     """bfloat16, which the iterations tolerate, unless the device is a CPU whose products are slower in it."""
-    if device.type == "cpu" and not torch.cpu.get_capabilities().get("avx512_bf16", False):
+    if device.type == "cpu" and not torch.cpu._is_avx512_bf16_supported():
         return torch.float32
     return torch.bfloat16
 
