@@ -54,9 +54,10 @@ from transformers.utils.output_capturing import capture_outputs
 
 
 IGNORE_INDEX = -100  # label of positions without loss, the convention of torch and transformers
-# The loss materializes this many logits at once: on a CPU 128 MiB in float32; on a GPU 0.5 GiB, since small products
-# waste its time. Or as many as it takes for MAX_CHUNKS chunks: torch.compile unrolls them, and many take minutes.
-LOGITS_PER_CHUNK = {"cpu": 2**25, "cuda": 2**27}
+# The loss materializes this many logits at once, in float32 0.5 GiB, or 128 MiB on a CPU, where small products waste no
+# time. Or as many as it takes for MAX_CHUNKS chunks: torch.compile unrolls them, and compiling many takes minutes.
+LOGITS_PER_CHUNK = 2**27
+LOGITS_PER_CHUNK_ON_CPU = 2**25
 MAX_CHUNKS = 8
 SOFTMAX_ROWS = 32  # on a CPU, the softmax of this many rows at once stays in the cache
 
@@ -171,7 +172,7 @@ class _ChunkedLinearCrossEntropy(torch.autograd.Function):
     def forward(ctx, hidden, weight, labels, unpadded_vocab_size, dtype, with_gradients):
         ctx.hidden_dtype, ctx.weight_dtype = hidden.dtype, weight.dtype
         x, w = hidden.to(dtype), weight.to(dtype)
-        logits_per_chunk = LOGITS_PER_CHUNK.get(x.device.type, LOGITS_PER_CHUNK["cuda"])
+        logits_per_chunk = LOGITS_PER_CHUNK_ON_CPU if x.device.type == "cpu" else LOGITS_PER_CHUNK
         chunk_rows = max(1, logits_per_chunk // len(w), -(-len(x) // MAX_CHUNKS))
         loss = torch.zeros((), dtype=torch.float32, device=x.device)
         grad_x = torch.empty_like(x) if with_gradients else None

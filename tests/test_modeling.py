@@ -247,7 +247,7 @@ def chunks(monkeypatch):
         sizes.append(len(logits))
         return to_gradient(logits, *args)
 
-    monkeypatch.setitem(modeling_gpt2repro.LOGITS_PER_CHUNK, "cpu", 7 * V)
+    monkeypatch.setattr(modeling_gpt2repro, "LOGITS_PER_CHUNK_ON_CPU", 7 * V)
     monkeypatch.setattr(modeling_gpt2repro, "MAX_CHUNKS", 10**6)
     monkeypatch.setattr(modeling_gpt2repro, "SOFTMAX_ROWS", 3)
     monkeypatch.setattr(modeling_gpt2repro, "_to_gradient", counted)
@@ -285,7 +285,7 @@ def test_chunked_loss_equals_unchunked(chunks, monkeypatch):
     inputs = loss_inputs()
     chunked = loss_and_gradients(*inputs)
     assert chunks == [7, 7, 7, 7, 4]
-    monkeypatch.setitem(modeling_gpt2repro.LOGITS_PER_CHUNK, "cpu", 2**25)
+    monkeypatch.setattr(modeling_gpt2repro, "LOGITS_PER_CHUNK_ON_CPU", 2**25)
     assert_close(chunked, loss_and_gradients(*inputs), atol=1e-6, rtol=1e-6)
     assert chunks[5:] == [32]
 
@@ -293,7 +293,7 @@ def test_chunked_loss_equals_unchunked(chunks, monkeypatch):
 def test_a_chunk_holds_at_least_one_row(chunks, monkeypatch):
     inputs = loss_inputs()
     expected = loss_and_gradients(*inputs)
-    monkeypatch.setitem(modeling_gpt2repro.LOGITS_PER_CHUNK, "cpu", V - 1)
+    monkeypatch.setattr(modeling_gpt2repro, "LOGITS_PER_CHUNK_ON_CPU", V - 1)
     assert_close(loss_and_gradients(*inputs), expected, atol=1e-6, rtol=1e-6)
     assert chunks[5:] == [1] * 32
 
@@ -375,7 +375,7 @@ def test_backward_twice_gives_the_same_gradients():
 def test_compiled_loss_has_the_gradients_of_the_eager_one(autocast, monkeypatch):
     """torch 2.11 compiles sums in place into gradients of zero."""
     torch._dynamo.reset()
-    monkeypatch.setitem(modeling_gpt2repro.LOGITS_PER_CHUNK, "cpu", 7 * V)
+    monkeypatch.setattr(modeling_gpt2repro, "LOGITS_PER_CHUNK_ON_CPU", 7 * V)
     inputs = loss_inputs()
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
         expected = loss_and_gradients(*inputs)
