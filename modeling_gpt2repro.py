@@ -186,9 +186,11 @@ class _ChunkedLinearCrossEntropy(torch.autograd.Function):
             loss = loss + _to_gradient(logits, labels[rows], unpadded_vocab_size, with_gradients)
             if with_gradients:
                 grad_x[rows] = logits @ w
-            if with_weight:
-                product = logits.T @ x[rows]
-                grad_w = product.float() if grad_w is None else grad_w.add_(product)
+            if with_weight and grad_w is None:
+                grad_w = (logits.T @ x[rows]).float()
+            elif with_weight:
+                grad_w += logits.T @ x[rows]
+            del logits  # before the next chunk's are there
         if with_gradients:
             ctx.save_for_backward(grad_x, grad_w)
         return loss
