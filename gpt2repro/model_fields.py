@@ -5,7 +5,6 @@ import ast
 import functools
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 
 MODEL_FILE, CONFIG = "modeling_gpt2repro", "GPT2ReproConfig"
@@ -24,8 +23,8 @@ def model_fields() -> type:
 
 
 @functools.cache
-def model_constant(name: str) -> Any:
-    """A number, or a table of them, that the model's file defines at its top, e.g. MAX_CHUNKS."""
+def model_constant(name: str) -> int:
+    """A number that the model's file defines at its top, e.g. MAX_CHUNKS."""
     assignments = [node for node in _model_file().body if isinstance(node, ast.Assign)]
     (value,) = (node.value for node in assignments if ast.unparse(node.targets[0]) == name)
     return eval(compile(ast.Expression(value), MODEL_FILE, "eval"), {})

@@ -151,7 +151,7 @@ def loss_bytes(sizes: Sizes, setup: Setup) -> float:
     summed in float32.
     """
     half, head = setup.half_bytes, sizes.embedding
-    logits_per_chunk = model_constant("LOGITS_PER_CHUNK")[setup.device]
+    logits_per_chunk = model_constant("LOGITS_PER_CHUNK_ON_CPU" if setup.device == "cpu" else "LOGITS_PER_CHUNK")
     rows = max(1, logits_per_chunk // sizes.vocab_size, -(-setup.tokens // model_constant("MAX_CHUNKS")))
     chunk = min(rows, setup.tokens) * sizes.vocab_size
     is_first_chunk_last = rows >= setup.tokens
