@@ -26,7 +26,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--data", help="local hellaswag_val.jsonl or .jsonl.gz (default: from the Hub)")
     parser.add_argument("--style", default="completion", help="completion (the default), harness or both")
     parser.add_argument("--limit", type=int, help="score only the first LIMIT items")
-    parser.add_argument("--batch_size", type=int, help="items per forward pass, 4 rows each (default: 16, on a CPU 1)")
+    parser.add_argument("--batch_size", type=int, help="items per forward pass (default: 32, on a CPU 8)")
     parser.add_argument("--output", help="write the results and every item's scores to this JSON file")
     parser.add_argument("--dtype", choices=DTYPES, default="auto", help="dtype of the weights; auto: as saved")
     parser.add_argument("--trust_remote_code", action="store_true", help="run the model code that comes with MODEL")

@@ -65,7 +65,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
         "--detokenize", choices=DETOKENIZERS, help="rules for all texts (default: those of each benchmark)"
     )
     parser.add_argument(
-        "--batch_size", type=int, help="items or windows per forward pass (default: 16 and 8; on a CPU 1)"
+        "--batch_size", type=int, help="items or windows per forward pass (default: by the memory that logits take)"
     )
     parser.add_argument("--dtype", choices=DTYPES, default="auto", help="dtype of the weights; auto: as saved")
     parser.add_argument(

@@ -71,7 +71,7 @@ def score_questions(
         model: a transformers causal LM on the accelerator's device, the same on every rank or sharded over them. It
             runs in eval mode, under the accelerator's autocast, and returns to its previous mode; a compiled model runs
             eagerly, because nearly every batch has a new shape.
-        batch_size: rows in a batch.
+        batch_size: rows in a batch; a row is a question, or with a model that does not pack rows one of its endings.
         progress: the name of a progress bar; None shows none.
     Returns:
         For each question, in the given order, one sum over its tokens for each ending, in nats. The softmax is
@@ -130,13 +130,13 @@ def score_rows(model, rows: list[Question], device) -> list[list[float]]:
     packing = {} if all(len(row.endings) == 1 for row in rows) else packed_attention(rows, device)
     first = min(len(row.context) for row in rows) - 1  # position of the first logits that are needed
     logits = last_logits(model, tokens, tokens.shape[1] - first, **packing)
-    log_probs = F.log_softmax(logits, dim=-1, dtype=torch.float32)
-
-    scored = [(r, position, target) for r, row in enumerate(rows) for position, target in predictions(row)]
-    row_index, position, target = torch.tensor(scored, device=device).unbind(1)
-    nll = -log_probs[row_index, position - first, target].cpu()
-    by_ending = nll.split([len(ending) for row in rows for ending in row.endings])
-    sums = iter([part.sum().item() for part in by_ending])
+    nll = []
+    for row, row_logits in zip(rows, logits):  # the log-probabilities of all rows would be the largest tensor by far
+        log_probs = F.log_softmax(row_logits, dim=-1, dtype=torch.float32)  # (T - first, V)
+        position, target = torch.tensor(list(predictions(row)), device=device).unbind(1)
+        nll.append(-log_probs[position - first, target])
+    by_ending = torch.cat(nll).cpu().split([len(ending) for row in rows for ending in row.endings])
+    sums = iter([ending_nll.sum().item() for ending_nll in by_ending])
     return [list(itertools.islice(sums, len(row.endings))) for row in rows]
 
 

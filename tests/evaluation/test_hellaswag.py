@@ -170,11 +170,16 @@ def test_completion_scores_equal_a_plain_loop(name, request, tokenizer, accelera
 
 
 @pytest.mark.skipif(not VALIDATION_SET.is_file(), reason=f"the validation set is not at {VALIDATION_SET}")
-def test_scores_of_real_items(ours, tokenizer, accelerator):
-    items = load_items(VALIDATION_SET, limit=20)
-    assert len(items) == 20
+def test_scores_and_choices_of_real_items(ours, theirs, tokenizer, accelerator):
+    """Ours in packed rows, GPT2LMHeadModel in rows that are written out."""
+    items = [item for item in load_items(VALIDATION_SET)[::160] if not encode_item(item, tokenizer, 256).cut]
+    assert len(items) > 20
     scores = score_hellaswag(ours, tokenizer, items, accelerator, batch_size=8, styles=["completion"])["completion"]
-    assert_same_scores(scores.records(), [score_one_by_one(ours, tokenizer, item) for item in items])
+    expected = [score_one_by_one(theirs, tokenizer, item) for item in items]
+    assert_same_scores(scores.records(), expected)
+    mean = np.array(expected) / [item.ending_tokens for item in scores.items]
+    assert scores.predictions["acc"].tolist() == np.argmin(expected, axis=1).tolist()
+    assert scores.predictions["acc_norm"].tolist() == mean.argmin(axis=1).tolist()
 
 
 def test_non_finite_scores_are_an_error(encoded, accelerator):
