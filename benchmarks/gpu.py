@@ -88,7 +88,7 @@ PARTS = {
     "hellaswag": Part(
         "HellaSwag, the full set",
         2.5,
-        ["benchmarks/hellaswag.py", "--precision", "bf16", "--items", "10042", "--batch_sizes", "64", "--rounds", "1"],
+        ["benchmarks/hellaswag.py", "--precision", "bf16", "--items", "10042", "--rounds", "1"],
         None,
     ),
     "generation": Part("Generation", 1.5, ["benchmarks/generation.py", "--device", "cuda"], None),
