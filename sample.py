@@ -3,10 +3,12 @@
     python sample.py runs/demo --prompt "Module json" --num_samples 3
 
 MODEL is a run, checkpoint, model folder or Hub id of any causal language model that transformers can load, or a file of
-nanoGPT, build-nanogpt or llm.c.
+nanoGPT, build-nanogpt or llm.c. The samples are drawn together; the first is printed while it is generated.
 """
 
 import argparse
+import sys
+import time
 
 from gpt2repro.errors import Parser, check_before_imports, problems_of, refuse, run_script
 from gpt2repro.models.find import find_model
@@ -25,7 +27,12 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
         "--top_k", type=int, default=50, help="sample from the k likeliest tokens; 0: from all (default: %(default)s)"
     )
     parser.add_argument("--temperature", type=float, default=1.0, help="divides the logits (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=1337, help="of the first sample (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=1337, help="of all samples together (default: %(default)s)")
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16", "int8"),
+        help="of the weights; int8: on the CPU only (default: the one they were saved in)",
+    )
     parser.add_argument("--trust_remote_code", action="store_true", help="run the model code that comes with MODEL")
     args = parser.parse_args(argv)
     problems = []
@@ -43,30 +50,43 @@ if __name__ == "__main__":
     check_before_imports(parse_arguments)  # mistakes end here, before the seconds that the imports below take
 
 from accelerate import Accelerator
-from transformers import TextStreamer
 
+from gpt2repro.models.decoding import DTYPES, pack_weights
 from gpt2repro.models.folder import open_model
-from gpt2repro.models.sampling import generate
+from gpt2repro.models.sampling import FirstRowStreamer, draw, encode_prompt
 from gpt2repro.processes import cpu_asked
 
 
 def main(argv: list[str]) -> None:
     args = parse_arguments(argv)
-    model, tokenizer = open_model(args.model, trust_remote_code=args.trust_remote_code)
+    dtype = DTYPES[args.dtype] if args.dtype else "auto"
+    model, tokenizer = open_model(args.model, dtype, trust_remote_code=args.trust_remote_code)
     model.to(Accelerator(cpu=cpu_asked()).device)
-    for number in range(args.num_samples):
-        print(f"--- sample {number + 1} ---", flush=True)
-        generate(
-            model,
-            tokenizer,
-            args.prompt,
-            args.max_new_tokens,
-            seed=args.seed + number,
-            top_k=args.top_k,
-            temperature=args.temperature,
-            streamer=TextStreamer(tokenizer, skip_special_tokens=True),
-        )
+    pack_weights(model, int8=args.dtype == "int8")
+
+    print("--- sample 1 ---", flush=True)
+    began = time.perf_counter()
+    samples = draw(
+        model,
+        tokenizer,
+        args.prompt,
+        args.max_new_tokens,
+        args.seed,
+        num_samples=args.num_samples,
+        streamer=FirstRowStreamer(tokenizer, skip_special_tokens=True),
+        top_k=args.top_k,
+        temperature=args.temperature,
+    )
+    seconds = time.perf_counter() - began
+    for number, text in enumerate(tokenizer.batch_decode(samples[1:], skip_special_tokens=True), start=2):
+        print(f"--- sample {number} ---\n{text}")
+    new_tokens = samples[:, encode_prompt(args.prompt, model, tokenizer).shape[1] :]
+    padding = -1 if tokenizer.eos_token_id is None else tokenizer.eos_token_id  # of samples that end early
+    count = int((new_tokens != padding).sum())
+    print(f"{count:,} tokens in {seconds:.1f} s: {count / seconds:,.0f} tokens/s", file=sys.stderr)
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run_script(
+        main, save_memory="lower --num_samples, as all are drawn together, or hide the GPU with CUDA_VISIBLE_DEVICES=-1"
+    )

@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -212,11 +213,12 @@ def test_saved_model_works_for_a_stranger(trained, tmp_path):
 
 
 def test_sample_script_continues_the_prompt(trained):
-    flags = ("--prompt", "The ", "--num_samples", 2, "--max_new_tokens", 9)
+    flags = ("--prompt", "The ", "--num_samples", 2, "--max_new_tokens", 9, "--dtype", "int8")
     done = run_command(sys.executable, "sample.py", trained[0], *flags)
     samples = done.stdout.split("--- sample ")[1:]
     assert [sample.splitlines()[1][:4] for sample in samples] == ["The ", "The "], done.stderr
     assert samples[0] != samples[1]
+    assert re.search(r"\d+ tokens in [\d.]+ s: \d+ tokens/s$", done.stderr, re.MULTILINE)
 
 
 # ---- the same numbers for any number of processes ----

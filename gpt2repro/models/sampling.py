@@ -4,7 +4,7 @@ import contextlib
 from collections.abc import Iterator
 
 import torch
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 from transformers.generation.streamers import BaseStreamer
 
 from gpt2repro.errors import UserError
@@ -33,30 +33,43 @@ def encode_prompt(prompt: str, model: PreTrainedModel, tokenizer: PreTrainedToke
     return ids.long()
 
 
-@torch.no_grad()
 def generate(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str, max_new_tokens: int, seed: int, **options
+) -> str:
+    """The prompt and one continuation; see `draw`."""
+    ids = draw(model, tokenizer, prompt, max_new_tokens, seed, **options)
+    return tokenizer.decode(ids[0], skip_special_tokens=True)
+
+
+@torch.no_grad()
+def draw(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     prompt: str,
     max_new_tokens: int,
     seed: int,
+    num_samples: int = 1,
     streamer: BaseStreamer | None = None,
     **options,
-) -> str:
-    """The prompt and its continuation, which ends at the model's last position at the latest.
+) -> torch.Tensor:
+    """The prompt and its continuations, which end at the model's last position at the latest.
 
     Of the model's generation defaults only the end-of-text ids count: beams, several sequences or a minimum length in a
     base model's generation_config.json change nothing here. The random state of training is left untouched.
 
     Args:
+        seed: of all continuations together, so another num_samples gives other ones.
         streamer: gets the tokens as they are generated.
         options: fields of GenerationConfig that override DEFAULTS.
+    Returns:
+        (num_samples, prompt and new tokens) int64 on the model's device. What ends before the longest is padded with
+        the tokenizer's end-of-text id.
     Raises:
         UserError: see `encode_prompt`.
     """
     was_training = model.training
     model.eval()
-    ids = encode_prompt(prompt, model, tokenizer)
+    ids = encode_prompt(prompt, model, tokenizer).repeat(num_samples, 1)
     positions = getattr(model.config, "max_position_embeddings", None) or ids.shape[1] + max_new_tokens
     cuda_devices = [model.device] if model.device.type == "cuda" else []
     settings = DEFAULTS | options
@@ -72,7 +85,15 @@ def generate(
             ids, generation_config=generation_config, attention_mask=torch.ones_like(ids), streamer=streamer
         )
     model.train(was_training)
-    return tokenizer.decode(output[0], skip_special_tokens=True)
+    return output
+
+
+class FirstRowStreamer(TextStreamer):
+    """Prints the first sample of a batch while all are generated; transformers' own takes one sample only."""
+
+    def put(self, value: torch.Tensor) -> None:
+        """Take the prompts, (B, T), or the next token of each sample, (B,)."""
+        super().put(value[:1])
 
 
 @contextlib.contextmanager

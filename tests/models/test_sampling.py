@@ -1,0 +1,51 @@
+"""Samples: several as one batch, one of them streamed; the random state of training left alone."""
+
+import pytest
+import torch
+from tiny_models import tiny_model
+
+from gpt2repro.data.tokenization import build_tokenizer
+from gpt2repro.models.sampling import FirstRowStreamer, draw, generate
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return build_tokenizer("char", ["the quick brown fox jumps over a lazy dog\n"]).fast
+
+
+@pytest.fixture
+def model(tokenizer):
+    return tiny_model(vocab_size=64, unpadded_vocab_size=len(tokenizer)).eval()
+
+
+def test_samples_are_drawn_as_transformers_draws_them_in_one_batch(model, tokenizer):
+    ids = torch.tensor([tokenizer("the quick").input_ids] * 3)
+    torch.manual_seed(5)
+    expected = model.generate(ids, max_new_tokens=12, do_sample=True, top_k=7, temperature=0.8, pad_token_id=0)
+    state = torch.get_rng_state()
+    samples = draw(model, tokenizer, "the quick", 12, seed=5, num_samples=3, top_k=7, temperature=0.8)
+    assert torch.equal(samples, expected)
+    assert len({tuple(row) for row in samples.tolist()}) == 3
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_one_sample_is_the_text_of_generate(model, tokenizer):
+    alone = draw(model, tokenizer, "the", 12, seed=5)
+    assert generate(model, tokenizer, "the", 12, seed=5) == tokenizer.decode(alone[0])
+
+
+def test_the_first_of_a_batch_is_streamed(model, tokenizer, capsys):
+    streamer = FirstRowStreamer(tokenizer)
+    samples = draw(model, tokenizer, "the", 12, seed=5, num_samples=3, streamer=streamer)
+    assert capsys.readouterr().out == tokenizer.decode(samples[0]) + "\n"
+
+
+def test_a_sample_that_ends_is_padded_while_the_others_go_on(model, tokenizer):
+    unlimited = draw(model, tokenizer, "the", 20, seed=5, num_samples=3)
+    first_end = int(unlimited[0, 6])
+    tokenizer_with_end = build_tokenizer("char", ["the quick brown fox jumps over a lazy dog\n"]).fast
+    tokenizer_with_end.eos_token = tokenizer.convert_ids_to_tokens(first_end)
+    model.generation_config.eos_token_id = first_end
+    samples = draw(model, tokenizer_with_end, "the", 20, seed=5, num_samples=3)
+    assert samples[0, :7].equal(unlimited[0, :7]) and (samples[0, 7:] == first_end).all()
+    assert not (samples[1:, 7:] == first_end).all()
