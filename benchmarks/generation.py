@@ -1,0 +1,148 @@
+"""Greedy generation on the CPU, tokens/s: ours beside GPT2LMHeadModel.generate() and CTranslate2.
+
+    python benchmarks/generation.py --output benchmarks/results/generation_cpu.json
+
+GPT-2's size with random weights, the same ones for all; every row generates the same number of tokens, and nothing ends
+early. The variants take turns, after one unmeasured call each. The table shows medians over the rounds.
+"""
+
+import argparse
+import copy
+import datetime
+import json
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import ctranslate2
+import torch
+from ctranslate2.converters import TransformersConverter
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
+
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from benchmarks.train_step import processor_name
+from gpt2repro.data.tokenization import build_tokenizer
+from gpt2repro.models.decoding import DTYPES, pack_weights
+from gpt2repro.models.openai_weights import from_gpt2
+from gpt2repro.train.report import provenance
+
+
+PROMPT = [464, 3290, 373, 1043]  # "The dog was found"
+
+
+def main() -> None:
+    args = parse_arguments()
+    torch.manual_seed(0)
+    sizes = {"n_layer": args.n_layer, "n_head": args.n_head, "n_embd": args.n_embd}
+    reference = GPT2LMHeadModel(GPT2Config(**sizes, eos_token_id=None)).eval()
+    variants = our_variants(reference) | reference_variants(reference) | ctranslate2_variants(reference)
+    rates: dict[str, dict[str, list[float]]] = {str(batch): {name: [] for name in variants} for batch in args.batches}
+    for batch in args.batches:
+        for generate in variants.values():
+            generate(batch, 2)
+        for _ in range(args.rounds):
+            for name, generate in variants.items():
+                began = time.perf_counter()
+                generate(batch, args.new_tokens)
+                seconds = time.perf_counter() - began
+                rates[str(batch)][name].append(batch * args.new_tokens / seconds)
+    report(args, rates)
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8], help="rows generated together")
+    parser.add_argument("--new_tokens", type=int, default=64, help="of each row")
+    parser.add_argument("--n_layer", type=int, default=12)
+    parser.add_argument("--n_head", type=int, default=12)
+    parser.add_argument("--n_embd", type=int, default=768)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--output", help="write every measurement as JSON")
+    return parser.parse_args()
+
+
+def our_variants(reference: GPT2LMHeadModel) -> dict[str, Callable]:
+    """The same weights as sample.py runs them, in each --dtype."""
+    with tempfile.TemporaryDirectory() as folder:
+        reference.save_pretrained(folder)
+        model = from_gpt2(folder).eval()
+    variants = {}
+    for name, dtype in DTYPES.items():
+        packed = copy.deepcopy(model).to(dtype)
+        pack_weights(packed, int8=name == "int8")
+        variants[f"ours, {name}"] = generation(packed)
+    return variants
+
+
+def reference_variants(reference: GPT2LMHeadModel) -> dict[str, Callable]:
+    half = copy.deepcopy(reference).bfloat16()
+    return {
+        "GPT2LMHeadModel, float32": generation(reference),
+        "GPT2LMHeadModel, bfloat16": generation(half),
+    }
+
+
+def generation(model: PreTrainedModel) -> Callable[[int, int], None]:
+    def generate(batch: int, new_tokens: int) -> None:
+        ids = torch.tensor([PROMPT] * batch)
+        options = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0, "max_new_tokens": new_tokens}
+        output = model.generate(ids, attention_mask=torch.ones_like(ids), **options)
+        assert output.shape == (batch, len(PROMPT) + new_tokens)
+
+    return generate
+
+
+def ctranslate2_variants(reference: GPT2LMHeadModel) -> dict[str, Callable]:
+    """Without bfloat16, which CTranslate2 runs on GPUs only."""
+    tokenizer = build_tokenizer("gpt2", []).fast
+    variants = {}
+    with tempfile.TemporaryDirectory() as folder:
+        reference.save_pretrained(folder)
+        tokenizer.unk_token = tokenizer.eos_token  # its converter asks for one
+        tokenizer.save_pretrained(folder)
+        converted = TransformersConverter(folder).convert(f"{folder}/converted")
+        for name in ("float32", "int8"):
+            generator = ctranslate2.Generator(converted, compute_type=name, intra_threads=torch.get_num_threads())
+            variants[f"CTranslate2, {name}"] = ctranslate2_generation(generator, tokenizer)
+    return variants
+
+
+def ctranslate2_generation(generator: ctranslate2.Generator, tokenizer) -> Callable[[int, int], None]:
+    prompt = tokenizer.convert_ids_to_tokens(PROMPT)
+
+    def generate(batch: int, new_tokens: int) -> None:
+        lengths = {"max_length": new_tokens, "min_length": new_tokens, "include_prompt_in_result": False}
+        results = generator.generate_batch([prompt] * batch, sampling_topk=1, **lengths)
+        assert all(len(result.sequences_ids[0]) == new_tokens for result in results)
+
+    return generate
+
+
+def report(args: argparse.Namespace, rates: dict[str, dict[str, list[float]]]) -> None:
+    """Print the table, and write --output."""
+    medians = {batch: {name: statistics.median(of) for name, of in found.items()} for batch, found in rates.items()}
+    header = {
+        "date": datetime.date.today().isoformat(),
+        "device": f"{os.cpu_count()} x {processor_name()}",
+        "versions": provenance() | {"ctranslate2": ctranslate2.__version__},
+        "settings": {name: value for name, value in vars(args).items() if name != "output"},
+    }
+    size = f"{args.n_layer} layers, width {args.n_embd}, {args.new_tokens} new tokens, greedy"
+    print(f"{size}; {header['device']}; torch {torch.__version__}; {header['date']}\n")
+    print("| tokens/s |" + "".join(f" batch {batch} |" for batch in args.batches))
+    print("| --- |" + " ---: |" * len(args.batches))
+    for name in medians[str(args.batches[0])]:
+        print(f"| {name} |" + "".join(f" {medians[str(batch)][name]:,.1f} |" for batch in args.batches))
+    if args.output:
+        Path(args.output).write_text(
+            json.dumps(header | {"medians": medians, "tokens_per_second": rates}, indent=2) + "\n"
+        )
+
+
+if __name__ == "__main__":
+    main()
