@@ -11,7 +11,7 @@ import sys
 import time
 
 from gpt2repro.errors import Parser, check_before_imports, problems_of, refuse, run_script
-from gpt2repro.models.find import find_model
+from gpt2repro.models.find import DTYPES, find_model
 
 
 MINIMUM = {"num_samples": 1, "max_new_tokens": 1, "top_k": 0, "seed": 0}
@@ -30,8 +30,9 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=1337, help="of all samples together (default: %(default)s)")
     parser.add_argument(
         "--dtype",
-        choices=("float32", "bfloat16", "int8"),
-        help="of the weights; int8: on the CPU only (default: the one they were saved in)",
+        choices=(*DTYPES, "int8"),
+        default="auto",
+        help="of the weights; auto: as saved; int8: rounded, on the CPU only (default: %(default)s)",
     )
     parser.add_argument("--trust_remote_code", action="store_true", help="run the model code that comes with MODEL")
     args = parser.parse_args(argv)
@@ -51,7 +52,7 @@ if __name__ == "__main__":
 
 from accelerate import Accelerator
 
-from gpt2repro.models.decoding import DTYPES, pack_weights
+from gpt2repro.models.decoding import pack_weights
 from gpt2repro.models.folder import open_model
 from gpt2repro.models.sampling import FirstRowStreamer, draw, encode_prompt
 from gpt2repro.processes import cpu_asked
@@ -59,7 +60,7 @@ from gpt2repro.processes import cpu_asked
 
 def main(argv: list[str]) -> None:
     args = parse_arguments(argv)
-    dtype = DTYPES[args.dtype] if args.dtype else "auto"
+    dtype = "bfloat16" if args.dtype == "int8" else args.dtype  # what a model with int8 weights computes in
     model, tokenizer = open_model(args.model, dtype, trust_remote_code=args.trust_remote_code)
     model.to(Accelerator(cpu=cpu_asked()).device)
     pack_weights(model, int8=args.dtype == "int8")
@@ -87,6 +88,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    run_script(
-        main, save_memory="lower --num_samples, as all are drawn together, or hide the GPU with CUDA_VISIBLE_DEVICES=-1"
-    )
+    run_script(main, save_memory="lower --num_samples, or hide the GPU with CUDA_VISIBLE_DEVICES=-1")

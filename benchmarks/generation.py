@@ -18,16 +18,14 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import ctranslate2
 import torch
-from ctranslate2.converters import TransformersConverter
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.train_step import processor_name
 from gpt2repro.data.tokenization import build_tokenizer
-from gpt2repro.models.decoding import DTYPES, pack_weights
+from gpt2repro.models.decoding import pack_weights
 from gpt2repro.models.openai_weights import from_gpt2
 from gpt2repro.train.report import provenance
 
@@ -39,8 +37,10 @@ def main() -> None:
     args = parse_arguments()
     torch.manual_seed(0)
     sizes = {"n_layer": args.n_layer, "n_head": args.n_head, "n_embd": args.n_embd}
-    reference = GPT2LMHeadModel(GPT2Config(**sizes, eos_token_id=None)).eval()
-    variants = our_variants(reference) | reference_variants(reference) | ctranslate2_variants(reference)
+    reference = GPT2LMHeadModel(GPT2Config(**sizes, eos_token_id=None)).eval().to(args.device)
+    variants = our_variants(reference) | reference_variants(reference)
+    if args.device == "cpu":
+        variants |= ctranslate2_variants(reference)
     rates: dict[str, dict[str, list[float]]] = {str(batch): {name: [] for name in variants} for batch in args.batches}
     for batch in args.batches:
         for generate in variants.values():
@@ -56,6 +56,7 @@ def main() -> None:
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8], help="rows generated together")
     parser.add_argument("--new_tokens", type=int, default=64, help="of each row")
     parser.add_argument("--n_layer", type=int, default=12)
@@ -70,13 +71,18 @@ def our_variants(reference: GPT2LMHeadModel) -> dict[str, Callable]:
     """The same weights as sample.py runs them, in each --dtype."""
     with tempfile.TemporaryDirectory() as folder:
         reference.save_pretrained(folder)
-        model = from_gpt2(folder).eval()
-    variants = {}
-    for name, dtype in DTYPES.items():
-        packed = copy.deepcopy(model).to(dtype)
-        pack_weights(packed, int8=name == "int8")
-        variants[f"ours, {name}"] = generation(packed)
+        model = from_gpt2(folder).eval().to(reference.device)
+    half = copy.deepcopy(model).bfloat16()
+    variants = {"ours, float32": generation(packed(model)), "ours, bfloat16": generation(packed(half))}
+    if model.device.type == "cpu":
+        variants["ours, int8"] = generation(packed(half, int8=True))
     return variants
+
+
+def packed(model: PreTrainedModel, int8: bool = False) -> PreTrainedModel:
+    model = copy.deepcopy(model)
+    pack_weights(model, int8)
+    return model
 
 
 def reference_variants(reference: GPT2LMHeadModel) -> dict[str, Callable]:
@@ -89,7 +95,7 @@ def reference_variants(reference: GPT2LMHeadModel) -> dict[str, Callable]:
 
 def generation(model: PreTrainedModel) -> Callable[[int, int], None]:
     def generate(batch: int, new_tokens: int) -> None:
-        ids = torch.tensor([PROMPT] * batch)
+        ids = torch.tensor([PROMPT] * batch, device=model.device)
         options = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0, "max_new_tokens": new_tokens}
         output = model.generate(ids, attention_mask=torch.ones_like(ids), **options)
         assert output.shape == (batch, len(PROMPT) + new_tokens)
@@ -99,6 +105,9 @@ def generation(model: PreTrainedModel) -> Callable[[int, int], None]:
 
 def ctranslate2_variants(reference: GPT2LMHeadModel) -> dict[str, Callable]:
     """Without bfloat16, which CTranslate2 runs on GPUs only."""
+    import ctranslate2
+    from ctranslate2.converters import TransformersConverter
+
     tokenizer = build_tokenizer("gpt2", []).fast
     variants = {}
     with tempfile.TemporaryDirectory() as folder:
@@ -108,11 +117,11 @@ def ctranslate2_variants(reference: GPT2LMHeadModel) -> dict[str, Callable]:
         converted = TransformersConverter(folder).convert(f"{folder}/converted")
         for name in ("float32", "int8"):
             generator = ctranslate2.Generator(converted, compute_type=name, intra_threads=torch.get_num_threads())
-            variants[f"CTranslate2, {name}"] = ctranslate2_generation(generator, tokenizer)
+            variants[f"CTranslate2 {ctranslate2.__version__}, {name}"] = ctranslate2_generation(generator, tokenizer)
     return variants
 
 
-def ctranslate2_generation(generator: ctranslate2.Generator, tokenizer) -> Callable[[int, int], None]:
+def ctranslate2_generation(generator, tokenizer) -> Callable[[int, int], None]:
     prompt = tokenizer.convert_ids_to_tokens(PROMPT)
 
     def generate(batch: int, new_tokens: int) -> None:
@@ -129,7 +138,7 @@ def report(args: argparse.Namespace, rates: dict[str, dict[str, list[float]]]) -
     header = {
         "date": datetime.date.today().isoformat(),
         "device": f"{os.cpu_count()} x {processor_name()}",
-        "versions": provenance() | {"ctranslate2": ctranslate2.__version__},
+        "versions": provenance(),
         "settings": {name: value for name, value in vars(args).items() if name != "output"},
     }
     size = f"{args.n_layer} layers, width {args.n_embd}, {args.new_tokens} new tokens, greedy"

@@ -19,8 +19,6 @@ from gpt2repro.errors import UserError
 from modeling_gpt2repro import GPT2ReproConfig
 
 
-# What --dtype of sample.py names, and the dtype in which such a model computes.
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.bfloat16}
 INT8_WIDTH = 16  # the kernel takes the inputs of a layer by so many
 # Others may read the weight of a projection themselves.
 MODEL_TYPES = (GPT2ReproConfig.model_type, GPT2Config.model_type)
