@@ -79,8 +79,8 @@ def main(argv: list[str]) -> None:
         temperature=args.temperature,
     )
     seconds = time.perf_counter() - began
-    for number, text in enumerate(tokenizer.batch_decode(samples[1:], skip_special_tokens=True), start=2):
-        print(f"--- sample {number} ---\n{text}")
+    for number, ids in enumerate(samples[1:], start=2):
+        print(f"--- sample {number} ---\n{tokenizer.decode(ids, skip_special_tokens=True)}")
     new_tokens = samples[:, encode_prompt(args.prompt, model, tokenizer).shape[1] :]
     padding = -1 if tokenizer.eos_token_id is None else tokenizer.eos_token_id  # of samples that end early
     count = int((new_tokens != padding).sum())
