@@ -37,7 +37,8 @@ def main() -> None:
     for chunks in ("trainer", *CHUNKS):
         if chunks != "trainer":
             modeling_gpt2repro.MAX_CHUNKS = chunks
-            modeling_gpt2repro.LOGITS_PER_CHUNK[args.device] = 1  # so that MAX_CHUNKS alone counts
+            # so that MAX_CHUNKS alone counts
+            modeling_gpt2repro.LOGITS_PER_CHUNK = modeling_gpt2repro.LOGITS_PER_CHUNK_ON_CPU = 1
         milliseconds, peak, loss = measure(args, hidden, weight, labels, dtype)
         memory = f"{peak / 2**20:,.0f}" if peak else ""
         print(f"| {chunks} | {milliseconds:,.2f} | {memory} | {loss:.5f} |", flush=True)
