@@ -1,6 +1,7 @@
-"""Greedy generation on the CPU, tokens/s: ours beside GPT2LMHeadModel.generate() and CTranslate2.
+"""Greedy generation, tokens/s: ours beside GPT2LMHeadModel.generate(), and on the CPU beside CTranslate2.
 
     python benchmarks/generation.py --output benchmarks/results/generation_cpu.json
+    python benchmarks/generation.py --device cuda
 
 GPT-2's size with random weights, the same ones for all; every row generates the same number of tokens, and nothing ends
 early. The variants take turns, after one unmeasured call each. The table shows medians over the rounds.
@@ -9,6 +10,7 @@ early. The variants take turns, after one unmeasured call each. The table shows 
 import argparse
 import copy
 import datetime
+import importlib.metadata
 import json
 import os
 import statistics
@@ -37,14 +39,15 @@ def main() -> None:
     args = parse_arguments()
     torch.manual_seed(0)
     sizes = {"n_layer": args.n_layer, "n_head": args.n_head, "n_embd": args.n_embd}
-    reference = GPT2LMHeadModel(GPT2Config(**sizes, eos_token_id=None)).eval().to(args.device)
-    variants = our_variants(reference) | reference_variants(reference)
+    reference = GPT2LMHeadModel(GPT2Config(**sizes, eos_token_id=None)).eval()
     if args.device == "cpu":
-        variants |= ctranslate2_variants(reference)
+        variants = our_variants(reference) | reference_variants(reference) | ctranslate2_variants(reference)
+    else:
+        variants = gpu_variants(reference.to(args.device, torch.bfloat16))
     rates: dict[str, dict[str, list[float]]] = {str(batch): {name: [] for name in variants} for batch in args.batches}
     for batch in args.batches:
         for generate in variants.values():
-            generate(batch, 2)
+            generate(batch, args.new_tokens)  # as long as the measured ones: a static cache is compiled for its size
         for _ in range(args.rounds):
             for name, generate in variants.items():
                 began = time.perf_counter()
@@ -56,7 +59,7 @@ def main() -> None:
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8], help="rows generated together")
     parser.add_argument("--new_tokens", type=int, default=64, help="of each row")
     parser.add_argument("--n_layer", type=int, default=12)
@@ -69,20 +72,30 @@ def parse_arguments() -> argparse.Namespace:
 
 def our_variants(reference: GPT2LMHeadModel) -> dict[str, Callable]:
     """The same weights as sample.py runs them, in each --dtype."""
-    with tempfile.TemporaryDirectory() as folder:
-        reference.save_pretrained(folder)
-        model = from_gpt2(folder).eval().to(reference.device)
-    half = copy.deepcopy(model).bfloat16()
-    variants = {"ours, float32": generation(packed(model)), "ours, bfloat16": generation(packed(half))}
-    if model.device.type == "cpu":
-        variants["ours, int8"] = generation(packed(half, int8=True))
+    model = as_ours(reference)
+    variants = {}
+    for name, dtype in {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.bfloat16}.items():
+        packed = copy.deepcopy(model).to(dtype)
+        pack_weights(packed, int8=name == "int8")
+        variants[f"ours, {name}"] = generation(packed)
     return variants
 
 
-def packed(model: PreTrainedModel, int8: bool = False) -> PreTrainedModel:
-    model = copy.deepcopy(model)
-    pack_weights(model, int8)
-    return model
+def as_ours(reference: GPT2LMHeadModel) -> PreTrainedModel:
+    with tempfile.TemporaryDirectory() as folder:
+        reference.save_pretrained(folder)
+        return from_gpt2(folder).eval()
+
+
+def gpu_variants(reference: GPT2LMHeadModel) -> dict[str, Callable]:
+    """In bfloat16; with a static cache generate() compiles the step, during the unmeasured call."""
+    model = as_ours(reference).to(reference.device, reference.dtype)
+    return {
+        "ours, bfloat16": generation(model),
+        "ours, bfloat16, static cache": generation(model, cache_implementation="static"),
+        "GPT2LMHeadModel, bfloat16": generation(reference),
+        "GPT2LMHeadModel, bfloat16, static cache": generation(reference, cache_implementation="static"),
+    }
 
 
 def reference_variants(reference: GPT2LMHeadModel) -> dict[str, Callable]:
@@ -93,10 +106,10 @@ def reference_variants(reference: GPT2LMHeadModel) -> dict[str, Callable]:
     }
 
 
-def generation(model: PreTrainedModel) -> Callable[[int, int], None]:
+def generation(model: PreTrainedModel, **cache) -> Callable[[int, int], None]:
     def generate(batch: int, new_tokens: int) -> None:
         ids = torch.tensor([PROMPT] * batch, device=model.device)
-        options = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0, "max_new_tokens": new_tokens}
+        options = cache | {"do_sample": False, "eos_token_id": None, "pad_token_id": 0, "max_new_tokens": new_tokens}
         output = model.generate(ids, attention_mask=torch.ones_like(ids), **options)
         assert output.shape == (batch, len(PROMPT) + new_tokens)
 
@@ -117,7 +130,7 @@ def ctranslate2_variants(reference: GPT2LMHeadModel) -> dict[str, Callable]:
         converted = TransformersConverter(folder).convert(f"{folder}/converted")
         for name in ("float32", "int8"):
             generator = ctranslate2.Generator(converted, compute_type=name, intra_threads=torch.get_num_threads())
-            variants[f"CTranslate2 {ctranslate2.__version__}, {name}"] = ctranslate2_generation(generator, tokenizer)
+            variants[f"CTranslate2, {name}"] = ctranslate2_generation(generator, tokenizer)
     return variants
 
 
@@ -135,10 +148,11 @@ def ctranslate2_generation(generator, tokenizer) -> Callable[[int, int], None]:
 def report(args: argparse.Namespace, rates: dict[str, dict[str, list[float]]]) -> None:
     """Print the table, and write --output."""
     medians = {batch: {name: statistics.median(of) for name, of in found.items()} for batch, found in rates.items()}
+    versions = {"ctranslate2": importlib.metadata.version("ctranslate2")} if args.device == "cpu" else {}
     header = {
         "date": datetime.date.today().isoformat(),
-        "device": f"{os.cpu_count()} x {processor_name()}",
-        "versions": provenance(),
+        "device": torch.cuda.get_device_name() if args.device == "cuda" else f"{os.cpu_count()} x {processor_name()}",
+        "versions": provenance() | versions,
         "settings": {name: value for name, value in vars(args).items() if name != "output"},
     }
     size = f"{args.n_layer} layers, width {args.n_embd}, {args.new_tokens} new tokens, greedy"

@@ -53,8 +53,8 @@ class LanguageModel:
     def continuation(
         self, prompt: str, max_new_tokens: int, temperature: float, top_k: int, seed: int
     ) -> Iterator[str]:
-        """The prompt and ever more of its continuation. It is the text that gpt2repro's sample.py prints for the same
-        settings, unless it exceeds the model's positions: then the prompt's beginning is left out.
+        """The prompt and ever more of its continuation. It is what `sample.py --num_samples 1` prints for the
+        same settings, unless it exceeds the model's positions: then the prompt's beginning is left out.
 
         Args:
             temperature: divides the logits.
