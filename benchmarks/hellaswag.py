@@ -76,8 +76,8 @@ def main() -> None:
             to_gpt2(model).save_pretrained(folder)
             theirs = imported(args.build_nanogpt)
             ways["build-nanogpt"] = lambda: build_nanogpt(theirs, folder, device, items)
-        results = {}
-        right_as_expected = None
+        results: dict[str, dict] = {}
+        right_as_expected: np.ndarray | None = None
         for precision in [PRECISIONS[name] for name in args.precision]:
             with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
                 measured: dict[str, list[tuple[float, np.ndarray]]] = {way: [] for way in ways}
