@@ -83,6 +83,7 @@ from gpt2repro.evaluation.hellaswag_items import FULL_SET, HUB_ID, download_prob
 from gpt2repro.evaluation.published import openai_models, published_score
 from gpt2repro.evaluation.rows import positions
 from gpt2repro.models.folder import open_model
+from gpt2repro.models.packed_weights import pack_weights
 from gpt2repro.processes import cpu_asked, note_missing_processes
 
 
@@ -104,6 +105,8 @@ def main(argv: list[str]) -> None:
         model, tokenizer = open_model(args.model, args.dtype, args.trust_remote_code)
 
     model = model.to(accelerator.device)
+    if accelerator.mixed_precision == "no":  # packed weights do not take part in autocast
+        pack_weights(model)
     batch_size = args.batch_size or default_batch_size(accelerator.device)
     scores = score_hellaswag(model, tokenizer, items, accelerator, batch_size, styles, progress=True)
 

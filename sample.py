@@ -52,8 +52,8 @@ if __name__ == "__main__":
 
 from accelerate import Accelerator
 
-from gpt2repro.models.decoding import pack_weights
 from gpt2repro.models.folder import open_model
+from gpt2repro.models.packed_weights import pack_weights
 from gpt2repro.models.sampling import FirstRowStreamer, draw, encode_prompt
 from gpt2repro.processes import cpu_asked
 

@@ -228,6 +228,7 @@ from gpt2repro.evaluation.tasks import (
 )
 from gpt2repro.files import write_json, write_text
 from gpt2repro.models.folder import load_tokenizer, open_model
+from gpt2repro.models.packed_weights import pack_weights
 from gpt2repro.processes import cpu_asked, device_name, note_missing_processes, on_main
 from gpt2repro.run_folder import RunFolder
 
@@ -282,6 +283,8 @@ class Subject:
             with accelerator.main_process_first():  # the other ranks find downloads and remote code in the caches
                 model, tokenizer = open_model(self.path, dtype, self.trust_remote_code)
             self.opened = model.to(accelerator.device), tokenizer
+            if accelerator.mixed_precision == "no":  # packed weights do not take part in autocast
+                pack_weights(model)
         return self.opened
 
     def tokenizer(self) -> Any:

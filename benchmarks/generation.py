@@ -27,8 +27,8 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.train_step import processor_name
 from gpt2repro.data.tokenization import build_tokenizer
-from gpt2repro.models.decoding import pack_weights
 from gpt2repro.models.openai_weights import from_gpt2
+from gpt2repro.models.packed_weights import pack_weights
 from gpt2repro.train.report import provenance
 
 

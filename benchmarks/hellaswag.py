@@ -13,6 +13,7 @@ than the machine can do is not to be had.
 
 import argparse
 import contextlib
+import copy
 import datetime
 import importlib.util
 import io
@@ -22,12 +23,14 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
 import numpy as np
 import torch
 from accelerate import Accelerator
+from transformers import PreTrainedModel
 
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -38,6 +41,7 @@ from gpt2repro.evaluation.multiple_choice import Question, plan_batches, score_q
 from gpt2repro.evaluation.rows import positions
 from gpt2repro.models.folder import open_model
 from gpt2repro.models.openai_weights import to_gpt2
+from gpt2repro.models.packed_weights import pack_weights
 from gpt2repro.train.report import provenance
 from modeling_gpt2repro import GPT2ReproConfig, GPT2ReproForCausalLM
 
@@ -58,7 +62,7 @@ def main() -> None:
     items, encoded = sample(load_items(args.data), tokenizer, positions(model), args.items, device)
     work = flops(model, encoded)
 
-    def ours(packs: bool) -> tuple[float, np.ndarray]:
+    def ours(model: PreTrainedModel, packs: bool) -> tuple[float, np.ndarray]:
         questions = [question for item in encoded for question in (item.questions if packs else written_out(item))]
         began = time.perf_counter()
         nll = np.array(score_questions(model, questions, accelerator, default_batch_size(device))).reshape(
@@ -69,7 +73,7 @@ def main() -> None:
         return seconds, mean.argmin(axis=1) == [item.label for item in encoded]
 
     with tempfile.TemporaryDirectory() as folder:
-        ways = {"written out": lambda: ours(packs=False), "packed": lambda: ours(packs=True)}
+        ways = {"written out": lambda: ours(model, packs=False), "packed": lambda: ours(model, packs=True)}
         if args.build_nanogpt:
             to_gpt2(model).save_pretrained(folder)
             theirs = imported(args.build_nanogpt)
@@ -77,6 +81,8 @@ def main() -> None:
         results: dict[str, dict] = {}
         right_as_expected: np.ndarray | None = None
         for precision in [PRECISIONS[name] for name in args.precision]:
+            if device.type == "cpu":
+                ways["packed, weights too"] = packed_weights(model, precision, ours)
             with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
                 measured: dict[str, list[tuple[float, np.ndarray]]] = {way: [] for way in ways}
                 for _ in range(args.rounds + 1):  # the first is a warm-up
@@ -112,6 +118,18 @@ def sample(items: list[dict], tokenizer, max_length: int | None, count: int, dev
     chosen = [batches[(2 * k + 1) * len(batches) // (2 * taken)] for k in range(taken)]
     indices = [fitting[i] for batch in chosen for i in batch]
     return [items[i] for i in indices], [encoded[i] for i in indices]
+
+
+def packed_weights(model: PreTrainedModel, precision: str, ours: Callable) -> Callable[[], tuple[float, np.ndarray]]:
+    """As eval_hellaswag.py does on a CPU with --dtype float32 or bfloat16, instead of autocast."""
+    packed = copy.deepcopy(model).to(getattr(torch, precision))
+    pack_weights(packed)
+
+    def score() -> tuple[float, np.ndarray]:
+        with torch.autocast("cpu", enabled=False):
+            return ours(packed, packs=True)
+
+    return score
 
 
 def written_out(item: EncodedItem) -> list[Question]:

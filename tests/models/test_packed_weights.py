@@ -1,4 +1,4 @@
-"""Weights that are laid out for decoding: the same products, the same greedy text as generate() with plain weights."""
+"""Packed weights: the same products, the same greedy text as generate() with plain weights."""
 
 import copy
 
@@ -9,7 +9,7 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from gpt2repro.errors import UserError
-from gpt2repro.models.decoding import Int8Linear, PackedLinear, pack_weights
+from gpt2repro.models.packed_weights import Int8Linear, PackedLinear, pack_weights
 
 
 GREEDY = {"max_new_tokens": 20, "do_sample": False, "pad_token_id": 0}
