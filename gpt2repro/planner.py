@@ -11,8 +11,11 @@ from formulas (gpt2repro/plan/); of the speed, the share of the peak that is ass
 import argparse
 import dataclasses
 import json
+import shlex
 from pathlib import Path
 from typing import Any, get_args
+
+import yaml
 
 from gpt2repro.errors import Parser, UserError, refuse, run_script
 from gpt2repro.files import CHECKOUT
@@ -35,7 +38,7 @@ OPENAI = {  # --init_from NAME: n_layer, n_head, n_embd
 }
 PLANNED = [key for key, device in devices().items() if device.has_bf16]
 # Of accelerate_configs/, for one machine and for several.
-CONFIGS = {"ddp": ("ddp_8gpu", "ddp_2node"), "fsdp2": ("fsdp2_8gpu",) * 2, "hsdp": ("hsdp_2node",) * 2}
+CONFIGS = {"ddp": ("ddp_8gpu", "ddp_2node"), "fsdp2": ("fsdp2_8gpu",) * 2, "hsdp": ("fsdp2_8gpu", "hsdp_2node")}
 
 
 def main(argv: list[str]) -> None:
@@ -75,8 +78,12 @@ def parse_arguments(argv: list[str]) -> tuple[argparse.Namespace, Recipe]:
     parser.add_argument(
         "--network_gbit", type=float, default=400.0, metavar="RATE", help="of each GPU's adapter (default: %(default)s)"
     )
+    parser.add_argument("--config", dest="recipe", metavar="RECIPE", help="another way to name the recipe")
     args, rest = parser.parse_known_args(argv)
-    args.recipe = rest.pop(0) if rest and not rest[0].startswith("-") else DEMO
+    if rest and not rest[0].startswith("-"):
+        args.recipe = rest.pop(0)
+    args.recipe = args.recipe or DEMO
+    args.overrides = rest
     args.mixed_precision = args.mixed_precision or ("no" if args.gpu == CPU else "bf16")
     recipe, problems = parse_recipe(["--config", str(args.recipe), *rest], DEMO, model_fields())
     problems += argument_problems(args)
@@ -315,19 +322,27 @@ def network_text(step: Step, device: Device, args: argparse.Namespace) -> str:
 
 
 def command_text(recipe: Recipe, setup: Setup, args: argparse.Namespace) -> str:
-    """The command that trains so."""
+    """The command that trains so, with the flags that were given and what the launcher's file says differently."""
     machines = -(-args.num_gpus // args.gpus_per_machine)
     config = CONFIGS[setup.strategy][machines > 1] if args.num_gpus > 1 else "single_gpu"
     if args.gpu == CPU:
         config = "cpu" if args.num_gpus == 1 else "multi_cpu"
-    flags = f"--config {args.recipe} --micro_batch_size {setup.micro_batch_size}"
+    file = f"accelerate_configs/{config}.yaml"
+    in_file = yaml.safe_load((CHECKOUT / file).read_text())
+    in_file |= in_file.get("parallelism_config", {})
+    asked = {"num_processes": args.num_gpus, "num_machines": machines, "mixed_precision": args.mixed_precision}
+    if config == "hsdp_2node":
+        asked["parallelism_config_dp_replicate_size"] = machines
+        asked["parallelism_config_dp_shard_size"] = args.gpus_per_machine
+    launch = [word for name, value in asked.items() if in_file[name] != value for word in (f"--{name}", str(value))]
+    if machines > 1:
+        launch += ["--machine_rank", "RANK", "--main_process_ip", "ADDRESS_OF_MACHINE_0"]
+    train = ["--config", str(args.recipe), *args.overrides, "--micro_batch_size", str(setup.micro_batch_size)]
     if setup.gradient_checkpointing and not recipe.gradient_checkpointing:
-        flags += " --gradient_checkpointing true"
-    processes = f" --num_processes {args.num_gpus}" if args.num_gpus not in (1, 8) else ""
-    processes += f" --num_machines {machines}" if machines > 1 else ""
+        train += ["--gradient_checkpointing", "true"]
     return (
-        f"\naccelerate launch --config_file accelerate_configs/{config}.yaml{processes} \\\n"
-        f"    train_accelerate.py {flags}"
+        f"\naccelerate launch {shlex.join(['--config_file', file, *launch])} \\\n"
+        f"    train_accelerate.py {shlex.join(train)}"
     )
 
 

@@ -43,6 +43,41 @@ def test_one_24_gb_card_gets_a_command_that_fits(capsys):
     assert "does not fit on NVIDIA GeForce RTX 4090 even with one sequence" in xl
 
 
+def test_the_command_trains_what_was_planned(capsys):
+    """Flags of the recipe are repeated, the planner's own answers come last and win."""
+    given = ("--model.n_layer", 24, "--model.n_head", 16, "--model.n_embd", 1024, "--micro_batch_size", 64)
+    text = printed(capsys, "--config", RECIPE, "--gpu", "rtx4090", *given)
+    assert text.startswith(f"{RECIPE} on 1 x ")
+    *_, launch, train = text.splitlines()
+    assert launch == "accelerate launch --config_file accelerate_configs/single_gpu.yaml \\"
+    assert train == f"    train_accelerate.py --config {RECIPE} {' '.join(map(str, given))} --micro_batch_size 16"
+
+
+@pytest.mark.parametrize(
+    ("flags", "file", "launched"),
+    [
+        (("--num_gpus", 8), "ddp_8gpu", []),
+        (("--num_gpus", 4), "ddp_8gpu", ["--num_processes 4"]),
+        (("--num_gpus", 8, "--mixed_precision", "no"), "ddp_8gpu", ["--mixed_precision no"]),
+        (("--num_gpus", 8, "--gpus_per_machine", 4), "ddp_2node", ["--num_processes 8"]),
+        (("--num_gpus", 16, "--strategy", "fsdp2"), "fsdp2_8gpu", ["--num_processes 16 --num_machines 2"]),
+        (("--num_gpus", 8, "--strategy", "hsdp"), "fsdp2_8gpu", []),
+        (("--num_gpus", 16, "--strategy", "hsdp"), "hsdp_2node", []),
+        (
+            ("--num_gpus", 32, "--strategy", "hsdp"),
+            "hsdp_2node",
+            ["--num_processes 32 --num_machines 4 --parallelism_config_dp_replicate_size 4"],
+        ),
+        (("--gpu", "cpu", "--peak_tflops", 0.2, "--mixed_precision", "bf16"), "cpu", ["--mixed_precision bf16"]),
+    ],
+)
+def test_the_launcher_starts_what_was_planned(capsys, flags, file, launched):
+    launch = printed(capsys, RECIPE, "--micro_batch_size", 1, *flags).splitlines()[-2]
+    several = ["--machine_rank RANK --main_process_ip ADDRESS_OF_MACHINE_0"] if "2node" in file or 16 in flags else []
+    words = ["accelerate launch --config_file", f"accelerate_configs/{file}.yaml", *launched, *several, "\\"]
+    assert launch == " ".join(words)
+
+
 @pytest.mark.parametrize("gpu", planner.PLANNED)
 def test_every_gpu_and_strategy_is_planned(capsys, gpu):
     for strategy in ("ddp", "fsdp2", "hsdp"):
