@@ -74,6 +74,7 @@ def main(argv: list[str]) -> None:
     raw_model = build_model(plan)
     raw_optimizers = build_optimizers(raw_model, recipe)
     model, optimizers = wrap(raw_model, raw_optimizers, recipe, accelerator)
+    attention = TrainingAttention(recipe, plan.config, accelerator)
     stop_request = StopRequest(recipe.max_hours)
     check_hub_access(recipe)
     folder = begin_run(recipe, plan.data, accelerator)
@@ -88,7 +89,6 @@ def main(argv: list[str]) -> None:
     run.resume(checkpoints)
     evaluations.announce_reference()
     evaluations.before_first_step(run, checkpoints)
-    attention = TrainingAttention(recipe, plan.config, accelerator)
     gc.freeze()  # the collector never again walks through the objects of all imports, which stops a step for long
     model.train()
     while not run.finished:
@@ -227,9 +227,9 @@ def wrap(
     """What accelerate makes of model and optimizers: distributed, compiled, in mixed precision.
 
     Raises:
-        UserError: the launch cannot run this recipe.
+        SharedError: the launch cannot run this recipe.
     """
-    refuse(launch_problems(recipe, accelerator, len(raw_optimizers)))
+    on_main(lambda: refuse(launch_problems(recipe, accelerator, len(raw_optimizers))))  # all ranks have them
     model, *optimizers = accelerator.prepare(raw_model, *raw_optimizers)
     return model, optimizers
 

@@ -531,6 +531,16 @@ def test_all_mistakes_come_at_once_and_end_in_exit_code_2(train, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_an_attention_kernel_that_cannot_run_ends_the_run_before_it_writes_anything(train, tmp_path):
+    """On a CPU torch's flash kernel takes no dropout."""
+    flags = ("--attention", "flash", "--model.attn_pdrop", 0.1)
+    done = train(tmp_path / "run", *flags, processes=2, check=False)
+    assert done.returncode == 2
+    (line,) = (line for line in done.stderr.splitlines() if line.startswith("error: "))
+    assert line.startswith("error: attention=flash cannot run here (")
+    assert not (tmp_path / "run").exists()
+
+
 def test_missing_data_model_and_network_are_said_together(refused, tmp_path, monkeypatch):
     monkeypatch.setattr(task_data, "_ask_hub_once", lambda source: (_ for _ in ()).throw(ConnectionError("no DNS")))
     flags = ("--data_dir", tmp_path / "none", "--init_from", "./no_model", "--hellaswag_every", 3)

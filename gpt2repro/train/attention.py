@@ -9,7 +9,7 @@ from accelerate import Accelerator
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from gpt2repro.errors import UserError, first_line
-from gpt2repro.processes import note
+from gpt2repro.processes import note, on_main
 from gpt2repro.recipe import Recipe
 from modeling_gpt2repro import GPT2ReproConfig
 
@@ -48,8 +48,10 @@ def attention_problems(attention: str, device_type: str, mixed_precision: str) -
 class TrainingAttention:
     """Called, it returns the context in which a training step runs.
 
+    All ranks take the kernel that the main process has tried.
+
     Raises:
-        UserError: the kernel that was asked for cannot run on this device, or not with these shapes.
+        SharedError: the kernel that was asked for cannot run on this device, or not with these shapes.
     """
 
     def __init__(self, recipe: Recipe, config: GPT2ReproConfig, accelerator: Accelerator):
@@ -60,13 +62,18 @@ class TrainingAttention:
             return
         shape = (recipe.micro_batch_size, config.n_head, recipe.sequence_length, config.n_embd // config.n_head)
         dtype = DTYPES.get(accelerator.mixed_precision, torch.bfloat16)
-        reason = why_not(self.kernel, device, dtype, shape, config.attn_pdrop)
-        if reason is None:
-            return
-        if recipe.attention != "auto":
-            raise UserError(f"attention={recipe.attention} cannot run here: {reason}; use auto or sdpa")
-        note(f"attention: {self.kernel.name} cannot run here ({reason}); torch's default does")
-        self.kernel = None
+        kernel = self.kernel
+
+        def runs() -> bool:
+            reason = why_not(kernel, device, dtype, shape, config.attn_pdrop)
+            if reason is not None and recipe.attention != "auto":
+                raise UserError(f"attention={recipe.attention} cannot run here ({reason}); use auto or sdpa")
+            if reason is not None:
+                note(f"attention: {kernel.name} cannot run here ({reason}); torch's default does")
+            return reason is None
+
+        if not on_main(runs):
+            self.kernel = None
 
     def __call__(self) -> AbstractContextManager:
         return contextlib.nullcontext() if self.kernel is None else sdpa_kernel(self.kernel)

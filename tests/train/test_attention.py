@@ -66,7 +66,7 @@ def test_a_kernel_that_cannot_run_is_replaced_by_torchs_default_or_is_an_error(m
     chosen = TrainingAttention(Recipe(attention="auto", **RECIPE), CONFIG, accelerator)
     assert chosen.kernel is None
     assert "CUDNN_ATTENTION cannot run here" in capsys.readouterr().err
-    with pytest.raises(UserError, match="attention=cudnn cannot run here: .*; use auto or sdpa"):
+    with pytest.raises(UserError, match=r"attention=cudnn cannot run here \(.*\); use auto or sdpa"):
         TrainingAttention(Recipe(attention="cudnn", **RECIPE), CONFIG, accelerator)
 
 
