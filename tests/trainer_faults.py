@@ -6,13 +6,13 @@ Forked runs are given these functions by fork_server.py. `accelerate launch` sta
 """
 
 import contextlib
-import gc
 import json
 import os
 import resource
 import signal
 import sys
 import time
+import weakref
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -135,14 +135,21 @@ def slow_main_process(seconds: float) -> None:
 
 
 def refuse_a_living_ddp() -> None:
-    """No fault: fail if DDP lives on where the process group ends."""
-    close = Telemetry.close
+    """No fault: fail if DDP lives on where the process group ends. gc.get_objects() would not say, as the trainer
+    freezes what exists before its first step."""
+    init, close = DistributedDataParallel.__init__, Telemetry.close
+    made: list[weakref.ref] = []
+
+    def init_known(self, *args, **kwargs) -> None:
+        made.append(weakref.ref(self))
+        init(self, *args, **kwargs)
 
     def close_without_ddp(self) -> None:
-        living = [thing for thing in gc.get_objects() if isinstance(thing, DistributedDataParallel)]
-        assert not living, "DDP outlives the process group"
+        assert made, "there was no DDP"
+        assert not any(ddp() for ddp in made), "DDP outlives the process group"
         close(self)
 
+    DistributedDataParallel.__init__ = init_known
     Telemetry.close = close_without_ddp
 
 
