@@ -7,6 +7,7 @@ nanoGPT, build-nanogpt or llm.c. The samples are drawn together; the first is pr
 """
 
 import argparse
+import math
 import sys
 import time
 
@@ -41,8 +42,10 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
         value = getattr(args, name)
         if value < minimum:
             problems.append(f"--{name} {value} must be at least {minimum}")
-    if args.temperature <= 0:
-        problems.append(f"--temperature {args.temperature} must be above 0")
+    if not 0 < args.temperature < math.inf:
+        problems.append(f"--temperature {args.temperature} must be above 0 and finite")
+    if args.seed >= 2**64:
+        problems.append(f"--seed {args.seed} must be below 2**64")
     refuse(problems + problems_of(find_model, args.model))
     return args
 

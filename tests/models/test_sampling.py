@@ -5,6 +5,7 @@ import torch
 from tiny_models import tiny_model
 
 from gpt2repro.data.tokenization import build_tokenizer
+from gpt2repro.errors import UserError
 from gpt2repro.models.sampling import FirstRowStreamer, draw, generate
 
 
@@ -49,3 +50,14 @@ def test_a_sample_that_ends_is_padded_while_the_others_go_on(model, tokenizer):
     samples = draw(model, tokenizer_with_end, "the", 20, seed=5, num_samples=3)
     assert samples[0, :7].equal(unlimited[0, :7]) and (samples[0, 7:] == first_end).all()
     assert not (samples[1:, 7:] == first_end).all()
+
+
+def test_flags_that_no_sample_can_be_drawn_with_are_refused(tmp_path):
+    """NaN is not above 0 either; torch takes seeds of 64 bits."""
+    import sample
+
+    (tmp_path / "config.json").write_text("{}")
+    for flag, value in (("temperature", "nan"), ("temperature", "inf"), ("temperature", "0"), ("seed", str(2**64))):
+        with pytest.raises(UserError) as caught:
+            sample.parse_arguments([str(tmp_path), f"--{flag}", value])
+        assert f"--{flag} {float(value) if flag == 'temperature' else value} must be" in str(caught.value)
