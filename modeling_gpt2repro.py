@@ -178,8 +178,8 @@ class _ChunkedLinearCrossEntropy(torch.autograd.Function):
         grad_x = torch.empty_like(x) if with_gradients else None
         grad_w = None
         with_weight = with_gradients and ctx.needs_input_grad[1]  # False when only adapters are trained
-        # torch.compile specializes on the number of chunks, not on len(x).
-        for chunk in range(-(-len(x) // chunk_rows)):
+        chunks = max(1, -(-len(x) // chunk_rows))  # one even without rows: the gradients are then zeros
+        for chunk in range(chunks):  # torch.compile specializes on their number, not on len(x)
             rows = slice(chunk * chunk_rows, (chunk + 1) * chunk_rows)
             logits = x[rows] @ w.T
             # not in place, which torch 2.11 compiles into gradients of zero

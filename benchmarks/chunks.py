@@ -17,6 +17,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import modeling_gpt2repro
+from gpt2repro.processes import keep_freed_memory
 from modeling_gpt2repro import linear_cross_entropy
 
 
@@ -25,6 +26,8 @@ CHUNKS = (1, 2, 4, 8, 16, 32)
 
 def main() -> None:
     args = parse_arguments()
+    if args.device == "cpu":
+        keep_freed_memory()
     torch.manual_seed(0)
     dtype = torch.float32 if args.precision == "no" else torch.bfloat16
     hidden = torch.randn(args.tokens, args.n_embd, device=args.device, requires_grad=True)

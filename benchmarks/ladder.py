@@ -339,7 +339,7 @@ def as_table(report: dict[str, Any]) -> str:
         mfu = row["tokens_per_second"] * row["flops_per_token"] / report["peak_flops"]
         gain = f"{before['milliseconds'] / row['milliseconds']:.2f}" if before else ""
         there = f"{row['lecture_ms']:,}" if row["lecture_ms"] else ""
-        gain_there = f"{lecture_before(row) / row['lecture_ms']:.2f}" if before and row["lecture_ms"] else ""
+        gain_there = f"{before['lecture_ms'] / row['lecture_ms']:.2f}" if before and row["lecture_ms"] else ""
         mark = "" if agrees(row, report) else " **departs**"
         lines.append(
             f"| {row['name']} | {row['milliseconds']:,.1f} | {row['tokens_per_second']:,.0f} | {mfu:.1%} "
@@ -347,14 +347,6 @@ def as_table(report: dict[str, Any]) -> str:
         )
         before = row
     return "\n".join(lines)
-
-
-def lecture_before(row: dict[str, Any]) -> float:
-    """The lecture's milliseconds on the rung below."""
-    names = [rung.name for rung in RUNGS]
-    below = RUNGS[names.index(row["name"]) - 1].lecture_ms
-    assert below is not None, "the lecture's rungs are the first"
-    return below
 
 
 def agrees(row: dict[str, Any], report: dict[str, Any]) -> bool:

@@ -87,7 +87,7 @@ def parse_arguments(argv: list[str]) -> tuple[argparse.Namespace, Recipe]:
     args.mixed_precision = args.mixed_precision or ("no" if args.gpu == CPU else "bf16")
     recipe, problems = parse_recipe(["--config", str(args.recipe), *rest], DEMO, model_fields())
     problems += argument_problems(args)
-    refuse(problems or recipe.bound_problems() or batch_problems(recipe, args.num_gpus))
+    refuse(problems or recipe.bound_problems() or batch_problems(recipe, args.num_gpus) + recipe.schedule_problems())
     return args, recipe
 
 

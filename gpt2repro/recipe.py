@@ -237,7 +237,7 @@ class Recipe:
         problems = self.bound_problems()
         if not problems:  # the batch arithmetic divides by sizes that must be positive
             problems += self._batch_problems(num_processes)
-        problems += self._schedule_problems()
+        problems += self.schedule_problems()
         problems += self._evaluation_problems()
         problems += self._publishing_problems()
         return problems
@@ -288,7 +288,8 @@ class Recipe:
             + " or ".join(map(str, sorted(nearest)))
         ]
 
-    def _schedule_problems(self) -> list[str]:
+    def schedule_problems(self) -> list[str]:
+        """What is wrong with the learning rates and their steps."""
         problems = []
         if self.lr_schedule != "constant" and self.min_learning_rate > self.learning_rate:
             problems.append(

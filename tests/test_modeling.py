@@ -370,6 +370,13 @@ def test_backward_twice_gives_the_same_gradients():
     assert all(map(torch.equal, torch.autograd.grad(loss, (hidden, weight)), first))
 
 
+@pytest.mark.parametrize("rows, divisor", [(0, 3), (6, 3)], ids=["no rows", "all ignored"])
+def test_loss_without_labels_has_gradients_of_zero(rows, divisor):
+    hidden, weight, labels = loss_inputs(rows)
+    gradients = loss_and_gradients(hidden, weight, labels.fill_(-100), num_items_in_batch=divisor)
+    assert all(torch.equal(got, torch.zeros_like(got)) for got in gradients)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("autocast", [False, True], ids=["float32", "bf16"])
 def test_compiled_loss_has_the_gradients_of_the_eager_one(autocast, monkeypatch):

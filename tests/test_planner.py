@@ -53,6 +53,11 @@ def test_the_command_trains_what_was_planned(capsys):
     assert train == f"    train_accelerate.py --config {RECIPE} {' '.join(map(str, given))} --micro_batch_size 16"
 
 
+def test_a_schedule_that_the_trainer_would_refuse_is_refused():
+    (problem,) = refusal(RECIPE, "--max_steps", 100)
+    assert problem.startswith("warmup_steps=715 must be below max_steps=100")
+
+
 @pytest.mark.parametrize(
     ("flags", "file", "launched"),
     [

@@ -93,7 +93,7 @@ def pack_weights(model: PreTrainedModel, int8: bool = False) -> None:
         return
     linear_class = Int8Linear if int8 else PackedLinear
     for name, module in list(model.named_modules()):
-        if isinstance(module, (nn.Linear, Conv1D)):
+        if type(module) in (nn.Linear, Conv1D):  # not those of quantized models
             weight = module.weight.T if isinstance(module, Conv1D) else module.weight  # (out_features, in_features)
             model.set_submodule(name, linear_class(weight, module.bias))
 

@@ -1,4 +1,5 @@
-"""Which kernel computes attention in training; evaluation and sampling, whose shapes vary, use torch's default."""
+"""Which of torch's kernels computes attention in training; evaluation and samples, whose shapes vary, use its default.
+`eager`, which is none of them, is a setting of the whole model."""
 
 import contextlib
 from contextlib import AbstractContextManager
