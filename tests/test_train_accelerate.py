@@ -219,7 +219,7 @@ def test_sample_script_continues_the_prompt(trained, number):
     samples = done.stdout.split("--- sample ")[1:]
     assert [sample.splitlines()[1][:4] for sample in samples] == ["The "] * number, done.stderr
     assert len(set(samples)) == number
-    assert re.search(r"\d+ tokens in [\d.]+ s: \d+ tokens/s$", done.stderr, re.MULTILINE)
+    assert re.search(r"[\d,]+ tokens in [\d.]+ s: [\d,]+ tokens/s$", done.stderr, re.MULTILINE)
 
 
 # ---- the same numbers for any number of processes ----
