@@ -38,6 +38,7 @@ def measure(ladder, monkeypatch):
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
+@pytest.mark.slow
 def test_every_switch_leaves_the_loss_as_it_is(ladder, measure):
     first = measure(ladder.Switches())
     last = measure(dataclasses.replace(ladder.switches_of(len(ladder.RUNGS) - 3), mixed_precision="no"))

@@ -174,6 +174,7 @@ def with_low_logits() -> GPT2LMHeadModel:
     return gpt2
 
 
+@pytest.mark.slow
 def test_supervised_fine_tuning_with_trl_equals_gpt2s(tokenizer, tmp_path):
     """TRL's fused head multiplies by the head's weight, and knows nothing of our padding."""
     trl = pytest.importorskip("trl")

@@ -698,6 +698,7 @@ def train_with_trainer(network, folder, callbacks=(), **arguments):
     return trainer
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arguments", [{}, {"label_smoothing_factor": 0.1}], ids=["plain", "label smoothing"])
 def test_trainer_trains_and_evaluates_as_with_gpt2(tmp_path, arguments):
     model = make_model(vocab_size=V_REAL, pad_token_id=None)

@@ -124,6 +124,7 @@ def test_the_fast_tokenizer_knows_its_special_token(gpt2):
 BLANKS = [" ", "\n", "\t \n", "\u3000 ", "\r\n"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("text", ["a{}b", "{}1", "!{}", "{}", "x{}  .", "{}\nword {}y"])
 def test_blanks_that_tiktoken_gives_up_on(gpt2, encoding, text):
     """A million blanks before a letter are encoded by the equivalent fast tokenizer, which is compared on runs that

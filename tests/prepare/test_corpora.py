@@ -70,6 +70,7 @@ def mistake(name, *args, **kwargs):
 # ---- python-docs ----
 
 
+@pytest.mark.slow
 def test_python_docs_are_a_corpus(python_docs):
     assert len(python_docs) > 300
     assert sum(map(len, python_docs)) > 1_000_000

@@ -89,6 +89,7 @@ def test_many_documents_are_split_by_hash(run_script, source, texts, encoding, t
     assert {path.name for path in (tmp_path / "out").iterdir()} == files | {"manifest.json", "tokenizer"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("val_tokens", [1, 1000, 1001])
 def test_the_first_documents_are_validation(source, texts, encoding, tmp_path, val_tokens):
     prepare("files", "--source", source, "--output_dir", tmp_path / "out", "--val_tokens", val_tokens)
