@@ -102,6 +102,7 @@ def ids():
 # ---- what is published ----
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("source, seed", [("", 2), ("model", 2), ("checkpoints/step_00000010", 1)])
 def test_both_formats_have_the_sources_function(run_dir, tmp_path, ids, source, seed):
     expected = make_model(seed)(ids).logits[..., :300]

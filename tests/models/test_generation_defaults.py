@@ -67,6 +67,7 @@ def sample(model, tokenizer):
     return generate(model, tokenizer, "he", 8, seed=0, top_k=2, temperature=0.8, streamer=streamer)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("written, exported", CASES.values(), ids=CASES)
 def test_samples_do_not_depend_on_them_and_the_export_keeps_what_can_be_saved(
     base, tokenizer, tmp_path, written, exported

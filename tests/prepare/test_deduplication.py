@@ -133,6 +133,7 @@ def finished(source, tmp_path_factory):
 # ---- what is removed, what is kept ----
 
 
+@pytest.mark.slow
 @installed
 def test_planted_duplicates_are_removed_and_nothing_else(corpus, finished):
     files, by_url, by_minhash = corpus
@@ -175,6 +176,7 @@ def test_the_report_shows_numbers_and_examples(corpus, finished):
         assert report.index(f"- removed `{removed}`") < report.index(f"- kept `{kept}`")
 
 
+@pytest.mark.slow
 @installed
 def test_nothing_but_the_result_is_left(finished):
     assert {path.name for path in finished[0].iterdir()} == {
@@ -384,6 +386,7 @@ def test_workers_end_with_a_killed_run(source, tmp_path):
         os.killpg(process.pid, signal.SIGKILL)
 
 
+@pytest.mark.slow
 @installed
 def test_a_finished_run_is_not_repeated(source, finished, monkeypatch):
     monkeypatch.setattr(deduplication, "build_stages", None)
