@@ -5,6 +5,7 @@ import ast
 import functools
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 
 MODEL_FILE, CONFIG = "modeling_gpt2repro", "GPT2ReproConfig"
@@ -20,6 +21,12 @@ def model_fields() -> type:
     namespace: dict[str, type] = {}
     exec(compile(ast.Module([config], []), MODEL_FILE, "exec"), namespace)
     return namespace[CONFIG]
+
+
+def model_defaults() -> dict[str, Any]:
+    """The fields of GPT2ReproConfig with their defaults."""
+    fields = model_fields()
+    return {name: getattr(fields, name) for name in fields.__annotations__}
 
 
 @functools.cache

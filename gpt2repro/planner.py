@@ -18,8 +18,9 @@ from typing import Any, get_args
 import yaml
 
 from gpt2repro.errors import Parser, UserError, refuse, run_script
+from gpt2repro.evaluation.published import openai_model, openai_models
 from gpt2repro.files import CHECKOUT
-from gpt2repro.model_fields import model_fields
+from gpt2repro.model_fields import model_defaults, model_fields
 from gpt2repro.plan.cost import LINK_EFFICIENCY, Step, bill, step_time
 from gpt2repro.plan.hardware import CPU, Device, devices
 from gpt2repro.plan.memory import Setup, Strategy, capacity, largest_micro_batch, peak_memory
@@ -30,12 +31,6 @@ from gpt2repro.recipe_file import parse_recipe
 
 DEMO = CHECKOUT / "recipes" / "demo.yaml"
 MIB = 2**20
-OPENAI = {  # --init_from NAME: n_layer, n_head, n_embd
-    "gpt2": (12, 12, 768),
-    "gpt2-medium": (24, 16, 1024),
-    "gpt2-large": (36, 20, 1280),
-    "gpt2-xl": (48, 25, 1600),
-}
 PLANNED = [key for key, device in devices().items() if device.has_bf16]
 # Of accelerate_configs/, for one machine and for several.
 CONFIGS = {"ddp": ("ddp_8gpu", "ddp_2node"), "fsdp2": ("fsdp2_8gpu",) * 2, "hsdp": ("fsdp2_8gpu", "hsdp_2node")}
@@ -121,7 +116,7 @@ def model_sizes(recipe: Recipe) -> Sizes:
     Raises:
         UserError: of init_from nothing is known without downloading it.
     """
-    fields = {name: value for name, value in vars(model_fields()).items() if not name.startswith("__")}
+    fields = model_defaults()
     fields |= vocabulary(recipe) | recipe.model if recipe.init_from == "scratch" else stored_fields(recipe)
     names = {field.name for field in dataclasses.fields(Sizes)}
     known = {name: value for name, value in fields.items() if name in names}
@@ -135,8 +130,9 @@ def model_sizes(recipe: Recipe) -> Sizes:
 def stored_fields(recipe: Recipe) -> dict[str, Any]:
     """The configuration of the model to start from, with the positions that the run keeps of it."""
     init_from, folder = recipe.init_from, Path(recipe.init_from)
-    if init_from in OPENAI:
-        stored = dict(zip(("n_layer", "n_head", "n_embd"), OPENAI[init_from]))
+    openai = openai_model(init_from)
+    if openai is not None:
+        stored: dict[str, Any] = {"n_layer": openai.layers, "n_head": openai.heads, "n_embd": openai.width}
     else:
         config = folder / "model" if (folder / "model").is_dir() else folder
         try:
@@ -145,7 +141,7 @@ def stored_fields(recipe: Recipe) -> dict[str, Any]:
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(
                 f"init_from={init_from}: {config}/config.json is not one of a GPT-2; give a run or model folder, one "
-                f"of {', '.join(OPENAI)}, or the sizes as --init_from scratch --model.n_layer ..."
+                f"of {', '.join(openai_models())}, or the sizes as --init_from scratch --model.n_layer ..."
             ) from error
     return stored | {"n_positions": min(recipe.sequence_length, stored.get("n_positions", 1024))}
 

@@ -19,6 +19,7 @@ class OpenAIModel:
     abbreviation: str
     parameters: int
     layers: int
+    heads: int
     width: int
 
     @property

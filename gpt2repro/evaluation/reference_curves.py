@@ -32,7 +32,7 @@ from gpt2repro.evaluation.published import (
     preparation_caveat,
     published_score,
 )
-from gpt2repro.model_fields import model_fields
+from gpt2repro.model_fields import model_defaults
 
 
 FOLDER = files("gpt2repro.evaluation") / "reference_curves"
@@ -218,9 +218,7 @@ def _validation_tokens(record: dict[str, Any]) -> int:
 
 def model_of(record: dict[str, Any]) -> dict[str, Any]:
     """All fields of a run's model; those that its recipe leaves out have their defaults."""
-    fields = model_fields()
-    defaults = {name: getattr(fields, name) for name in fields.__annotations__}
-    return defaults | record.get("model", {})
+    return model_defaults() | record.get("model", {})
 
 
 CONDITIONS = {

@@ -2,11 +2,11 @@
 
 import pytest
 
+from gpt2repro.evaluation.published import openai_models
 from gpt2repro.plan.cost import LINK_EFFICIENCY, bill, step_time, traffic
 from gpt2repro.plan.hardware import device_named, devices
 from gpt2repro.plan.memory import Setup
 from gpt2repro.plan.sizes import Sizes
-from gpt2repro.planner import OPENAI
 
 
 GPT2 = Sizes(50304, 1024, 768, 12, 12, 3072)
@@ -24,8 +24,8 @@ BYTES = 4 * GPT2.parameters
     ],
 )
 def test_a_step_takes_what_llm_c_published(name, gpu, global_batch, seconds, within):
-    layers, heads, width = OPENAI[name]
-    sizes = Sizes(50304, 1024, width, layers, heads, 4 * width)
+    openai = openai_models()[name]
+    sizes = Sizes(50304, 1024, openai.width, openai.layers, openai.heads, 4 * openai.width)
     setup = Setup(16, 1024, accumulation=global_batch // (16 * 1024 * 8), num_gpus=8)
     step = step_time(sizes, setup, devices()[gpu], gpus_per_machine=8, network_gbit=400)
     assert step.seconds == pytest.approx(seconds, rel=within)

@@ -5,15 +5,15 @@ import torch
 from planned_models import TINY, build
 from torch.utils.flop_counter import FlopCounterMode
 
+from gpt2repro.evaluation.published import openai_models
 from gpt2repro.plan.sizes import Sizes
-from gpt2repro.planner import OPENAI
 
 
-@pytest.mark.parametrize("name", OPENAI)
+@pytest.mark.parametrize("name", openai_models())
 @pytest.mark.parametrize("bias", [True, False])
 def test_parameters_are_those_of_the_model(name, bias):
-    layers, heads, width = OPENAI[name]
-    sizes = Sizes(50304, 1024, width, layers, heads, 4 * width, bias)
+    openai = openai_models()[name]
+    sizes = Sizes(50304, 1024, openai.width, openai.layers, openai.heads, 4 * openai.width, bias)
     assert sizes.parameters == build(sizes, "meta").num_parameters()
 
 
