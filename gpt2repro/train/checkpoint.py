@@ -285,10 +285,11 @@ class Checkpoints:
         """The checkpoints with a validation loss, best first."""
         val_losses: dict[int, float] = {}
         for checkpoint in self.folder.complete_checkpoints():
-            with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # damaged
-                val_loss = read_state(checkpoint)["val_loss"]
-                if val_loss is not None:
-                    val_losses[checkpoint_step(checkpoint)] = val_loss
+            if find_damage(checkpoint, only=STATE):
+                continue
+            val_loss = read_state(checkpoint)["val_loss"]
+            if val_loss is not None:
+                val_losses[checkpoint_step(checkpoint)] = val_loss
         return [self.folder.checkpoint(step) for step in best_first(val_losses)]
 
     def _read(self, checkpoint: Path) -> tuple[Tensors, dict[str, Tensors]]:

@@ -5,6 +5,7 @@ import json
 
 import pytest
 
+from gpt2repro.files import file_sha256
 from gpt2repro.recipe import Recipe
 from gpt2repro.run_folder import RunFolder
 from gpt2repro.train.recipe_change import RecipeChange, edit_problems
@@ -26,7 +27,12 @@ def run_folder(tmp_path, steps, **fields):
 
 def write_state(folder, step, recipe):
     state = json.dumps({"step": step, "recipe": dataclasses.asdict(recipe)})
-    (folder.checkpoint(step) / "trainer_state.json").write_text(state)
+    checkpoint = folder.checkpoint(step)
+    (checkpoint / "trainer_state.json").write_text(state)
+    for name in ("config.json", "model.safetensors", "optimizer.safetensors"):
+        (checkpoint / name).touch()
+    hashes = {path.name: file_sha256(path) for path in checkpoint.iterdir() if path.name != "hashes.json"}
+    (checkpoint / "hashes.json").write_text(json.dumps(hashes))
 
 
 def change(folder, recipe):
@@ -138,6 +144,14 @@ def test_an_edit_of_the_record_is_found_and_a_recorded_change_is_none(tmp_path):
     folder.write_record(record | {"learning_rate": 5e-3, "log_every": 7, "init_from": "./scratch/"})
     (problem,) = edit_problems(folder.read_record(), folder)
     assert "recipe.yaml was edited by hand (learning_rate=0.005, not 0.002); undo" in problem
+
+
+def test_damage_to_a_checkpoint_is_not_taken_for_an_edit(tmp_path):
+    folder, recipe = run_folder(tmp_path, [50])
+    write_state(folder, 50, recipe)
+    state = folder.checkpoint(50) / "trainer_state.json"
+    state.write_text(state.read_text().replace('"learning_rate"', '"learning_rbte"'))
+    assert edit_problems(folder.read_record(), folder) == []
 
 
 @pytest.mark.parametrize(("there", "here"), [("runs/a", "runs/a/"), ("./runs/a/model", "runs/a"), ("gpt2", "gpt2")])
