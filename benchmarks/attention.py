@@ -21,6 +21,7 @@ from torch.nn.attention import sdpa_kernel
 
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from gpt2repro.errors import quiet_broken_pipe
 from gpt2repro.processes import device_name, keep_freed_memory
 from gpt2repro.train.attention import KERNELS, preferred_kernel, why_not
 from gpt2repro.train.report import provenance
@@ -137,4 +138,5 @@ def report(args, device, milliseconds, differences, unavailable) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with quiet_broken_pipe():
+        main()

@@ -17,6 +17,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import modeling_gpt2repro
+from gpt2repro.errors import quiet_broken_pipe
 from gpt2repro.processes import keep_freed_memory
 from modeling_gpt2repro import linear_cross_entropy
 
@@ -79,4 +80,5 @@ def measure(args: argparse.Namespace, hidden, weight, labels, dtype) -> tuple[fl
 
 
 if __name__ == "__main__":
-    main()
+    with quiet_broken_pipe():
+        main()

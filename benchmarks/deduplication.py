@@ -37,6 +37,7 @@ import pyarrow.parquet
 
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from gpt2repro.errors import quiet_broken_pipe
 from gpt2repro.prepare.built_in import python_docs
 from gpt2repro.prepare.corpora import CorpusQuery, open_corpus
 from gpt2repro.prepare.deduplication import METHODS, DedupOptions, deduplicate
@@ -284,4 +285,5 @@ def other_precision(rows: dict, copies: set[str], duplicate: float) -> list[bool
 
 
 if __name__ == "__main__":
-    main()
+    with quiet_broken_pipe():
+        main()

@@ -25,6 +25,7 @@ import torch
 
 from gpt2repro.data.batches import MicroBatches
 from gpt2repro.data.mixture import RunData
+from gpt2repro.errors import quiet_broken_pipe
 from gpt2repro.recipe import Recipe
 from gpt2repro.run_folder import checkpoint_step
 from gpt2repro.train.metrics import read_metrics
@@ -133,4 +134,5 @@ def stream_hash(data_dir: Path, processes: int, micro: int) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    with quiet_broken_pipe():
+        main()

@@ -24,6 +24,7 @@ from accelerate.utils import set_seed
 
 from gpt2repro.data.batches import MicroBatches
 from gpt2repro.data.mixture import RunData
+from gpt2repro.errors import quiet_broken_pipe
 from gpt2repro.evaluation.validation import validation_losses
 from gpt2repro.processes import device_name
 from gpt2repro.recipe import Recipe
@@ -181,4 +182,5 @@ def row_of(name: str, losses: dict[str, float], of_recipe: dict[str, float]) -> 
 
 
 if __name__ == "__main__":
-    main()
+    with quiet_broken_pipe():
+        main()

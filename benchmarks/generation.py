@@ -27,6 +27,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.train_step import processor_name
 from gpt2repro.data.tokenization import build_tokenizer
+from gpt2repro.errors import quiet_broken_pipe
 from gpt2repro.models.openai_weights import from_gpt2
 from gpt2repro.models.packed_weights import pack_weights
 from gpt2repro.train.report import provenance
@@ -168,4 +169,5 @@ def report(args: argparse.Namespace, rates: dict[str, dict[str, list[float]]]) -
 
 
 if __name__ == "__main__":
-    main()
+    with quiet_broken_pipe():
+        main()

@@ -35,6 +35,7 @@ from transformers import PreTrainedModel
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from gpt2repro.data.tokenization import fast_from_tiktoken, gpt2_encoding
+from gpt2repro.errors import quiet_broken_pipe
 from gpt2repro.evaluation.hellaswag import EncodedItem, default_batch_size, encode_item
 from gpt2repro.evaluation.hellaswag_items import load_items
 from gpt2repro.evaluation.multiple_choice import Question, plan_batches, score_questions
@@ -195,4 +196,5 @@ def parse_arguments() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    main()
+    with quiet_broken_pipe():
+        main()

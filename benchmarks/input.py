@@ -22,6 +22,7 @@ from accelerate import Accelerator
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from gpt2repro.data.batches import Batches
 from gpt2repro.data.mixture import RunData
+from gpt2repro.errors import quiet_broken_pipe
 from gpt2repro.recipe import Recipe
 
 
@@ -68,4 +69,5 @@ def measure(batches: Batches, first: int, steps: int) -> float:
 
 
 if __name__ == "__main__":
-    main()
+    with quiet_broken_pipe():
+        main()

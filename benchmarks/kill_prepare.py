@@ -26,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.kill_resume import RECIPE
 from benchmarks.killable import ROOT, Killable, count_outlived
 from benchmarks.power_cut import Job, contents, prepare_into, publish_into, run, train_into
+from gpt2repro.errors import quiet_broken_pipe
 from gpt2repro.prepare.built_in import python_docs
 
 
@@ -231,4 +232,5 @@ def foreign(files: list[str]) -> set[str]:
 
 
 if __name__ == "__main__":
-    main()
+    with quiet_broken_pipe():
+        main()

@@ -24,6 +24,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.killable import ROOT, Killable, count_outlived
+from gpt2repro.errors import quiet_broken_pipe
 from gpt2repro.files import file_sha256
 from gpt2repro.run_folder import RunFolder
 from gpt2repro.train.metrics import without_clock
@@ -157,4 +158,5 @@ class Run(Killable):
 
 
 if __name__ == "__main__":
-    main()
+    with quiet_broken_pipe():
+        main()

@@ -37,6 +37,7 @@ from accelerate.utils import GradientAccumulationPlugin
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import modeling_gpt2repro
 from gpt2repro.data.tokenization import build_tokenizer
+from gpt2repro.errors import quiet_broken_pipe
 from gpt2repro.files import write_bytes, write_json
 from gpt2repro.plan.sizes import flops_per_token
 from gpt2repro.prepare.built_in import python_docs
@@ -383,4 +384,5 @@ def picture(report: dict[str, Any]) -> bytes:
 
 
 if __name__ == "__main__":
-    main()
+    with quiet_broken_pipe():
+        main()

@@ -37,7 +37,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import train_accelerate
-from gpt2repro.errors import run_script
+from gpt2repro.errors import quiet_broken_pipe, run_script
 from gpt2repro.prepare.built_in import python_docs
 from gpt2repro.recipe import Recipe
 from gpt2repro.train.metrics import read_metrics
@@ -321,4 +321,5 @@ if __name__ == "__main__":
     if sys.argv[1:2] == ["train"]:
         run_script(lambda argv: train_two_rates(argv[1:]))
     else:
-        main()
+        with quiet_broken_pipe():
+            main()

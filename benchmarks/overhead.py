@@ -22,6 +22,7 @@ import torch
 from accelerate import Accelerator
 
 from gpt2repro.data.tokenization import build_tokenizer
+from gpt2repro.errors import quiet_broken_pipe
 from gpt2repro.processes import device_name
 from gpt2repro.recipe import Recipe
 from gpt2repro.train.checkpoint import Checkpoints
@@ -186,4 +187,5 @@ def time_save(loops: Loops, checkpoints: Checkpoints, number: int) -> dict[str, 
 
 
 if __name__ == "__main__":
-    main()
+    with quiet_broken_pipe():
+        main()

@@ -20,6 +20,7 @@ from pathlib import Path
 
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from gpt2repro.errors import quiet_broken_pipe
 from gpt2repro.plan.memory import Setup, capacity, largest_micro_batch, peak_memory
 from gpt2repro.plan.sizes import Sizes
 
@@ -207,4 +208,5 @@ def fits(args: argparse.Namespace) -> list[dict]:
 
 
 if __name__ == "__main__":
-    main()
+    with quiet_broken_pipe():
+        main()

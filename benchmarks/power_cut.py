@@ -28,6 +28,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.kill_resume import RECIPE
 from benchmarks.killable import ROOT
+from gpt2repro.errors import quiet_broken_pipe
 from gpt2repro.train.metrics import without_clock
 
 
@@ -202,4 +203,5 @@ def mounted(image: Path, folder: Path) -> Iterator[Path]:
 
 
 if __name__ == "__main__":
-    main()
+    with quiet_broken_pipe():
+        main()

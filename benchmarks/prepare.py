@@ -38,6 +38,7 @@ import pyarrow
 import pyarrow.parquet
 
 from gpt2repro.data.tokenization import END_OF_TEXT, gpt2_encoding
+from gpt2repro.errors import quiet_broken_pipe
 from gpt2repro.prepare.corpora import CorpusQuery, open_corpus
 from gpt2repro.prepare.parts import Counts, Job, finalize_shards
 from gpt2repro.prepare.plan import Quota
@@ -196,4 +197,5 @@ def process_count(variant: str) -> int:
 
 
 if __name__ == "__main__":
-    main()
+    with quiet_broken_pipe():
+        main()

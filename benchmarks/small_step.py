@@ -23,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from accelerate import Accelerator
 
+from gpt2repro.errors import quiet_broken_pipe
 from gpt2repro.processes import device_name
 from gpt2repro.recipe import Recipe
 from gpt2repro.recipe_file import parse_recipe
@@ -115,4 +116,5 @@ def time_parts(parts: dict[str, Callable[[], object]], rounds: int) -> dict[str,
 
 
 if __name__ == "__main__":
-    main()
+    with quiet_broken_pipe():
+        main()

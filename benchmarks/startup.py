@@ -189,4 +189,7 @@ def write_report(args: argparse.Namespace, doors: dict, launches: list[dict], pa
 
 
 if __name__ == "__main__":
-    main()
+    from gpt2repro.errors import quiet_broken_pipe  # not before the clock runs
+
+    with quiet_broken_pipe():
+        main()

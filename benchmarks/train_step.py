@@ -33,6 +33,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from gpt2repro.errors import quiet_broken_pipe
 from gpt2repro.plan.sizes import flops_per_token
 from gpt2repro.processes import keep_freed_memory
 from gpt2repro.recipe import Recipe
@@ -342,4 +343,5 @@ def processor_name() -> str:
 
 
 if __name__ == "__main__":
-    main()
+    with quiet_broken_pipe():
+        main()

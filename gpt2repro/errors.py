@@ -8,6 +8,8 @@ import gc
 import json
 import os
 import re
+import select
+import signal
 import sys
 import tempfile
 import time
@@ -23,6 +25,7 @@ MAKE_WRITABLE = "make it writable, or choose another directory, and repeat the c
 CHECK_PERMISSIONS = "check its permissions, and those of the folders above it"
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS)
+OUTPUTS = (1, 2)  # file descriptors of stdout and stderr
 GRACE_SECONDS = 10.0  # for which another rank lets rank 0 speak first; ranks start seconds apart on a busy machine
 
 
@@ -117,13 +120,45 @@ def check_before_imports(check: Callable[[list[str]], object]) -> None:
 def run_script(main: Callable[[list[str]], object], save_memory: str = SAVE_MEMORY) -> None:
     """Run `main(argv)` as a script. A UserError is printed, by one process if all have it, and exits with code 2; so
     are a GPU or a memory that is too small and a file that the user may not touch. Any other exception is printed as a
-    line with the file that keeps its traceback, and exits with code 1; `python -X dev` shows it instead.
+    line with the file that keeps its traceback, and exits with code 1; `python -X dev` shows it instead. See also
+    `quiet_broken_pipe`.
 
     Args:
         save_memory: the remedy when torch finds no memory.
     """
     gc.freeze()  # what is imported stays, and is never looked at again
     gc.enable()
+    with quiet_broken_pipe():
+        _run(main, save_memory)
+
+
+@contextlib.contextmanager
+def quiet_broken_pipe() -> Iterator[None]:
+    """End as Unix tools do once nobody reads what is printed, as with `| head`: quietly, with the exit code of SIGPIPE.
+    The signal itself would also end a process with which a server has closed a connection."""
+    try:
+        try:
+            yield
+        finally:
+            sys.stdout.flush()  # not as late as Python does it, when the error can no longer be caught
+    except BrokenPipeError:
+        if not _nobody_reads():
+            raise
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        for descriptor in OUTPUTS:  # for what Python, libraries and workers still want to print
+            os.dup2(nowhere, descriptor)
+        sys.exit(128 + signal.SIGPIPE)
+
+
+def _nobody_reads() -> bool:
+    """Whether stdout or stderr is a pipe whose other end is closed."""
+    poll = select.poll()
+    for descriptor in OUTPUTS:
+        poll.register(descriptor, 0)  # 0: of errors and hang-ups alone
+    return bool(poll.poll(0))
+
+
+def _run(main: Callable[[list[str]], object], save_memory: str) -> None:
     try:
         main(sys.argv[1:])
     except UserError as error:
@@ -131,6 +166,8 @@ def run_script(main: Callable[[list[str]], object], save_memory: str = SAVE_MEMO
     except PermissionError as error:
         _exit_with(UserError(f"{first_line(error)}; {CHECK_PERMISSIONS}"))
     except Exception as error:
+        if isinstance(error, BrokenPipeError) and _nobody_reads():
+            raise
         # torch's, of a GPU and of the CPU; this module does not import torch
         if type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator: can't" in str(error):
             _exit_with(UserError(f"{first_sentences(error, 3)}; {save_memory}"))

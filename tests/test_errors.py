@@ -4,11 +4,15 @@ import errno
 import gc
 import importlib
 import io
+import os
+import signal
+import subprocess
 import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
+from support import ROOT
 from tqdm import tqdm
 
 from gpt2repro import errors
@@ -153,6 +157,57 @@ def test_a_name_that_is_too_long_is_one_line(monkeypatch, tmp_path, capsys):
     with pytest.raises(SystemExit) as end:
         run_script(lambda argv: (tmp_path / ("a" * 300)).exists())
     assert end.value.code == 2 and "; choose a shorter name" in capsys.readouterr().err
+
+
+def head(program: str, *flags: str, stderr=subprocess.PIPE) -> subprocess.CompletedProcess:
+    """Run a Python program of which one byte is read, as by `| head -c 1`."""
+    command = [sys.executable, *flags, "-c", f"from gpt2repro.errors import *\n{program}"]
+    buffered = os.environ | {"PYTHONUNBUFFERED": ""}
+    with subprocess.Popen(command, cwd=ROOT, env=buffered, stdout=subprocess.PIPE, stderr=stderr) as process:
+        process.stdout.read(1)
+        process.stdout.close()
+        errors = process.stderr.read() if process.stderr else b""
+    return subprocess.CompletedProcess(command, process.returncode, stderr=errors.decode())
+
+
+WITH_CONTEXT = "with quiet_broken_pipe(): main()"
+PRINTS = "def main(argv=None):\n    print('.', flush=True)\n    for _ in range(99_999): print('a line')\n"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("start", ["run_script(main)", "check_before_imports(main)", WITH_CONTEXT])
+def test_a_script_whose_reader_has_read_enough_ends_quietly(start):
+    for flags in ([], ["-u"]):
+        done = head(PRINTS + start, *flags)
+        assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, "")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("end", ["print('the last line')", "raise errors.UserError('one')"])
+def test_what_is_unread_may_be_the_last_lines_alone(end):
+    """Lines that are written when Python exits, unless somebody flushes them before; or an error."""
+    waits = "import time\nfrom gpt2repro import errors\nwhile not errors._nobody_reads(): time.sleep(0.01)\n"
+    program = f"def main(argv):\n    print('.', flush=True)\n    exec({waits!r})\n    {end}\nrun_script(main)"
+    done = head(f"from gpt2repro import errors\n{program}", stderr=subprocess.STDOUT)
+    assert done.returncode == 128 + signal.SIGPIPE
+
+
+def test_a_broken_pipe_of_another_kind_is_a_fault(monkeypatch, capsys, tmp_path):
+    def main(argv):
+        raise BrokenPipeError(errno.EPIPE, "Broken pipe")  # a server that has closed the connection
+
+    monkeypatch.setattr(errors.tempfile, "tempdir", str(tmp_path))
+    with pytest.raises(SystemExit) as exit:
+        run_script(main)
+    assert exit.value.code == 1 and "unexpected BrokenPipeError" in capsys.readouterr().err
+    with pytest.raises(BrokenPipeError), errors.quiet_broken_pipe():
+        main([])
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "benchmarks").glob("*.py")), ids=lambda path: path.name)
+def test_benchmarks_end_quietly_too(path):
+    main = path.read_text().partition('if __name__ == "__main__":')[2]
+    assert not main or "run_script(main)" in main or "with quiet_broken_pipe():" in main
 
 
 def test_no_garbage_is_collected_between_the_check_and_main(monkeypatch):
