@@ -3,7 +3,8 @@
     python sample.py runs/demo --prompt "Module json" --num_samples 3
 
 MODEL is a run, checkpoint, model folder or Hub id of any causal language model that transformers can load, or a file of
-nanoGPT, build-nanogpt or llm.c. The samples are drawn together; the first is printed while it is generated.
+nanoGPT, build-nanogpt or llm.c. The samples are drawn as one batch, many of them as several; the first is printed while
+it is generated.
 """
 
 import argparse
@@ -55,9 +56,10 @@ if __name__ == "__main__":
 
 from accelerate import Accelerator
 
+from gpt2repro.data.order import stateless_seed
 from gpt2repro.models.folder import open_model
 from gpt2repro.models.packed_weights import pack_weights
-from gpt2repro.models.sampling import FirstRowStreamer, draw, encode_prompt
+from gpt2repro.models.sampling import FirstRowStreamer, count_new_tokens, draw, encode_prompt, samples_at_once
 from gpt2repro.processes import cpu_asked
 
 
@@ -68,25 +70,28 @@ def main(argv: list[str]) -> None:
     model.to(Accelerator(cpu=cpu_asked()).device)
     pack_weights(model, int8=args.dtype == "int8")
 
+    prompt_tokens = encode_prompt(args.prompt, model, tokenizer).shape[1]
+    at_once = samples_at_once(model, prompt_tokens + args.max_new_tokens)
+    count, seconds = 0, 0.0
     print("--- sample 1 ---", flush=True)
-    began = time.perf_counter()
-    samples = draw(
-        model,
-        tokenizer,
-        args.prompt,
-        args.max_new_tokens,
-        args.seed,
-        num_samples=args.num_samples,
-        streamer=FirstRowStreamer(tokenizer, skip_special_tokens=True),
-        top_k=args.top_k,
-        temperature=args.temperature,
-    )
-    seconds = time.perf_counter() - began
-    for number, ids in enumerate(samples[1:], start=2):
-        print(f"--- sample {number} ---\n{tokenizer.decode(ids, skip_special_tokens=True)}")
-    new_tokens = samples[:, encode_prompt(args.prompt, model, tokenizer).shape[1] :]
-    padding = -1 if tokenizer.eos_token_id is None else tokenizer.eos_token_id  # of samples that end early
-    count = int((new_tokens != padding).sum())
+    for first in range(0, args.num_samples, at_once):
+        began = time.perf_counter()
+        samples = draw(
+            model,
+            tokenizer,
+            args.prompt,
+            args.max_new_tokens,
+            seed=stateless_seed(args.seed, first) if first else args.seed,
+            num_samples=min(at_once, args.num_samples - first),
+            streamer=FirstRowStreamer(tokenizer, skip_special_tokens=True) if first == 0 else None,
+            top_k=args.top_k,
+            temperature=args.temperature,
+        )
+        seconds += time.perf_counter() - began
+        count += count_new_tokens(samples, prompt_tokens, model)
+        for number, ids in enumerate(samples, start=first + 1):
+            if number > 1:
+                print(f"--- sample {number} ---\n{tokenizer.decode(ids, skip_special_tokens=True)}", flush=True)
     print(f"{count:,} tokens in {seconds:.1f} s: {count / seconds:,.0f} tokens/s", file=sys.stderr)
 
 

@@ -1,5 +1,6 @@
 """What a user calls a model, and where it lies. Nothing here opens one, so torch and transformers are not imported."""
 
+import functools
 import json
 import re
 from pathlib import Path
@@ -78,6 +79,7 @@ def is_path(name: str) -> bool:
     return name.count("/") > 1 or name.startswith((".", "/", "~"))
 
 
+@functools.cache  # a script resolves a name when it checks its flags, and again when it opens the model
 def _check_hub(name: str) -> None:
     """Refuse a name for which neither the cache nor the Hub has a model."""
     from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError

@@ -11,6 +11,8 @@ from gpt2repro.errors import UserError
 
 
 DEFAULTS = {"do_sample": True, "top_k": 50}
+MAX_SAMPLES = 64  # of a batch
+CACHE_BYTES = 8 * 2**30  # of a batch
 
 
 def prompt_text(prompt: str, tokenizer: PreTrainedTokenizerBase) -> str:
@@ -86,6 +88,24 @@ def draw(
         )
     model.train(was_training)
     return output
+
+
+def samples_at_once(model: PreTrainedModel, positions: int) -> int:
+    """How many samples of so many tokens are drawn as one batch: as many as CACHE_BYTES hold the keys and values of, as
+    they take most of the memory, but at most MAX_SAMPLES. It does not depend on the machine, as samples do not."""
+    config = model.config.get_text_config()
+    positions = min(positions, getattr(config, "max_position_embeddings", None) or positions)
+    bytes_per_sample = 2 * config.num_hidden_layers * config.hidden_size * positions * model.dtype.itemsize
+    return max(1, min(MAX_SAMPLES, CACHE_BYTES // bytes_per_sample))
+
+
+def count_new_tokens(samples: torch.Tensor, prompt_tokens: int, model: PreTrainedModel) -> int:
+    """How many tokens were generated in samples that `draw` returned: the end of each text counts, padding does not."""
+    ends = model.generation_config.eos_token_id
+    ends = [] if ends is None else ends
+    is_end = torch.isin(samples[:, prompt_tokens:], torch.tensor(ends, device=samples.device))
+    ends_before = is_end.cumsum(dim=1) - is_end.long()
+    return int((ends_before == 0).sum())
 
 
 class FirstRowStreamer(TextStreamer):

@@ -1,9 +1,11 @@
 """HellaSwag: scores compared with a plain loop, the metric with arithmetic; the script from flags to output file."""
 
+import gc
 import gzip
 import json
 import os
 import re
+import runpy
 import socket
 import subprocess
 import sys
@@ -641,6 +643,20 @@ def test_folders_without_a_causal_language_model(run_main, ours, theirs, tokeniz
     small.save_pretrained(tmp_path / "small")
     tokenizer.save_pretrained(tmp_path / "small")
     assert "the model 100: it belongs to another model" in complaint_about("small")
+
+
+@pytest.mark.slow
+def test_the_items_are_read_once(folder, monkeypatch, capsys):
+    reads = []
+    lines = task_data._lines
+    monkeypatch.setattr(task_data, "_lines", lambda path: reads.append(path) or lines(path))
+    monkeypatch.setattr(sys, "argv", ["eval_hellaswag.py", "model", "--data", "items.jsonl", "--limit", "5"])
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    monkeypatch.chdir(folder)
+    runpy.run_path(str(ROOT / "eval_hellaswag.py"), run_name="__main__")
+    AcceleratorState._reset_state(reset_partial_state=True)
+    gc.unfreeze()
+    assert reads == ["items.jsonl"] and "only the first 5 items" in capsys.readouterr().out
 
 
 def test_both_styles_in_one_report(run_main, folder, capsys):

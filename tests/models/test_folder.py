@@ -15,6 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from gpt2repro.data.tokenization import build_tokenizer
 from gpt2repro.errors import UserError
 from gpt2repro.hub.model_card import model_card
+from gpt2repro.models import find
 from gpt2repro.models.find import find_model
 from gpt2repro.models.folder import check_tokenizer, load_tokenizer, open_model, save_model_folder
 from gpt2repro.models.openai_weights import from_gpt2, to_gpt2
@@ -199,6 +200,15 @@ def test_without_a_network_an_unknown_name_is_one_line_within_seconds(monkeypatc
     ) as caught:
         find_model("runs/typo")
     assert time.monotonic() - started < 5 and len(str(caught.value).splitlines()) == 1
+
+
+def test_the_hub_is_asked_once_about_a_model_that_it_has(monkeypatch):
+    answers = [ConnectionError("no network"), None, ConnectionError("nobody should ask again")]
+    monkeypatch.setattr(find, "hub_failure", lambda name, file: answers.pop(0))
+    with pytest.raises(UserError, match="no network"):
+        find_model("ada/asked-once")
+    assert find_model("ada/asked-once") == find_model("ada/asked-once") == "ada/asked-once"
+    assert len(answers) == 1
 
 
 def edit_config(folder: Path, **fields) -> None:
