@@ -41,20 +41,13 @@ def styles_asked(args: argparse.Namespace) -> tuple[str, ...]:
     return STYLES if args.style == "both" else (args.style,)
 
 
-def check_command_line(argv: list[str]) -> argparse.Namespace:
-    """The flags, and as args.items what --data holds. Raises one UserError with every mistake that can be told without
-    loading anything else."""
-    args = parse_arguments(argv)
-    refuse(argument_problems(args))
-    return args
+def check_command_line(argv: list[str]) -> None:
+    """Raise one UserError with every mistake that can be told without loading anything."""
+    refuse(argument_problems(parse_arguments(argv)))
 
 
 def argument_problems(args: argparse.Namespace) -> list[str]:
     """One line for each mistake."""
-
-    def read_data() -> None:
-        args.items = read_items(args.data, None if problems else args.limit, "--data", styles_asked(args))
-
     style = style_problem(args.style, (*STYLES, "both"))
     problems = [f"--style {args.style}: {style}"] if style else []
     for name in ("limit", "batch_size"):
@@ -64,7 +57,8 @@ def argument_problems(args: argparse.Namespace) -> list[str]:
     if args.data and not Path(args.data).is_file():
         problems.append(f"--data {args.data}: no such file; without --data, HellaSwag comes from the Hub")
     elif args.data:
-        problems += problems_of(read_data)
+        limit = None if problems else args.limit
+        problems += problems_of(read_items, args.data, limit, "--data", styles_asked(args))
     if args.output and Path(args.output).exists():
         problems.append(f"--output {args.output}: exists and is not overwritten; remove it or choose another name")
     if args.output and not Path(args.output).parent.is_dir():
@@ -76,11 +70,8 @@ def argument_problems(args: argparse.Namespace) -> list[str]:
 
 
 if __name__ == "__main__":
-    checked = check_before_imports(
-        check_command_line
-    )  # mistakes end here, before the seconds that the imports below take
+    check_before_imports(check_command_line)  # mistakes end here, before the seconds that the imports below take
 
-import functools
 import hashlib
 import json
 
@@ -102,19 +93,15 @@ PROTOCOLS = {
 }
 
 
-def main(argv: list[str], checked: argparse.Namespace | None = None) -> None:
-    """
-    Args:
-        checked: what `check_command_line` has returned for these flags; None: nobody has called it.
-    """
-    args = checked or parse_arguments(argv)
+def main(argv: list[str]) -> None:
+    args = parse_arguments(argv)
     about_hub = download_problems("--data") if args.data is None else []
-    refuse(about_hub + (argument_problems(args) if checked is None else []))
+    refuse(about_hub + argument_problems(args))
     note_missing_processes()
     accelerator = Accelerator(cpu=cpu_asked())
     styles = styles_asked(args)
     with accelerator.main_process_first():  # the other ranks find downloads and remote code in the caches
-        items = args.items if args.data else load_items(limit=args.limit, styles=styles)
+        items = load_items(args.data, args.limit, styles=styles)
         model, tokenizer = open_model(args.model, args.dtype, args.trust_remote_code)
 
     model = model.to(accelerator.device)
@@ -213,4 +200,4 @@ def describe_data(data: str | None) -> dict:
 
 
 if __name__ == "__main__":
-    run_script(functools.partial(main, checked=checked))
+    run_script(main)

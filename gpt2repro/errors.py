@@ -16,7 +16,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn
 
 
 FREE_SPACE = "free some space and repeat the command: it resumes from the newest checkpoint"
@@ -27,9 +27,6 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS)
 OUTPUTS = (1, 2)  # file descriptors of stdout and stderr
 GRACE_SECONDS = 10.0  # for which another rank lets rank 0 speak first; ranks start seconds apart on a busy machine
-
-
-Result = TypeVar("Result")
 
 
 class UserError(Exception):
@@ -113,18 +110,17 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message}; `python {self.prog} --help` lists the flags")
 
 
-def check_before_imports(check: Callable[[list[str]], Result]) -> Result:
-    """Return `check(argv)`, run as `run_script` would, before a script imports what takes seconds. From here until
-    `run_script` no garbage is collected: what is imported is none, and looking for it takes a quarter of the time."""
-    result = run_script(check)
+def check_before_imports(check: Callable[[list[str]], object]) -> None:
+    """Run `check(argv)` as `run_script` would, before a script imports what takes seconds. From here until `run_script`
+    no garbage is collected: what is imported is none, and looking for it takes a quarter of the time."""
+    run_script(check)
     gc.disable()
-    return result
 
 
-def run_script(main: Callable[[list[str]], Result], save_memory: str = SAVE_MEMORY) -> Result:
-    """Return `main(argv)`, run as a script. A UserError is printed, by one process if all have it, and exits with code
-    2; so are a GPU or a memory that is too small and a file that the user may not touch. Any other exception is printed
-    as a line with the file that keeps its traceback, and exits with code 1; `python -X dev` shows it instead. See also
+def run_script(main: Callable[[list[str]], object], save_memory: str = SAVE_MEMORY) -> None:
+    """Run `main(argv)` as a script. A UserError is printed, by one process if all have it, and exits with code 2; so
+    are a GPU or a memory that is too small and a file that the user may not touch. Any other exception is printed as a
+    line with the file that keeps its traceback, and exits with code 1; `python -X dev` shows it instead. See also
     `quiet_broken_pipe`.
 
     Args:
@@ -133,7 +129,7 @@ def run_script(main: Callable[[list[str]], Result], save_memory: str = SAVE_MEMO
     gc.freeze()  # what is imported stays, and is never looked at again
     gc.enable()
     with quiet_broken_pipe():
-        return _run(main, save_memory)
+        _run(main, save_memory)
 
 
 @contextlib.contextmanager
@@ -162,9 +158,9 @@ def _nobody_reads() -> bool:
     return bool(poll.poll(0))
 
 
-def _run(main: Callable[[list[str]], Result], save_memory: str) -> Result:
+def _run(main: Callable[[list[str]], object], save_memory: str) -> None:
     try:
-        return main(sys.argv[1:])
+        main(sys.argv[1:])
     except UserError as error:
         _exit_with(error)
     except PermissionError as error:

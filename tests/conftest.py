@@ -4,6 +4,7 @@ import ctypes
 import multiprocessing.util
 import os
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 import tiktoken
 from fork_server import ForkServer
+from huggingface_hub import constants
 from support import PATIENCE, ROOT, prepare
 
 from gpt2repro.data.tokenization import Tokenizer, build_tokenizer, gpt2_encoding
@@ -141,3 +143,17 @@ def small_disk(tmp_path):
 
     yield mount
     libc.umount2(bytes(disk), 2)
+
+
+@pytest.fixture
+def no_network(monkeypatch):
+    """No name can be resolved; the names that were asked for."""
+    asked = []
+
+    def fail(host, *args, **kwargs):
+        asked.append(host)
+        raise socket.gaierror("no network")
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(socket, "getaddrinfo", fail)
+    return asked

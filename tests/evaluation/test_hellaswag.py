@@ -1,15 +1,12 @@
 """HellaSwag: scores compared with a plain loop, the metric with arithmetic; the script from flags to output file."""
 
-import gc
 import gzip
 import json
 import os
 import re
-import runpy
 import socket
 import subprocess
 import sys
-import time
 from types import MappingProxyType
 
 import datasets
@@ -464,14 +461,11 @@ def test_without_the_hub_the_error_names_data(monkeypatch):
     assert "\n" not in str(error.value)
 
 
-def test_without_a_network_the_hub_is_asked_once(monkeypatch, tmp_path):
+def test_without_a_network_the_hub_is_asked_once(monkeypatch, tmp_path, no_network):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(socket, "getaddrinfo", lambda *args, **kwargs: (_ for _ in ()).throw(socket.gaierror("no DNS")))
-    started = time.monotonic()
     with pytest.raises(UserError, match="cannot be downloaded from the Hub"):
         load_items()
-    assert time.monotonic() - started < 5
+    assert len(no_network) <= 2  # `load_dataset` itself tries for half a minute
 
 
 # Metric
@@ -643,20 +637,6 @@ def test_folders_without_a_causal_language_model(run_main, ours, theirs, tokeniz
     small.save_pretrained(tmp_path / "small")
     tokenizer.save_pretrained(tmp_path / "small")
     assert "the model 100: it belongs to another model" in complaint_about("small")
-
-
-@pytest.mark.slow
-def test_the_items_are_read_once(folder, monkeypatch, capsys):
-    reads = []
-    lines = task_data._lines
-    monkeypatch.setattr(task_data, "_lines", lambda path: reads.append(path) or lines(path))
-    monkeypatch.setattr(sys, "argv", ["eval_hellaswag.py", "model", "--data", "items.jsonl", "--limit", "5"])
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    monkeypatch.chdir(folder)
-    runpy.run_path(str(ROOT / "eval_hellaswag.py"), run_name="__main__")
-    AcceleratorState._reset_state(reset_partial_state=True)
-    gc.unfreeze()
-    assert reads == ["items.jsonl"] and "only the first 5 items" in capsys.readouterr().out
 
 
 def test_both_styles_in_one_report(run_main, folder, capsys):
