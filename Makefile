@@ -13,7 +13,7 @@ export GOMP_SPINCOUNT ?= 10000
 # Tests share the cores: one process per core, one thread per process.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist worksteal
 
-.PHONY: demo test quick lint format bench gpu constraints clean
+.PHONY: demo test quick lint format site docs bench gpu constraints clean
 
 $(INSTALLED): pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -m venv .venv
@@ -44,6 +44,13 @@ lint: $(INSTALLED)-dev
 format: $(INSTALLED)-dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# The documentation: built into build/site with every link checked, or served at http://127.0.0.1:8000.
+site: $(INSTALLED)-dev
+	$(BIN)/python scripts/build_site.py
+
+docs: $(INSTALLED)-dev
+	$(BIN)/python scripts/build_site.py --serve
 
 bench: $(INSTALLED)
 	$(BIN)/python benchmarks/train_step.py
