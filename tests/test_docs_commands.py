@@ -1,0 +1,298 @@
+"""Every command in README.md and docs/*.md: its flags, files and recipes exist, and all that can run here does, on small
+stand-ins.
+
+A command is a line of a fenced block without a language, or of bash, and of an indented block; tag a block that shows
+anything else as text. A command that no rule below knows fails.
+"""
+
+import ast
+import collections
+import functools
+import itertools
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import tomllib
+from pathlib import Path
+
+import pytest
+from accelerate.commands.launch import launch_command_parser
+from markdown_it import MarkdownIt
+from support import ROOT, prepare
+
+import gpt2repro.plot
+import gpt2repro.report
+from gpt2repro import planner
+from gpt2repro.errors import UserError
+from gpt2repro.model_fields import model_fields
+from gpt2repro.recipe_file import parse_recipe
+
+
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+SHELLS = {"", "bash", "sh", "shell", "console"}
+ONLY_CHECKED = {  # commands whose flags and files are checked, but which are not run, and why
+    r"make \w+": "make demo trains for minutes, and make test would run this test",
+    r"pip install .*": "changes the environment that runs this test",
+    r"source .*": "the environment is active",
+    r"python prepare_data\.py (fineweb|openwebtext).*": "downloads gigabytes; tests/prepare/test_hub_corpora.py has a Hub",
+    r"python prepare_data\.py .*--dedup.*": "tests/prepare/test_prepare_deduplicated.py runs it",
+    r"python publish\.py you/.*": "opens a model on the Hub; tests/hub/test_hub.py does so on loopback",
+    r"python benchmarks/.*": "measures for minutes",
+    r"sbatch .*": "needs Slurm; tests/test_slurm_train.py plays it",
+    r"(tensorboard|trackio|wandb|lm_eval) .*": "other projects' commands; lm_eval: tests/evaluation/test_harness.py",
+    r"python train_accelerate\.py .*--report_to.*": "tests/train/test_tracker.py",
+    r"accelerate launch .*--report_to.*": "tests/train/test_tracker.py",
+}
+TOOLS = {"cp", "grep", "head"}  # run as they stand
+OTHER_PROGRAMS = {"lm_eval", "source", "tensorboard", "trackio", "wandb"}
+
+# A recipe of any size becomes a model of a few thousand parameters that trains for two steps on a line of text.
+SMALL_RUN = """--max_steps 2 --warmup_steps 1 --global_batch_tokens 64 --micro_batch_size 2 --sequence_length 16
+    --batch_ramp_tokens 0 --compile false --validation_tokens 64 --validate_every 0 --hellaswag_every 0 --sample_every 0
+    --sample_tokens 2 --num_workers 0 --data_dir data/stand-in""".split()
+SMALL_MODEL = """--model.n_positions 16 --model.n_layer 1 --model.n_head 2 --model.n_embd 32
+    --model.vocab_size 128""".split()
+
+
+def commands_of(page: Path) -> list[str]:
+    """The commands of a page, in order, each on one line and without comments and variables set before it."""
+    blocks = [token for token in MarkdownIt().parse(page.read_text()) if token.type in ("fence", "code_block")]
+    lines = []
+    for block in blocks:
+        if block.info.strip() in SHELLS:
+            lines += re.sub(r"\\\n\s*", " ", block.content).splitlines()
+    words = [shlex.split(line, comments=True) for line in lines]
+    plain = [list(itertools.dropwhile(lambda word: re.match(r"[A-Z_]+=", word), command)) for command in words]
+    return [shlex.join(command) for command in plain if command]
+
+
+@functools.cache
+def all_commands() -> dict[str, list[str]]:
+    """Each command, with the pages that have it."""
+    found = collections.defaultdict(list)
+    for page in PAGES:
+        for command in commands_of(page):
+            found[command].append(page.name)
+    return dict(found)
+
+
+def is_only_checked(command: str) -> bool:
+    return any(re.fullmatch(pattern, command) for pattern in ONLY_CHECKED)
+
+
+# ---- what can be told without running it ----
+
+
+def problems_of(command: str) -> list[str]:
+    """What is wrong with a command's program, flags, files and recipe."""
+    program, *words = shlex.split(command)
+    if program == "make":
+        targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+        return [f"the Makefile has no target {word}" for word in words if word not in targets]
+    if program == "pip":
+        return pip_problems(words)
+    if program == "sbatch":
+        (script,) = (i for i, word in enumerate(words) if word.endswith(".sbatch"))
+        return missing(words[script]) + recipe_problems(words[script + 1 :])
+    if program == "accelerate":
+        return launch_problems(words[1:])
+    if program == "python" and words[0] == "scripts/launch.py":
+        return missing(words[0]) + launch_problems(words[1:])
+    if program == "python":
+        return python_problems(words)
+    return [] if program in TOOLS | OTHER_PROGRAMS else [f"no rule of tests/test_docs_commands.py knows {program}"]
+
+
+def missing(path: str) -> list[str]:
+    return [] if (ROOT / path).exists() else [f"{path} does not exist"]
+
+
+def pip_problems(words: list[str]) -> list[str]:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    known = project["optional-dependencies"].keys()
+    asked = {extra for word in words for found in re.findall(r"\[(.*)\]", word) for extra in found.split(",")}
+    files = [words[i + 1] for i, word in enumerate(words) if word == "-c"]
+    return [f"no extra [{extra}]" for extra in sorted(asked - known)] + [line for file in files for line in missing(file)]
+
+
+def launch_problems(words: list[str]) -> list[str]:
+    try:
+        args = launch_command_parser().parse_args(words)
+    except SystemExit:
+        return ["accelerate launch refuses its flags"]
+    return missing(args.config_file or "") + python_problems([args.training_script, *args.training_script_args])
+
+
+def python_problems(words: list[str]) -> list[str]:
+    script = words[0] if words[0] != "-m" else words[1].replace(".", "/") + ".py"
+    flags = words[1:] if words[0] != "-m" else words[2:]
+    if missing(script):
+        return missing(script)
+    if script == "train_accelerate.py" and flags != ["--help"]:
+        return recipe_problems(flags)
+    if script == "gpt2repro/planner.py":
+        return refusal_of(planner.main, flags)
+    used = {word.split("=")[0] for word in flags if word.startswith("--")}
+    return [f"{script} has no flag {flag}" for flag in sorted(used - flags_of(ROOT / script) - {"--help"})]
+
+
+def flags_of(script: Path) -> set[str]:
+    """The flags that a script defines, read from its source."""
+    calls = [node for node in ast.walk(ast.parse(script.read_text())) if isinstance(node, ast.Call)]
+    names = [argument for call in calls if ast.unparse(call.func).endswith("add_argument") for argument in call.args]
+    return {name.value for name in names if isinstance(name, ast.Constant)}
+
+
+def recipe_problems(flags: list[str]) -> list[str]:
+    try:
+        recipe, problems = parse_recipe(flags, ROOT / "recipes" / "demo.yaml", model_fields())
+    except UserError as error:
+        return [str(error)]
+    return problems or recipe.bound_problems() + recipe.schedule_problems()
+
+
+def refusal_of(main, flags: list[str]) -> list[str]:
+    try:
+        main(flags)
+    except UserError as error:
+        return [str(error)]
+    return []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_command_is_one_that_its_program_accepts(page, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    wrong = {command: problems for command in commands_of(page) if (problems := problems_of(command))}
+    assert not wrong
+
+
+@pytest.mark.parametrize(
+    ("command", "problem"),
+    [
+        ("make dmeo", "no target dmeo"),
+        ("pip install -e '.[offlin]'", "no extra [offlin]"),
+        ("python benchmarks/ladder.py --small", "no flag --small"),
+        ("python train_accelerate.py --config recipes/demo.yaml --max_step 3", "--max_step"),
+        ("python train_accelerate.py --config recipes/gone.yaml", "recipes/gone.yaml"),
+        ("accelerate launch --config_file accelerate_configs/gone.yaml sample.py x", "gone.yaml does not exist"),
+        ("accelerate launch --config_file accelerate_configs/cpu.yaml train_accelerate.py --max_steps 0", "max_steps"),
+        ("python -m gpt2repro.planner recipes/demo.yaml --num_gpus 0", "--num_gpus"),
+        ("sbatch scripts/slurm_train.sbatch --config recipes/gone.yaml", "gone.yaml"),
+        ("curl example.com", "no rule"),
+    ],
+)
+def test_a_command_that_has_gone_wrong_is_found(command, problem, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    assert any(problem in line for line in problems_of(command))
+
+
+@pytest.mark.parametrize("pattern", ONLY_CHECKED)
+def test_every_exception_is_needed(pattern):
+    assert any(re.fullmatch(pattern, command) for command in all_commands())
+
+
+# ---- running it ----
+
+
+@pytest.fixture(scope="module")
+def sandbox(topics, trainer_server, tmp_path_factory) -> Path:
+    """A folder that looks like a checkout in which all that the documents speak of has been made, but small."""
+    folder = tmp_path_factory.mktemp("checkout")
+    for name in ("recipes", "accelerate_configs", "LICENSE"):
+        (folder / name).symlink_to(ROOT / name)
+    text = "\n\n".join(topics[:8])[:40_000]
+    for name in ("FOLDER/a.txt", "FOLDER/b.md", "owner/dataset/rows.jsonl", "data/text.txt", "nanogpt/out/x"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+    (folder / "FOLDER" / "a.txt").write_text(text)
+    (folder / "FOLDER" / "b.md").write_text(text[:1000])
+    (folder / "owner" / "dataset" / "rows.jsonl").write_text('{"content": "a b c d e f g"}\n' * 50)
+    prepare("files", "--source", folder / "FOLDER" / "a.txt", "--tokenizer", "char", "--output_dir", folder / "stand-in")
+    words = {word for command in all_commands() for word in shlex.split(command)}
+    for name in {word for word in words if re.fullmatch(r"data/[\w-]+", word)} | {"data/stand-in"}:
+        (folder / name).symlink_to(folder / "stand-in")
+    run_train(trainer_server, folder, [*SMALL_RUN, *SMALL_MODEL, "--output_dir", "run"])
+    for name in {word for word in words if re.fullmatch(r"runs/[\w-]+", word)}:
+        shutil.copytree(folder / "run", folder / name)
+    for name in ("converted", "plain"):
+        shutil.copytree(folder / "run" / "model", folder / name)
+    save_nanogpt(folder / "nanogpt" / "out" / "ckpt.pt")
+    return folder
+
+
+def save_nanogpt(path: Path) -> None:
+    """A checkpoint as nanoGPT's train.py writes it, whose parameters have our names."""
+    import torch
+    from tiny_models import tiny_model
+
+    sizes = {"n_layer": 1, "n_head": 2, "n_embd": 16, "bias": True}
+    model = tiny_model(n_positions=16, vocab_size=50304, unpadded_vocab_size=50304, **sizes)
+    args = sizes | {"block_size": 16, "vocab_size": 50304, "dropout": 0.0}
+    torch.save({"model": model.state_dict(), "model_args": args, "iter_num": 1, "config": {}}, path)
+
+
+def run_train(server, folder: Path, flags: list[str]) -> list[str]:
+    log = folder / "log"
+    log.write_text("")
+    pid = server.start(["train_accelerate.py", *flags], log, log, before=[functools.partial(os.chdir, folder)])
+    return [] if server.wait(pid) == 0 else [log.read_text()]
+
+
+def stand_in(command: str, number: int) -> tuple[str, list[str]]:
+    """The program and the flags with which a command is run here: its own, then those that make it small."""
+    program, *words = shlex.split(command)
+    if program == "accelerate" or words[0] == "scripts/launch.py":
+        args = launch_command_parser().parse_args(words[1:])
+        words = [args.training_script, *args.training_script_args]
+    script, *flags = words[1:] if words[0] == "-m" else words
+    made = f"made/{number}"
+    if script == "train_accelerate.py":
+        if "--init_from" in flags:
+            return script, [*SMALL_RUN, *flags, "--init_from", "runs/demo", "--data_dir", "data/stand-in"]
+        return script, [*flags, *SMALL_RUN, *SMALL_MODEL, "--output_dir", made]
+    if script == "prepare_data.py":
+        small = ["--num_workers", "1"] if "--num_workers" in flags else []
+        small += ["--tokenizer", "bpe:300"] if "bpe:8192" in flags else []
+        small += ["--tokenizer", "char"] if "owner/dataset" in flags else []
+        return script, [*flags, *small, *(["--output_dir", made] if "--output_dir" in flags else [])]
+    if script == "scorecard.py" and "--weights-only" not in flags:
+        return script, [*flags, "--data", "data/stand-in", "--tasks", "validation"]
+    if script == "sample.py":
+        return script, [*flags, "--num_samples", "1", "--max_new_tokens", "2"]
+    if script == "publish.py":
+        places = {"--to": f"./{made}/model", "--space": f"./{made}/space"}
+        return script, [*flags, *(word for flag in places if flag in flags for word in (flag, places[flag]))]
+    return script, flags
+
+
+@pytest.mark.slow
+def test_every_command_that_can_run_here_runs(sandbox, trainer_server, monkeypatch, capsys):
+    import prepare_data
+    import publish
+    import sample
+    import scorecard
+
+    mains = {"prepare_data.py": prepare_data.main, "publish.py": publish.main, "sample.py": sample.main}
+    mains |= {"scorecard.py": scorecard.main, "gpt2repro.planner": planner.main}
+    mains |= {"gpt2repro.plot": gpt2repro.plot.main, "gpt2repro.report": gpt2repro.report.main}
+    monkeypatch.chdir(sandbox)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    failed, done = {}, set()
+    for number, command in enumerate(command for command in all_commands() if not is_only_checked(command)):
+        if command.split()[0] in TOOLS:
+            problems = [] if subprocess.run(command, shell=True).returncode == 0 else ["failed"]
+        else:
+            script, flags = stand_in(command, number)
+            same = (script, tuple(word for word in flags if not word.startswith(("made/", "./made/", "recipes/"))))
+            if "--help" in flags or same in done:
+                continue
+            done.add(same)
+            if script == "train_accelerate.py":
+                problems = run_train(trainer_server, sandbox, flags)
+            else:
+                problems = refusal_of(mains[script], flags)
+        if problems:
+            failed[command] = problems
+    assert not failed, "\n\n".join(f"{command}\n{problems[0]}" for command, problems in failed.items())
+    assert len(done) > 20
