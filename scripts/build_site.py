@@ -34,7 +34,9 @@ def main(argv: list[str]) -> None:
     link_pages()
     what = ["serve", "--dev-addr", f"127.0.0.1:{args.port}"] if args.serve else ["build", "--strict"]
     environment = os.environ | {"NO_MKDOCS_2_WARNING": "1"}  # it is told in CONTRIBUTING.md
-    code = subprocess.run([sys.executable, "-m", "mkdocs", what[0], *what[1:]], cwd=CHECKOUT, env=environment).returncode
+    code = subprocess.run(
+        [sys.executable, "-m", "mkdocs", what[0], *what[1:]], cwd=CHECKOUT, env=environment
+    ).returncode
     if args.serve:
         return
     problems = ["mkdocs found what is above"] if code else link_problems(SITE)

@@ -2,8 +2,8 @@
 
     python scripts/write_tables.py
 
-A table stands in its page between `<!-- table: NAME -->` and `<!-- end -->`. tests/test_docs.py fails if a page does not
-have what the code says today.
+A table stands in its page between `<!-- table: NAME -->` and `<!-- end -->`. tests/test_docs.py fails if a page does
+not have what the code says today.
 """
 
 import dataclasses

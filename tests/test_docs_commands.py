@@ -1,5 +1,5 @@
-"""Every command in README.md and docs/*.md: its flags, files and recipes exist, and all that can run here does, on small
-stand-ins.
+"""Every command in README.md and docs/*.md: its flags, files and recipes exist, and all that can run here does, on
+small stand-ins.
 
 A command is a line of a fenced block without a language, or of bash, and of an indented block; tag a block that shows
 anything else as text. A command that no rule below knows fails.
@@ -36,7 +36,7 @@ ONLY_CHECKED = {  # commands whose flags and files are checked, but which are no
     r"make \w+": "make demo trains for minutes, and make test would run this test",
     r"pip install .*": "changes the environment that runs this test",
     r"source .*": "the environment is active",
-    r"python prepare_data\.py (fineweb|openwebtext).*": "downloads gigabytes; tests/prepare/test_hub_corpora.py has a Hub",
+    r"python prepare_data\.py (fineweb|openwebtext).*": "downloads gigabytes; see test_hub_corpora.py",
     r"python prepare_data\.py .*--dedup.*": "tests/prepare/test_prepare_deduplicated.py runs it",
     r"python publish\.py you/.*": "opens a model on the Hub; tests/hub/test_hub.py does so on loopback",
     r"python benchmarks/.*": "measures for minutes",
@@ -49,11 +49,12 @@ TOOLS = {"cp", "grep", "head"}  # run as they stand
 OTHER_PROGRAMS = {"lm_eval", "source", "tensorboard", "trackio", "wandb"}
 
 # A recipe of any size becomes a model of a few thousand parameters that trains for two steps on a line of text.
-SMALL_RUN = """--max_steps 2 --warmup_steps 1 --global_batch_tokens 64 --micro_batch_size 2 --sequence_length 16
+SMALL_RUN = shlex.split("""
+    --max_steps 2 --warmup_steps 1 --global_batch_tokens 64 --micro_batch_size 2 --sequence_length 32
     --batch_ramp_tokens 0 --compile false --validation_tokens 64 --validate_every 0 --hellaswag_every 0 --sample_every 0
-    --sample_tokens 2 --num_workers 0 --data_dir data/stand-in""".split()
-SMALL_MODEL = """--model.n_positions 16 --model.n_layer 1 --model.n_head 2 --model.n_embd 32
-    --model.vocab_size 128""".split()
+    --sample_tokens 2 --num_workers 0 --data_dir data/stand-in""")
+SMALL_MODEL = shlex.split("""--model.n_positions 64 --model.n_layer 1 --model.n_head 2 --model.n_embd 32
+    --model.vocab_size 128""")
 
 
 def commands_of(page: Path) -> list[str]:
@@ -114,7 +115,9 @@ def pip_problems(words: list[str]) -> list[str]:
     known = project["optional-dependencies"].keys()
     asked = {extra for word in words for found in re.findall(r"\[(.*)\]", word) for extra in found.split(",")}
     files = [words[i + 1] for i, word in enumerate(words) if word == "-c"]
-    return [f"no extra [{extra}]" for extra in sorted(asked - known)] + [line for file in files for line in missing(file)]
+    return [f"no extra [{extra}]" for extra in sorted(asked - known)] + [
+        line for file in files for line in missing(file)
+    ]
 
 
 def launch_problems(words: list[str]) -> list[str]:
@@ -205,10 +208,13 @@ def sandbox(topics, trainer_server, tmp_path_factory) -> Path:
     text = "\n\n".join(topics[:8])[:40_000]
     for name in ("FOLDER/a.txt", "FOLDER/b.md", "owner/dataset/rows.jsonl", "data/text.txt", "nanogpt/out/x"):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
+    rows = "".join(f'{{"content": "row {number} of a dataset"}}\n' for number in range(300))
     (folder / "FOLDER" / "a.txt").write_text(text)
     (folder / "FOLDER" / "b.md").write_text(text[:1000])
-    (folder / "owner" / "dataset" / "rows.jsonl").write_text('{"content": "a b c d e f g"}\n' * 50)
-    prepare("files", "--source", folder / "FOLDER" / "a.txt", "--tokenizer", "char", "--output_dir", folder / "stand-in")
+    (folder / "owner" / "dataset" / "rows.jsonl").write_text(rows)
+    prepare(
+        "files", "--source", folder / "FOLDER" / "a.txt", "--tokenizer", "char", "--output_dir", folder / "stand-in"
+    )
     words = {word for command in all_commands() for word in shlex.split(command)}
     for name in {word for word in words if re.fullmatch(r"data/[\w-]+", word)} | {"data/stand-in"}:
         (folder / name).symlink_to(folder / "stand-in")
