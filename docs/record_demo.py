@@ -28,10 +28,10 @@ COMMANDS = (
 )
 CAST = CHECKOUT / "build" / "demo.cast"
 PICTURE = CHECKOUT / "docs" / "demo.svg"
-COLUMNS, ROWS = 100, 30
-HEAD, TAIL = 6, 14  # lines that are kept of a long output
+COLUMNS, ROWS = 116, 28
+HEAD, TAIL = 11, 11  # lines that are kept of a long output
 COLUMN, ROW, MARGIN = 8.4, 19, 16  # pixels
-LONGEST_WAIT = 0.35  # seconds, in the picture, between two lines
+LONGEST_WAIT = 1.2  # seconds, in the picture, between two lines
 END = 6.0  # seconds that the last screen stays
 
 
@@ -49,7 +49,7 @@ def record() -> None:
     """Run the commands in an empty folder, and write what they print with its time."""
     CAST.parent.mkdir(exist_ok=True)
     began = time.monotonic()
-    with CAST.open("w") as cast, tempfile.TemporaryDirectory() as folder:
+    with CAST.open("w", buffering=1) as cast, tempfile.TemporaryDirectory() as folder:
         for name in ("recipes", "accelerate_configs", *(path.name for path in CHECKOUT.glob("*.py"))):
             Path(folder, name).symlink_to(CHECKOUT / name)
 
@@ -77,9 +77,9 @@ def draw(events: list[tuple[float, str]]) -> str:
     """The picture of a recording: every line is there from the start, and becomes visible when its time has come; the
     whole scrolls."""
     lines = wrapped(shortened(events))
-    times, now, before = [], 0.6, lines[0][0]
+    times, now, before = [], 0.0, lines[0][0]
     for at, _ in lines:
-        now += min(max(at - before, 0.03), LONGEST_WAIT)
+        now += min(max(at - before, 0.03), LONGEST_WAIT) if times else 0.0
         before = at
         times.append(now)
     length = times[-1] + END

@@ -4,11 +4,13 @@
     python scripts/build_site.py --serve [--port 8000]      # on this machine, built anew at each change
 
 The pages link to each other, and to recipes and results, as they lie in the repository, so they read as well on a code
-host. The site therefore is built from a folder of symbolic links that mirrors the repository (build/pages). Nothing is
+host. The site therefore is built from a folder of symbolic links that mirrors the repository (build/pages). Where the
+repository has an address (REPOSITORY_URL, or GitHub's variables in its CI), links to sources lead there. Nothing is
 fetched: of links to other sites only the form is checked, and a page that would load anything from one is an error.
 """
 
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -22,7 +24,9 @@ from gpt2repro.files import CHECKOUT
 
 PAGES = CHECKOUT / "build" / "pages"
 SITE = CHECKOUT / "build" / "site"
-PUBLISHED = ("*.md", "LICENSE", "accelerate_configs", "benchmarks", "docs", "notebooks", "recipes", "scripts")
+PUBLISHED = ("*.md", "*.py", "LICENSE", "Makefile", "accelerate_configs", "benchmarks", "docs", "gpt2repro")
+PUBLISHED += ("notebooks", "recipes", "scripts", "tests")
+SOURCES = {".py", ".yaml", ".ipynb", ".json", ".sbatch", ".sh"}
 LOADED = {"script": "src", "link": "href", "img": "src", "source": "srcset", "iframe": "src", "video": "src"}
 
 
@@ -33,7 +37,9 @@ def main(argv: list[str]) -> None:
     args = parser.parse_args(argv)
     link_pages()
     what = ["serve", "--dev-addr", f"127.0.0.1:{args.port}"] if args.serve else ["build", "--strict"]
-    environment = os.environ | {"NO_MKDOCS_2_WARNING": "1"}  # it is told in CONTRIBUTING.md
+    url = repository_url()
+    # What the first tells is in CONTRIBUTING.md.
+    environment = os.environ | {"NO_MKDOCS_2_WARNING": "1"} | ({"REPOSITORY_URL": url} if url else {})
     code = subprocess.run(
         [sys.executable, "-m", "mkdocs", what[0], *what[1:]], cwd=CHECKOUT, env=environment
     ).returncode
@@ -42,6 +48,8 @@ def main(argv: list[str]) -> None:
     problems = ["mkdocs found what is above"] if code else link_problems(SITE)
     if problems:
         raise UserError("\n".join(problems))
+    if url:
+        link_sources(SITE, url)
     print(f"{len(list(SITE.rglob('*.html')))} pages, no dead link: {SITE.relative_to(CHECKOUT)}")
 
 
@@ -53,6 +61,25 @@ def link_pages() -> None:
     for pattern in PUBLISHED:
         for path in CHECKOUT.glob(pattern):
             (PAGES / path.name).symlink_to(path)
+
+
+def repository_url() -> str:
+    """Where a reader finds the repository; empty if that is unknown."""
+    name = os.environ.get("GITHUB_REPOSITORY")
+    known = f"{os.environ.get('GITHUB_SERVER_URL', 'https://github.com')}/{name}" if name else ""
+    return os.environ.get("REPOSITORY_URL", known).rstrip("/")
+
+
+def link_sources(site: Path, url: str) -> None:
+    """Let links to files that are no pages and no pictures lead to the repository, where they are shown, not saved."""
+    for page in site.rglob("*.html"):
+
+        def linked(match: re.Match, page: Path = page) -> str:
+            target = (page.parent / match[1]).resolve()
+            is_source = target.suffix in SOURCES and (CHECKOUT / target.relative_to(site)).is_file()
+            return f'href="{url}/blob/main/{target.relative_to(site)}"' if is_source else match[0]
+
+        page.write_text(re.sub(r'href="((?:\.\./)*[\w./-]+)"', linked, page.read_text()))
 
 
 # ---- checking what was built ----

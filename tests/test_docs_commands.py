@@ -6,9 +6,7 @@ anything else as text. A command that no rule below knows fails.
 """
 
 import ast
-import collections
 import functools
-import itertools
 import os
 import re
 import shlex
@@ -45,7 +43,7 @@ ONLY_CHECKED = {  # commands whose flags and files are checked, but which are no
     r"python train_accelerate\.py .*--report_to.*": "tests/train/test_tracker.py",
     r"accelerate launch .*--report_to.*": "tests/train/test_tracker.py",
 }
-TOOLS = {"cp", "grep", "head"}  # run as they stand
+TOOLS = {"cat", "cp", "echo", "grep", "head", "ls", "mkdir", "tail"}  # run as they stand
 OTHER_PROGRAMS = {"lm_eval", "source", "tensorboard", "trackio", "wandb"}
 
 # A recipe of any size becomes a model of a few thousand parameters that trains for two steps on a line of text.
@@ -58,37 +56,44 @@ SMALL_MODEL = shlex.split("""--model.n_positions 64 --model.n_layer 1 --model.n_
 
 
 def commands_of(page: Path) -> list[str]:
-    """The commands of a page, in order, each on one line and without comments and variables set before it."""
+    """The commands of a page, in order, each on one line."""
     blocks = [token for token in MarkdownIt().parse(page.read_text()) if token.type in ("fence", "code_block")]
-    lines = []
-    for block in blocks:
-        if block.info.strip() in SHELLS:
-            lines += re.sub(r"\\\n\s*", " ", block.content).splitlines()
-    words = [shlex.split(line, comments=True) for line in lines]
-    plain = [list(itertools.dropwhile(lambda word: re.match(r"[A-Z_]+=", word), command)) for command in words]
-    return [shlex.join(command) for command in plain if command]
+    shell = [block for block in blocks if block.info.strip() in SHELLS]
+    lines = [line for block in shell for line in re.sub(r"\\\n\s*", " ", block.content).splitlines()]
+    return [line for line in lines if parts_of(line)]
+
+
+def parts_of(line: str) -> list[list[str]]:
+    """The words of each program that a line starts, without comments, redirections and variables set before it."""
+    lexer = shlex.shlex(line, posix=True, punctuation_chars="|&;<>")
+    lexer.whitespace_split = True
+    parts: list[list[str]] = [[]]
+    for word in lexer:
+        if set(word) <= set("|&;"):
+            parts.append([])
+        elif set(word) <= set("<>"):
+            next(lexer)  # the file
+        elif parts[-1] or not re.match(r"[A-Z_]+=", word):
+            parts[-1].append(word)
+    return [words for words in parts if words]
 
 
 @functools.cache
-def all_commands() -> dict[str, list[str]]:
-    """Each command, with the pages that have it."""
-    found = collections.defaultdict(list)
-    for page in PAGES:
-        for command in commands_of(page):
-            found[command].append(page.name)
-    return dict(found)
+def all_commands() -> dict[str, list[list[str]]]:
+    """Each command, with its parts."""
+    return {command: parts_of(command) for page in PAGES for command in commands_of(page)}
 
 
-def is_only_checked(command: str) -> bool:
-    return any(re.fullmatch(pattern, command) for pattern in ONLY_CHECKED)
+def is_only_checked(parts: list[list[str]]) -> bool:
+    return any(re.fullmatch(pattern, shlex.join(words)) for pattern in ONLY_CHECKED for words in parts)
 
 
 # ---- what can be told without running it ----
 
 
-def problems_of(command: str) -> list[str]:
+def problems_of(words: list[str]) -> list[str]:
     """What is wrong with a command's program, flags, files and recipe."""
-    program, *words = shlex.split(command)
+    program, *words = words
     if program == "make":
         targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
         return [f"the Makefile has no target {word}" for word in words if word not in targets]
@@ -101,6 +106,9 @@ def problems_of(command: str) -> list[str]:
         return launch_problems(words[1:])
     if program == "python" and words[0] == "scripts/launch.py":
         return missing(words[0]) + launch_problems(words[1:])
+    if program == "python" and words[0] == "-c":
+        ast.parse(words[1])
+        return []
     if program == "python":
         return python_problems(words)
     return [] if program in TOOLS | OTHER_PROGRAMS else [f"no rule of tests/test_docs_commands.py knows {program}"]
@@ -167,7 +175,9 @@ def refusal_of(main, flags: list[str]) -> list[str]:
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_every_command_is_one_that_its_program_accepts(page, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
-    wrong = {command: problems for command in commands_of(page) if (problems := problems_of(command))}
+    wrong = [
+        (words, line) for command in commands_of(page) for words in parts_of(command) for line in problems_of(words)
+    ]
     assert not wrong
 
 
@@ -188,12 +198,12 @@ def test_every_command_is_one_that_its_program_accepts(page, monkeypatch, capsys
 )
 def test_a_command_that_has_gone_wrong_is_found(command, problem, monkeypatch):
     monkeypatch.chdir(ROOT)
-    assert any(problem in line for line in problems_of(command))
+    assert any(problem in line for words in parts_of(command) for line in problems_of(words))
 
 
 @pytest.mark.parametrize("pattern", ONLY_CHECKED)
 def test_every_exception_is_needed(pattern):
-    assert any(re.fullmatch(pattern, command) for command in all_commands())
+    assert any(re.fullmatch(pattern, shlex.join(words)) for parts in all_commands().values() for words in parts)
 
 
 # ---- running it ----
@@ -215,7 +225,7 @@ def sandbox(topics, trainer_server, tmp_path_factory) -> Path:
     prepare(
         "files", "--source", folder / "FOLDER" / "a.txt", "--tokenizer", "char", "--output_dir", folder / "stand-in"
     )
-    words = {word for command in all_commands() for word in shlex.split(command)}
+    words = {word for parts in all_commands().values() for part in parts for word in part}
     for name in {word for word in words if re.fullmatch(r"data/[\w-]+", word)} | {"data/stand-in"}:
         (folder / name).symlink_to(folder / "stand-in")
     run_train(trainer_server, folder, [*SMALL_RUN, *SMALL_MODEL, "--output_dir", "run"])
@@ -245,9 +255,9 @@ def run_train(server, folder: Path, flags: list[str]) -> list[str]:
     return [] if server.wait(pid) == 0 else [log.read_text()]
 
 
-def stand_in(command: str, number: int) -> tuple[str, list[str]]:
-    """The program and the flags with which a command is run here: its own, then those that make it small."""
-    program, *words = shlex.split(command)
+def stand_in(words: list[str], number: int) -> tuple[str, list[str]]:
+    """The script and the flags with which a command is run here: its own, then those that make it small."""
+    program, *words = words
     if program == "accelerate" or words[0] == "scripts/launch.py":
         args = launch_command_parser().parse_args(words[1:])
         words = [args.training_script, *args.training_script_args]
@@ -285,19 +295,20 @@ def test_every_command_that_can_run_here_runs(sandbox, trainer_server, monkeypat
     monkeypatch.chdir(sandbox)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     failed, done = {}, set()
-    for number, command in enumerate(command for command in all_commands() if not is_only_checked(command)):
-        if command.split()[0] in TOOLS:
+    runnable = {command: parts for command, parts in all_commands().items() if not is_only_checked(parts)}
+    for number, (command, parts) in enumerate(runnable.items()):
+        if {words[0] for words in parts} <= TOOLS:
             problems = [] if subprocess.run(command, shell=True).returncode == 0 else ["failed"]
+        elif parts[0][:2] == ["python", "-c"]:
+            problems = refusal_of(functools.partial(exec, parts[0][2]), {"__name__": "__main__"})
         else:
-            script, flags = stand_in(command, number)
+            script, flags = stand_in(parts[0], number)
             same = (script, tuple(word for word in flags if not word.startswith(("made/", "./made/", "recipes/"))))
             if "--help" in flags or same in done:
                 continue
             done.add(same)
-            if script == "train_accelerate.py":
-                problems = run_train(trainer_server, sandbox, flags)
-            else:
-                problems = refusal_of(mains[script], flags)
+            is_training = script == "train_accelerate.py"
+            problems = run_train(trainer_server, sandbox, flags) if is_training else refusal_of(mains[script], flags)
         if problems:
             failed[command] = problems
     assert not failed, "\n\n".join(f"{command}\n{problems[0]}" for command, problems in failed.items())
