@@ -28,7 +28,7 @@ COMMANDS = (
 )
 CAST = CHECKOUT / "build" / "demo.cast"
 PICTURE = CHECKOUT / "docs" / "demo.svg"
-COLUMNS, ROWS = 116, 28
+COLUMNS, ROWS = 116, 24
 HEAD, TAIL = 11, 11  # lines that are kept of a long output
 COLUMN, ROW, MARGIN = 8.4, 19, 16  # pixels
 LONGEST_WAIT = 1.2  # seconds, in the picture, between two lines
