@@ -52,6 +52,7 @@ from gpt2repro.train.checkpoint import Checkpoints
 from gpt2repro.train.evaluations import Evaluations, load_hellaswag
 from gpt2repro.train.launch import begin_run, build_accelerator, run_settings
 from gpt2repro.train.metrics import read_metrics
+from gpt2repro.train.micro_batch import fix_micro_batch_size
 from gpt2repro.train.optimizers import build_optimizers, launch_problems, set_lr
 from gpt2repro.train.preflight import Plan, resolve_and_check
 from gpt2repro.train.report import baseline_loss, files_text, losses_text, write_report
@@ -64,14 +65,15 @@ from modeling_gpt2repro import GPT2ReproForCausalLM
 
 def main(argv: list[str]) -> None:
     plan = resolve_and_check(argv)
-    recipe = plan.recipe
-    accelerator = build_accelerator(recipe)
-    if recipe.eval_only:
+    accelerator = build_accelerator(plan.recipe)
+    if plan.recipe.eval_only:
         return print_losses(plan, accelerator)
 
     # Build. Samples, checkpoints and the export use the raw model and optimizers, without accelerate's wrappers.
     hellaswag = load_hellaswag(plan)
     raw_model = build_model(plan)
+    recipe = fix_micro_batch_size(plan.recipe, raw_model, accelerator)
+    plan = dataclasses.replace(plan, recipe=recipe)
     raw_optimizers = build_optimizers(raw_model, recipe)
     model, optimizers = wrap(raw_model, raw_optimizers, recipe, accelerator)
     attention = TrainingAttention(recipe, plan.config, accelerator)
@@ -242,6 +244,7 @@ def print_losses(plan: Plan, accelerator: Accelerator) -> None:
     tokens = plan.recipe.validation_tokens or max(len(stream) for stream in data.val.streams)
     recipe = dataclasses.replace(plan.recipe, validation_tokens=tokens)
     raw_model = build_model(plan)
+    recipe = fix_micro_batch_size(recipe, raw_model, accelerator)
     model, _ = wrap(raw_model, build_optimizers(raw_model, recipe), recipe, accelerator)  # FSDP2 requires both
     for split, mixture in (("train", data.train), ("val", data.val)):
         for name, loss in validation_losses(model, mixture, recipe, accelerator).items():

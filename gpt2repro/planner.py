@@ -23,7 +23,7 @@ from gpt2repro.files import CHECKOUT
 from gpt2repro.model_fields import model_defaults, model_fields
 from gpt2repro.plan.cost import LINK_EFFICIENCY, Step, bill, step_time
 from gpt2repro.plan.hardware import CPU, Device, devices
-from gpt2repro.plan.memory import Setup, Strategy, capacity, largest_micro_batch, peak_memory
+from gpt2repro.plan.memory import CPU_SHARE, Setup, Strategy, capacity, largest_micro_batch, peak_memory
 from gpt2repro.plan.sizes import Sizes, flops_per_token
 from gpt2repro.recipe import Recipe
 from gpt2repro.recipe_file import parse_recipe
@@ -40,8 +40,9 @@ def main(argv: list[str]) -> None:
     args, recipe = parse_arguments(argv)
     sizes = model_sizes(recipe)
     device = this_cpu(recipe, args.mixed_precision) if args.gpu == CPU else known_device(args, recipe)
-    setups = {strategy: setup_of(recipe, sizes, args, strategy) for strategy in strategies(args)}
     room = capacity(device.memory_mib) if args.gpu != CPU else float(device.memory_mib * MIB)
+    recipe = planned_micro_batch(recipe, sizes, args, room)
+    setups = {strategy: setup_of(recipe, sizes, args, strategy) for strategy in strategies(args)}
 
     print(f"{args.recipe} on {args.num_gpus} x {device.name}, mixed_precision={args.mixed_precision}\n")
     print(model_text(sizes, recipe))
@@ -118,13 +119,11 @@ def model_sizes(recipe: Recipe) -> Sizes:
     """
     fields = model_defaults()
     fields |= vocabulary(recipe) | recipe.model if recipe.init_from == "scratch" else stored_fields(recipe)
-    names = {field.name for field in dataclasses.fields(Sizes)}
-    known = {name: value for name, value in fields.items() if name in names}
-    known["n_inner"] = known["n_inner"] or 4 * known["n_embd"]
-    known["has_dropout"] = any((fields | recipe.model)[f"{place}_pdrop"] for place in ("resid", "embd"))
+    sizes = Sizes.of(fields | {name: value for name, value in recipe.model.items() if name.endswith("_pdrop")})
+    known = dataclasses.asdict(sizes)
     too_small = [name for name, value in known.items() if name not in ("bias", "has_dropout") and value < 1]
     refuse([f"model.{name}={known[name]} must be at least 1" for name in too_small])
-    return Sizes(**known)
+    return sizes
 
 
 def stored_fields(recipe: Recipe) -> dict[str, Any]:
@@ -174,7 +173,7 @@ def this_cpu(recipe: Recipe, mixed_precision: str) -> Device:
     tflops = recipe.peak_tflops or measured_tflops(mixed_precision)
     return Device(
         name=f"this CPU ({free_mib / 1024:.1f} GiB free, {tflops:.2f} TFLOP/s)",
-        memory_mib=int(free_mib * 0.9),
+        memory_mib=int(free_mib * CPU_SHARE),
         tflops=tflops,
         watts=0.0,
         source="measured",
@@ -215,10 +214,20 @@ def sequences_per_gpu(recipe: Recipe, num_gpus: int) -> int:
     return recipe.global_batch_tokens // (recipe.sequence_length * num_gpus)
 
 
+def planned_micro_batch(recipe: Recipe, sizes: Sizes, args: argparse.Namespace, room: float) -> Recipe:
+    """The recipe with a number in place of `auto`: the largest that fits with --strategy, or 1."""
+    if recipe.micro_batch_size != "auto":
+        return recipe
+    one = dataclasses.replace(recipe, micro_batch_size=1)
+    setup = setup_of(one, sizes, args, args.strategy)
+    fitting = largest_micro_batch(sizes, setup, sequences_per_gpu(recipe, args.num_gpus), room) or setup
+    return dataclasses.replace(recipe, micro_batch_size=fitting.micro_batch_size)
+
+
 def setup_of(recipe: Recipe, sizes: Sizes, args: argparse.Namespace, strategy: Strategy) -> Setup:
     """The recipe's micro-batch under a strategy; as near as the batch allows."""
     sequences = sequences_per_gpu(recipe, args.num_gpus)
-    size = min(recipe.micro_batch_size, sequences)
+    size = min(recipe.sequences_per_micro_batch, sequences)
     shards = {"ddp": 1, "fsdp2": args.num_gpus, "hsdp": min(args.num_gpus, args.gpus_per_machine)}
     return Setup(
         micro_batch_size=size,
@@ -230,6 +239,7 @@ def setup_of(recipe: Recipe, sizes: Sizes, args: argparse.Namespace, strategy: S
         half=args.mixed_precision == "bf16",
         compile=recipe.compile,
         gradient_checkpointing=recipe.gradient_checkpointing,
+        eager_attention=recipe.attention == "eager",
         muon=recipe.optimizer == "muon",
         device="cpu" if args.gpu == CPU else "cuda",
     )

@@ -24,6 +24,11 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
+def local_world_size() -> int:
+    """The number of processes of this run on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
 def on_main(function: Callable[[], Any]) -> Any:
     """Call `function` on the main process and broadcast what it returns, which must be picklable, to all ranks.
 
@@ -92,7 +97,7 @@ def missing_gpu() -> list[str]:
 
     if cpu_asked():
         return []
-    local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    local_processes = local_world_size()
     gpus = torch.accelerator.device_count()
     if 0 < gpus < local_processes:
         return [
@@ -121,7 +126,7 @@ def use_all_cores() -> None:
     sized_by_accelerate = os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true"
     if launched and not sized_by_accelerate and os.environ.get("OMP_NUM_THREADS") == "1":
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+        torch.set_num_threads(max(1, cores // local_world_size()))
 
 
 def keep_freed_memory() -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 
+Auto = Literal["auto"]
 Sampling = Literal["shuffle", "sequential", "random"]
 
 BOUNDS = {"at_least": operator.ge, "above": operator.gt, "at_most": operator.le, "below": operator.lt}
@@ -27,7 +28,7 @@ def define_option(
         help: what the value means, with its unit.
         changeable: a resumed run may use another value, because it does not affect what the model learns.
         overridable: a resumed run may use another value with --override_recipe: it affects the steps to come only.
-        bounds: `at_least=`, `above=`, `at_most=` or `below=`. None satisfies them all.
+        bounds: `at_least=`, `above=`, `at_most=` or `below=`. None and `auto` satisfy them all.
     """
     metadata = {"group": group, "help": help, "changeable": changeable, "overridable": overridable, "bounds": bounds}
     if isinstance(default, dict | list):
@@ -87,7 +88,12 @@ class Recipe:
     )
     batch_ramp_start: int = option(0, "tokens in the first step of a batch-size ramp; 0: no ramp", at_least=0)
     batch_ramp_tokens: int = option(0, "tokens over which the batch ramps up linearly", at_least=0, at_most=2**40)
-    micro_batch_size: int = option(64, "sequences per rank and forward pass", changeable=True, at_least=1)
+    micro_batch_size: int | Auto = option(
+        64,
+        "sequences per rank and forward pass; auto: the most that fit, tried at the start",
+        changeable=True,
+        at_least=1,
+    )
     sequence_length: int = option(
         1024, "tokens per sequence (T); positions of init_from beyond it are cropped", at_least=1
     )
@@ -210,6 +216,12 @@ class Recipe:
         return self.data or {self.data_dir: 1.0}
 
     @property
+    def sequences_per_micro_batch(self) -> int:
+        """micro_batch_size as the number that train/micro_batch.py puts in place of `auto`."""
+        assert self.micro_batch_size != "auto", "still to be chosen"
+        return self.micro_batch_size
+
+    @property
     def wsd_decay_start(self) -> float:
         """The step at which the decay of lr_schedule=wsd begins; the learning rate of earlier steps does not depend on
         max_steps."""
@@ -230,7 +242,7 @@ class Recipe:
     def accumulation(self, num_processes: int, batch: int) -> int:
         """Gradient accumulation: micro-batches per rank in a batch."""
         tokens = self.tokens_before(batch + 1) - self.tokens_before(batch)
-        return tokens // (self.micro_batch_size * self.sequence_length * num_processes)
+        return tokens // (self.sequences_per_micro_batch * self.sequence_length * num_processes)
 
     def problems(self, num_processes: int) -> list[str]:
         """Everything wrong with the values: one line each, with the value, the rule and the remedy."""
@@ -248,14 +260,15 @@ class Recipe:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             bounds = field.metadata["bounds"]
-            if value is None or all(BOUNDS[name](value, limit) for name, limit in bounds.items()):
+            if value in (None, "auto") or all(BOUNDS[name](value, limit) for name, limit in bounds.items()):
                 continue
             rule = " and ".join(f"{name.replace('_', ' ')} {limit}" for name, limit in bounds.items())
             problems.append(f"{field.name}={value} must be {rule}")
         return problems
 
     def _batch_problems(self, num_processes: int) -> list[str]:
-        unit = self.micro_batch_size * self.sequence_length * num_processes
+        size = 1 if self.micro_batch_size == "auto" else self.micro_batch_size  # at least one sequence
+        unit = size * self.sequence_length * num_processes
         if self.global_batch_tokens % unit == 0:
             return self._ramp_problems(unit)
         below = self.global_batch_tokens // unit * unit
@@ -263,10 +276,10 @@ class Recipe:
         remedy = f"use global_batch_tokens={multiples}"
         sequences, remainder = divmod(self.global_batch_tokens, self.sequence_length * num_processes)
         if remainder == 0:
-            nearest = min(divisors(sequences), key=lambda size: abs(size - self.micro_batch_size))
+            nearest = min(divisors(sequences), key=lambda divisor: abs(divisor - size))
             remedy += f", or micro_batch_size={nearest}"
         return [
-            f"global_batch_tokens={self.global_batch_tokens} is not a multiple of {self.micro_batch_size} x "
+            f"global_batch_tokens={self.global_batch_tokens} is not a multiple of {size} x "
             f"{self.sequence_length} x {num_processes} = {unit} (micro_batch_size x sequence_length x processes); "
             f"{remedy}"
         ]

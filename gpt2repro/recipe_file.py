@@ -10,7 +10,7 @@ import typing
 from collections.abc import Iterable
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, Literal
+from typing import Any, Literal, Union
 
 import yaml
 
@@ -312,9 +312,11 @@ def convert(value: Any, hint: Any) -> Any:
         AttributeError, TypeError, ValueError or OverflowError: the value is not of that type.
     """
     choices = typing.get_args(hint)  # of a union, a list or a Literal
-    if isinstance(hint, UnionType):
-        is_none = str(value).lower() in ("none", "null")
-        return None if is_none and NoneType in choices else convert(value, choices[0])
+    if is_union(hint):
+        if NoneType in choices and str(value).lower() in ("none", "null"):
+            return None
+        words = typing.get_args(choices[-1])  # of a Literal, e.g. auto
+        return value if value in words else convert(value, choices[0])
     if typing.get_origin(hint) is list:
         items = value if isinstance(value, list) else [value]
         return [convert(item, choices[0]) for item in items]
@@ -329,6 +331,10 @@ def convert(value: Any, hint: Any) -> Any:
     if value is None or isinstance(value, bool | dict | list):
         raise TypeError(value)
     return str(value) if hint is str else finite_number(value, hint)
+
+
+def is_union(hint: Any) -> bool:
+    return typing.get_origin(hint) in (UnionType, Union)
 
 
 def is_table(hint: Any) -> bool:
@@ -376,10 +382,10 @@ def finite_number(value: Any, kind: type) -> int | float:
 def describe(hint: Any) -> str:
     """What a value of this type is called in an error message."""
     parts = typing.get_args(hint)
-    if isinstance(hint, UnionType):
+    if is_union(hint):
         return " or ".join(describe(part) for part in parts)
     if typing.get_origin(hint) is Literal:
-        return "one of " + ", ".join(parts)
+        return parts[0] if len(parts) == 1 else "one of " + ", ".join(parts)
     if typing.get_origin(hint) is list:
         return f"a list of {describe(parts[0])}"
     names = {

@@ -53,6 +53,15 @@ def test_the_command_trains_what_was_planned(capsys):
     assert train == f"    train_accelerate.py --config {RECIPE} {' '.join(map(str, given))} --micro_batch_size 16"
 
 
+def test_auto_is_planned_as_the_largest_micro_batch(capsys):
+    """Even where the recipe's own number would fit."""
+    text = printed(capsys, RECIPE, "--gpu", "rtx4090", "--micro_batch_size", "auto")
+    assert "| MiB on one GPU, 32 sequences | ddp |" in text and "batch       32 sequences x 1024 tokens x 1" in text
+    assert text.endswith(" --micro_batch_size auto --micro_batch_size 32\n")
+    large = printed(capsys, RECIPE, "--gpu", "h200", "--micro_batch_size", "auto")
+    assert "batch       256 sequences x 1024 tokens x 1" in large
+
+
 def test_a_schedule_that_the_trainer_would_refuse_is_refused():
     (problem,) = refusal(RECIPE, "--max_steps", 100)
     assert problem.startswith("warmup_steps=715 must be below max_steps=100")

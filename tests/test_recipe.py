@@ -3,6 +3,7 @@
 import dataclasses
 import re
 import typing
+from typing import Literal
 
 import pytest
 import torch
@@ -25,7 +26,7 @@ from modeling_gpt2repro import GPT2ReproConfig, GPT2ReproForCausalLM
 
 
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
-NUMBERS = (int, float, int | None, float | None)
+NUMBERS = (int, float, int | None, float | None, int | Literal["auto"])
 BOUNDARIES = [  # fields, the last values accepted, the first ones refused, the rule
     ("global_batch_tokens", [1, 2**40], [0, 2**40 + 1], f"at least 1 and at most {2**40}"),
     ("batch_ramp_tokens", [0, 2**40], [-1, 2**40 + 1], f"at least 0 and at most {2**40}"),
@@ -323,6 +324,19 @@ def test_an_indivisible_batch_is_reported_with_sizes_that_divide(tokens, micro, 
         number = int(remedy.split("=")[-1])
         fixed = {"micro_batch_size": number} if "micro" in remedy else {"global_batch_tokens": number}
         assert dataclasses.replace(recipe, **fixed).problems(processes) == []
+
+
+def test_a_micro_batch_that_is_still_to_be_chosen_holds_at_least_one_sequence(tmp_path):
+    by_flag, _ = parse(tmp_path, "global_batch_tokens: 524288", "--micro_batch_size", "auto")
+    in_file, problems = parse(tmp_path, "micro_batch_size: auto\nglobal_batch_tokens: 524288")
+    assert by_flag == in_file and in_file.micro_batch_size == "auto" and not problems
+    assert in_file.problems(512) == []
+    (problem,) = in_file.problems(3)
+    assert problem.startswith("global_batch_tokens=524288 is not a multiple of 1 x 1024 x 3 = 3072 ")
+    (problem,) = dataclasses.replace(in_file, batch_ramp_start=1024, batch_ramp_tokens=10**6).problems(2)
+    assert "be a multiple of 2048" in problem and "use 2048" in problem
+    _, problems = parse(tmp_path, "micro_batch_size: automatic")
+    assert problems == ["micro_batch_size='automatic' is not a whole number or auto"]
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
 
+import psutil
 import torch
 from accelerate import Accelerator
 from filelock import FileLock
@@ -36,6 +37,27 @@ from gpt2repro.train.telemetry import Telemetry
 
 def rank() -> int:
     return int(os.environ.get("RANK", 0))
+
+
+# ---- memory ----
+
+
+def limit_memory_of_trial(mib: int, only_rank: int | None = None) -> None:
+    """While the micro-batch is chosen, the process, or that of one rank, gets `mib` more address space than it has.
+    Afterwards it may have more again, as threads need some even where memory is left."""
+    fix_micro_batch_size = train_accelerate.fix_micro_batch_size
+
+    def fix_within_limit(*args):
+        unlimited = resource.getrlimit(resource.RLIMIT_AS)
+        held = psutil.Process().memory_info().vms
+        resource.setrlimit(resource.RLIMIT_AS, (held + mib * 2**20, unlimited[1]))
+        try:
+            return fix_micro_batch_size(*args)
+        finally:
+            resource.setrlimit(resource.RLIMIT_AS, unlimited)
+
+    if only_rank in (None, rank()):
+        train_accelerate.fix_micro_batch_size = fix_within_limit
 
 
 # ---- signals ----

@@ -38,13 +38,14 @@ class MicroBatches(Dataset):
     def samples(self, batch: int, micro: int) -> np.ndarray:
         """(micro_batch_size,) int64: the numbers of the samples in a micro-batch."""
         first = self.recipe.first_sample(batch)
-        first += (micro * self.num_processes + self.rank) * self.recipe.micro_batch_size
-        return np.arange(first, first + self.recipe.micro_batch_size)
+        size = self.recipe.sequences_per_micro_batch
+        first += (micro * self.num_processes + self.rank) * size
+        return np.arange(first, first + size)
 
     def __getitem__(self, where: tuple[int, int]) -> torch.Tensor:
         """(micro_batch_size, T + 1) int64 token ids: inputs are all but the last column, targets all but the first."""
         recipe, T = self.recipe, self.recipe.sequence_length
-        tokens = np.empty((recipe.micro_batch_size, T + 1), np.int64)
+        tokens = np.empty((recipe.sequences_per_micro_batch, T + 1), np.int64)
         sources, numbers = mix(self.samples(*where), self.data.slots, recipe.seed)
         for source, stream in enumerate(self.data.streams):
             rows = np.flatnonzero(sources == source)

@@ -55,7 +55,7 @@ def validation_loss(model: torch.nn.Module, stream: TokenStream, recipe: Recipe,
     Args:
         model: returns `.loss`, the mean over all labels that are not ignored, given input_ids and shift_labels.
     """
-    T, batch_size = recipe.sequence_length, recipe.micro_batch_size
+    T, batch_size = recipe.sequence_length, recipe.sequences_per_micro_batch
     n_windows = count_windows(len(stream), T)
     if recipe.validation_tokens:
         n_windows = min(n_windows, max(1, recipe.validation_tokens // T))

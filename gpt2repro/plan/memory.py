@@ -19,6 +19,7 @@ Strategy = Literal["ddp", "fsdp2", "hsdp"]
 # what the allocator cannot use between tensors. Ours, rough.
 OVERHEAD = 1.5 * 2**30
 UNUSABLE = 0.05
+CPU_SHARE = 0.9  # of a machine's free memory, which others use as well
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,7 @@ class Setup:
     half: bool = True
     compile: bool = False
     gradient_checkpointing: bool = False
+    eager_attention: bool = False
     muon: bool = False
     device: Literal["cuda", "cpu"] = "cuda"
     has_telemetry: bool = True  # the trainer's, which now and then copies the weights to measure an update
@@ -113,7 +115,7 @@ def optimizer_bytes(sizes: Sizes, setup: Setup) -> float:
 def activations(sizes: Sizes, setup: Setup) -> float:
     """What the blocks store for backward or, with gradient checkpointing, their inputs."""
     recomputed = setup.gradient_checkpointing
-    of_block = 4 * sizes.n_embd if recomputed else activations_per_token(sizes, setup.half_bytes)
+    of_block = 4 * sizes.n_embd if recomputed else activations_per_token(sizes, setup)
     return setup.tokens * sizes.n_layer * of_block
 
 
@@ -124,16 +126,20 @@ def head_activations(sizes: Sizes, setup: Setup) -> float:
     return setup.tokens * (4 + 4 + copy + setup.half_bytes) * sizes.n_embd
 
 
-def activations_per_token(sizes: Sizes, half: int) -> float:
+def activations_per_token(sizes: Sizes, setup: Setup) -> float:
     """Bytes that one block stores for a token.
 
     In float32 the residual stream, which both LayerNorms store, with their means and deviations, and the logarithm of
     each head's softmax sum; in half precision the inputs of the four matrices (of which attention's output is one), q,
-    k and v, and the MLP's state before its activation.
+    k and v, and the MLP's state before its activation. With eager attention, instead of the logarithm, the softmax of
+    all scores, and its copy in half precision.
     """
-    width, inner = sizes.n_embd, sizes.n_inner
+    width, inner, half = sizes.n_embd, sizes.n_inner, setup.half_bytes
     in_float32 = 4 * (2 * width + 4 + sizes.n_head)
     in_half = half * (2 * width + 3 * width + width + 2 * inner)
+    if setup.eager_attention:
+        in_float32 += 4 * (setup.sequence_length - 1) * sizes.n_head
+        in_half += 2 * setup.sequence_length * sizes.n_head if setup.half else 0
     dropout_masks = 2 * width if sizes.has_dropout else 0  # a byte each on a GPU; more on the CPU
     return in_float32 + in_half + dropout_masks
 
@@ -165,7 +171,7 @@ def block_gradients(sizes: Sizes, setup: Setup) -> float:
     and of the MLP's inner state. With gradient checkpointing, the block's activations too, which are computed anew."""
     residual = (6 if setup.half else 4) * sizes.n_embd
     inner = setup.tokens * (residual + setup.half_bytes * sizes.n_inner)
-    recomputed = setup.tokens * activations_per_token(sizes, setup.half_bytes) if setup.gradient_checkpointing else 0
+    recomputed = setup.tokens * activations_per_token(sizes, setup) if setup.gradient_checkpointing else 0
     return inner + recomputed
 
 

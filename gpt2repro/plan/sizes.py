@@ -1,5 +1,6 @@
 """A GPT-2's parameters and the FLOPs of one token, from the sizes in its configuration."""
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,13 @@ class Sizes:
     n_inner: int
     bias: bool = True
     has_dropout: bool = False
+
+    @classmethod
+    def of(cls, config: dict[str, Any]) -> "Sizes":
+        """Of the fields of a GPT2ReproConfig."""
+        fields = {field.name: config[field.name] for field in dataclasses.fields(cls) if field.name in config}
+        fields["n_inner"] = fields["n_inner"] or 4 * fields["n_embd"]
+        return cls(**fields, has_dropout=bool(config["resid_pdrop"] or config["embd_pdrop"]))
 
     @property
     def block_matrices(self) -> int:

@@ -61,7 +61,12 @@ class TrainingAttention:
         self.kernel = preferred_kernel(recipe.attention, device.type, capability)
         if self.kernel is None:
             return
-        shape = (recipe.micro_batch_size, config.n_head, recipe.sequence_length, config.n_embd // config.n_head)
+        shape = (
+            recipe.sequences_per_micro_batch,
+            config.n_head,
+            recipe.sequence_length,
+            config.n_embd // config.n_head,
+        )
         dtype = DTYPES.get(accelerator.mixed_precision, torch.bfloat16)
         kernel = self.kernel
 

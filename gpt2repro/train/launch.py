@@ -40,7 +40,7 @@ def build_accelerator(recipe: Recipe) -> Accelerator:
     """
     note_missing_processes()
     join(recipe)
-    accumulation = recipe.accumulation(world_size(), batch=0)
+    accumulation = 1 if recipe.micro_batch_size == "auto" else recipe.accumulation(world_size(), batch=0)
     accelerator = Accelerator(
         cpu=cpu_asked(),
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=accumulation, sync_with_dataloader=False),

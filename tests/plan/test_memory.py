@@ -22,11 +22,12 @@ GPT2 = Sizes(50304, 1024, 768, 12, 12, 3072)
 MIB = 2**20
 
 
-def stored_bytes(layers: int, half: bool, recompute: bool = False) -> int:
+def stored_bytes(layers: int, half: bool, recompute: bool = False, attention: str = "sdpa") -> int:
     """Bytes of all tensors that autograd stores in a forward pass of 2 x 64 tokens, weights left out."""
     model = build(dataclasses.replace(TINY, n_layer=layers)).train()
     if recompute:
         model.gradient_checkpointing_enable()
+    model.set_attn_implementation(attention)
     weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     kept, sizes = [], {}
 
@@ -46,12 +47,13 @@ def stored_bytes(layers: int, half: bool, recompute: bool = False) -> int:
     return sum(sizes.values())
 
 
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("half", [False, True])
-def test_a_block_stores_what_the_formula_says(half):
-    of_block = stored_bytes(3, half) - stored_bytes(2, half)
-    setup = Setup(2, 64, half=half)
+def test_a_block_stores_what_the_formula_says(half, attention):
+    of_block = stored_bytes(3, half, attention=attention) - stored_bytes(2, half, attention=attention)
+    setup = Setup(2, 64, half=half, eager_attention=attention == "eager")
     of_casts = casts(dataclasses.replace(TINY, n_layer=1), setup)
-    assert of_block == setup.tokens * activations_per_token(TINY, setup.half_bytes) + of_casts
+    assert of_block == setup.tokens * activations_per_token(TINY, setup) + of_casts
 
 
 def test_a_recomputed_block_stores_its_input_only():

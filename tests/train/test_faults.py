@@ -156,6 +156,48 @@ def assert_same(result, undisturbed) -> None:
     assert result[1] == undisturbed[1]
 
 
+# ---- too little memory ----
+
+AUTO = ("--micro_batch_size", "auto", "--global_batch_tokens", 512 * 32, "--lr_schedule", "constant")
+CHOSEN = r"micro_batch_size=auto: (\d+) sequences x (\d+) \(accumulation\), "
+
+
+def chosen(run: Training, reason: str) -> tuple[int, int]:
+    """Micro-batch and accumulation that the run says it has chosen, for a reason."""
+    found = re.search(CHOSEN + reason, run.printed)
+    assert found, run.printed
+    return int(found[1]), int(found[2])
+
+
+def test_the_micro_batch_is_halved_until_it_fits_and_a_resumed_run_keeps_it(data_dir, tmp_path):
+    """And the run, with dropout, is the one with that number given by hand."""
+    limited = (partial(faults.limit_memory_of_trial, mib=60),)
+    run = Training(tmp_path / "auto", data_dir, *AUTO, "--max_steps", 3, "--checkpoint_every", 2, faults=limited)
+    assert run.wait() == 0, run.printed
+    size, accumulation = chosen(run, "the most that ran: 512 were planned, and ran out of memory")
+    assert size < 512 and size * accumulation == 512
+    assert RunFolder(run.output_dir).read_record()["micro_batch_size"] == size
+    resumed = Training(tmp_path / "auto", data_dir, *AUTO, "--max_steps", 4)
+    assert resumed.wait() == 0, resumed.printed
+    assert chosen(resumed, "as this run has had before") == (size, accumulation)
+
+    by_hand = Training(tmp_path / "by_hand", data_dir, *AUTO, "--max_steps", 4, "--micro_batch_size", size)
+    assert by_hand.wait() == 0 and "auto" not in by_hand.printed
+    assert_same((resumed.result()[0], training_losses(resumed)), (by_hand.result()[0], training_losses(by_hand)))
+
+
+def training_losses(run: Training) -> list[tuple[int, float]]:
+    return [(row["step"], row["loss"]) for row in metric_rows(run.output_dir, "loss")]
+
+
+def test_all_ranks_take_the_micro_batch_of_the_one_with_the_least_memory(data_dir, tmp_path):
+    limited = (partial(faults.limit_memory_of_trial, mib=30, only_rank=1),)
+    run = Training(tmp_path, data_dir, *AUTO, "--max_steps", 3, faults=limited, processes=2)
+    assert run.wait() == 0, run.printed
+    size, accumulation = chosen(run, "the most that ran: 256 were planned, and ran out of memory")
+    assert size < 256 and 2 * size * accumulation == 512
+
+
 # ---- told to stop ----
 
 

@@ -52,15 +52,19 @@ def recipe_file(data_dir, tmp_path_factory) -> Path:
 
 
 def train_sharded(recipe_file: Path, output_dir: Path, config: str, processes: int, *flags: str) -> None:
-    """Train under `accelerate launch` with an accelerate config for FSDP2."""
+    """Train under `accelerate launch` with an accelerate config for FSDP2, and the micro-batch that its plan allows."""
     command = ["accelerate.commands.launch", "--config_file", f"accelerate_configs/{config}.yaml", *flags]
     command += ["--num_processes", str(processes), "--main_process_port", "0"]
     command += ["tests/fsdp_on_cpu.py", "--config", recipe_file, "--output_dir", output_dir]
+    command += ["--micro_batch_size", "auto"]
     environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", *map(str, command)]
     # The limit ends ranks that wait for each other for ever.
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 0, done.stderr
+    assert (
+        f"auto: {16 // processes} sequences x 1 (accumulation), planned" in done.stdout and "not tried" in done.stdout
+    )
 
 
 HSDP = ("--num_machines", "1", "--parallelism_config_dp_shard_size", "2")  # two times two, on this machine
