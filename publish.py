@@ -132,7 +132,7 @@ from gpt2repro.run_folder import RunFolder
 from gpt2repro.show.logged_run import LoggedRun
 from gpt2repro.show.pictures import loss_picture
 from gpt2repro.show.space import MODEL_FOLDER, Space, write_space
-from gpt2repro.train.checkpoint_files import MODEL, STATE, find_damage, read_state
+from gpt2repro.train.checkpoint_files import STATE, find_damage, read_state, weights_file
 from gpt2repro.train.metrics import read_metrics
 
 
@@ -308,7 +308,7 @@ def checkpoint_step_of(source: Path) -> int | None:
     """
     if not (source / STATE).is_file():
         return None
-    for name in (STATE, "config.json", MODEL):
+    for name in (STATE, "config.json", weights_file(source).name):
         problem = find_damage(source, name)
         if problem:
             raise UserError(f"{source} is damaged ({problem}); publish another checkpoint of the run")

@@ -39,7 +39,8 @@ from gpt2repro.evaluation.validation import validation_losses
 from gpt2repro.files import write_bytes
 from gpt2repro.hub.model_card import model_card
 from gpt2repro.hub.upload import create_repository, upload
-from gpt2repro.models.folder import rehearse_export, save_model_folder
+from gpt2repro.models.folder import rehearse_export, save_adapter_folder, save_model_folder
+from gpt2repro.models.lora import add_lora, describe_lora, lora_of, merge_lora, new_lora
 from gpt2repro.models.padding import without_padding
 from gpt2repro.models.unwrap import full_tensor, unwrapped
 from gpt2repro.processes import on_main
@@ -88,6 +89,8 @@ def main(argv: list[str]) -> None:
     checkpoints = Checkpoints(recipe, accelerator, raw_model, raw_optimizers, plan.tokenizer, telemetry.say)
     batches = Batches(plan.data.train, recipe, accelerator, run.guard.batch)
     evaluations = Evaluations(plan, hellaswag, accelerator, model, raw_model, telemetry)
+    if recipe.lora_rank:
+        telemetry.say(describe_lora(raw_model))
     run.resume(checkpoints)
     evaluations.announce_reference()
     evaluations.before_first_step(run, checkpoints)
@@ -128,7 +131,7 @@ def main(argv: list[str]) -> None:
         exit_resumable(run, accelerator)
     if accelerator.is_main_process:
         with report_write_errors(recipe.output_dir):
-            finish(plan, folder, without_padding(trained), run)
+            finish(plan, folder, trained, run)
     folder.unlock()
 
 
@@ -204,12 +207,15 @@ def silence_libraries() -> None:
 
 
 def build_model(plan: Plan) -> GPT2ReproForCausalLM:
-    """The model to train, in float32, identical on all ranks. A resumed run loads its checkpoint's weights later."""
+    """The model to train, in float32, identical on all ranks. A resumed run loads its checkpoint's weights later, with
+    lora_rank those of the adapter."""
     set_seed(plan.recipe.seed)
     if plan.pretrained is not None:
         model = plan.pretrained.build(plan.config, dtype=torch.float32)
     else:
         model = GPT2ReproForCausalLM(plan.config)
+    if plan.recipe.lora_rank and plan.pretrained is not None:
+        add_lora(model, new_lora(plan.recipe.lora_rank, plan.pretrained.source))
     if plan.recipe.attention == "eager":
         model.set_attn_implementation("eager")
     if plan.recipe.gradient_checkpointing:
@@ -271,7 +277,7 @@ def finish(plan: Plan, folder: RunFolder, model: PreTrainedModel, run: RunState)
     a report of it all.
 
     Args:
-        model: unwrapped and without padding rows, with the weights to export.
+        model: unwrapped, with the weights to export; an adapter is saved beside, and merged into it.
         run: at their step: the last, or with `patience` the one with the best validation loss.
     """
     recipe, data, step = plan.recipe, plan.data, run.step
@@ -280,6 +286,10 @@ def finish(plan: Plan, folder: RunFolder, model: PreTrainedModel, run: RunState)
     write_bytes(folder.picture, loss_picture([logged], exported=step if recipe.patience else None))
     samples = [row["samples"] for row in logged.rows if "samples" in row and row["step"] <= step]
 
+    if lora_of(model) is not None:
+        save_adapter_folder(folder.adapter, model, plan.tokenizer)
+        merge_lora(model)
+    model = without_padding(model)
     card = card_maker(plan, folder)(model, last_step=step)
     save_model_folder(folder.model, model, plan.tokenizer, card, folder.picture)
     report = write_report(folder, LoggedRun(folder.name, folder.read_record(), logged.rows))

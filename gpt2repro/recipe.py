@@ -79,6 +79,7 @@ class Recipe:
     init_from: str = option(
         "scratch", "scratch; gpt2 ... gpt2-xl; a run, model folder or Hub id of a GPT-2; or a nanoGPT or llm.c file"
     )
+    lora_rank: int = option(0, "train a LoRA adapter of this rank, not init_from's own weights; 0: off", at_least=0)
     model: dict[str, Any] = option({}, "fields of GPT2ReproConfig, e.g. n_layer; as flags: --model.n_layer 6")
 
     option = options_of("batch and run length")
@@ -250,6 +251,7 @@ class Recipe:
         if not problems:  # the batch arithmetic divides by sizes that must be positive
             problems += self._batch_problems(num_processes)
         problems += self.schedule_problems()
+        problems += self._lora_problems()
         problems += self._evaluation_problems()
         problems += self._publishing_problems()
         return problems
@@ -320,6 +322,20 @@ class Recipe:
             problems.append(
                 f"warmup_steps={self.warmup_steps} must be at most {decay_start:g}, where the decay begins (max_steps="
                 f"{self.max_steps} x (1 - decay_fraction={self.decay_fraction})); lower warmup_steps or decay_fraction"
+            )
+        return problems
+
+    def _lora_problems(self) -> list[str]:
+        problems = []
+        if self.lora_rank and self.init_from == "scratch":
+            problems.append(
+                f"lora_rank={self.lora_rank} adapts a trained model, but init_from=scratch has random weights; set "
+                "--init_from to a run or a model, or drop lora_rank"
+            )
+        if self.lora_rank and self.optimizer == "muon":
+            problems.append(
+                f"optimizer=muon makes the updates of whole matrices orthogonal, but lora_rank={self.lora_rank} trains "
+                "two factors of each; use adamw"
             )
         return problems
 

@@ -21,7 +21,7 @@ from gpt2repro.run_folder import MODEL_FOLDER
 
 
 # What a run's recipe.yaml records besides its recipe; `data` there describes the data.
-RECORD_KEYS = ("base_model", "hardware", "versions", "run_id", "overrides")
+RECORD_KEYS = ("base_model", "base_sha256", "hardware", "versions", "run_id", "overrides")
 OTHER_NAMES = {  # what nanoGPT and transformers' Trainer call a field -> what it is called here
     "dropout": "model.resid_pdrop, model.embd_pdrop and model.attn_pdrop",
     "block_size": "sequence_length, and model.n_positions when training from scratch",

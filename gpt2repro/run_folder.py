@@ -7,6 +7,7 @@ loss.png                    training and validation loss, drawn anew as the run 
 report.html                 verdict, curves, samples, recipe, data and cost; written at the end, with the extra [report]
 checkpoints/step_00001000/  complete or absent
 model/                      what from_pretrained opens; complete or absent
+adapter/                    with lora_rank: the adapter alone, in PEFT's format; in model/ it is merged
 .lock                       held by the process that writes here
 .verified.json              sizes, times and a sample of the shards whose hashes were verified, so that a resume skips
                             them
@@ -24,7 +25,7 @@ from gpt2repro.errors import UserError, first_line
 from gpt2repro.files import acquire_lock, holds_only, is_special, write_json, write_text
 
 
-MODEL_FOLDER = "model"
+MODEL_FOLDER, ADAPTER_FOLDER = "model", "adapter"
 LOCK_TIMEOUT = 60.0  # seconds: a run whose launcher was killed needs some to save and exit
 CHECKPOINT_NAME = re.compile(r"step_\d{8}")
 
@@ -40,16 +41,17 @@ class RunFolder:
         self.report = self.path / "report.html"
         self.checkpoints = self.path / "checkpoints"
         self.model = self.path / MODEL_FOLDER
+        self.adapter = self.path / ADAPTER_FOLDER
         self.lock_file = self.path / ".lock"
         self.verified = self.path / ".verified.json"
         self._held_lock: FileLock | None = None
 
     @classmethod
     def around(cls, folder: Path) -> "RunFolder | None":
-        """The run that a checkpoint or an exported model belongs to; None if there is no record of one."""
+        """The run that a checkpoint or an exported model or adapter belongs to; None if there is no record of one."""
         folder = folder.resolve()
         is_checkpoint = CHECKPOINT_NAME.fullmatch(folder.name) is not None
-        if not is_checkpoint and folder.name != MODEL_FOLDER:
+        if not is_checkpoint and folder.name not in (MODEL_FOLDER, ADAPTER_FOLDER):
             return None
         run = cls(folder.parents[1] if is_checkpoint else folder.parent)
         return run if run.recipe.is_file() and run.metrics.is_file() else None
@@ -66,7 +68,7 @@ class RunFolder:
     def layout_problem(self) -> str | None:
         """A file of the run that is a folder or a pipe, or a folder that is none; None: there is none."""
         files = (self.recipe, self.metrics, self.picture, self.report, self.lock_file, self.verified)
-        folders = (self.checkpoints, self.model)
+        folders = (self.checkpoints, self.model, self.adapter)
         for path in (*files, *folders):
             if is_special(path):
                 return f"{path} is a pipe or device"

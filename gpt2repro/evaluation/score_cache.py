@@ -15,6 +15,7 @@ import numpy as np
 
 from gpt2repro.evaluation.task import Columns, Task
 from gpt2repro.files import content_sha256, file_sha256, write_problem, write_text
+from gpt2repro.models.find import ADAPTER_CONFIG, adapter_base, is_adapter
 
 
 FORMAT = 1
@@ -24,6 +25,7 @@ MODEL_FILES = (
     "*.bin",
     "*.index.json",
     "config.json",
+    ADAPTER_CONFIG,
     "tokenizer*",
     "vocab.json",
     "merges.txt",
@@ -45,14 +47,19 @@ def model_folder(path: str) -> Path | None:
 
 
 def model_sha256(path: Path) -> str:
-    """Hash of the weights, the configuration, the tokenizer and the code of a model folder, or of a file; of a snapshot
-    in the Hub's cache that of its commit, as its weights may not be downloaded yet."""
+    """Hash of the weights, the configuration, the tokenizer and the code of a model folder, or of a file; of an adapter
+    and its base model; of a snapshot in the Hub's cache that of its commit, as its weights may not be downloaded yet.
+    """
     if path.is_file():
         return file_sha256(path)
     if _is_of_hub(path) and path.parent.name == "snapshots":
         return content_sha256({"commit": path.name})
     files = {file.name: file for pattern in MODEL_FILES for file in path.glob(pattern)}
-    return content_sha256({name: file_sha256(file) for name, file in sorted(files.items())})
+    hashes = {name: file_sha256(file) for name, file in sorted(files.items())}
+    base = model_folder(adapter_base(path)) if is_adapter(path) else None
+    if base is not None:
+        hashes["base model"] = model_sha256(base)
+    return content_sha256(hashes)
 
 
 def cache_file(path: Path, model_hash: str, task: Task, settings: dict[str, Any]) -> Path:

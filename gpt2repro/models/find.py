@@ -3,6 +3,7 @@
 import functools
 import json
 import re
+from importlib.util import find_spec
 from pathlib import Path
 
 from gpt2repro.data.hub import hub_failure
@@ -14,7 +15,7 @@ from gpt2repro.run_folder import RunFolder
 
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")  # the first that exists is read; or their shards
 DTYPES = ("auto", "float32", "bfloat16")  # of the weights, as --dtype takes them; auto: as saved
-ADAPTER_CONFIG = "adapter_config.json"  # PEFT's
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # PEFT's
 ADAPTED_OR_NOT = (
     f"holds {ADAPTER_CONFIG} beside full weights; delete {ADAPTER_CONFIG} if they are merged already, otherwise move "
     "the adapter's files to another folder and merge the two"
@@ -24,17 +25,20 @@ PROMPT_LEARNING = ("PROMPT", "P_TUNING", "PREFIX", "CPT", "CARTRIDGE")
 
 
 def find_model(name: str) -> str:
-    """Resolve what a user calls a model: a run (its model folder), a model folder, another trainer's file or a Hub id.
+    """Resolve what a user calls a model: a run (its model folder), a model folder, an adapter's folder, another
+    trainer's file or a Hub id.
 
     Raises:
-        UserError: a folder without a model or with an adapter, a path that does not exist, or a Hub id that the Hub
-            does not have, or cannot be asked about.
+        UserError: a folder without a model, or with an adapter that cannot be merged; a path that does not exist; or a
+            Hub id that the Hub does not have, or cannot be asked about.
     """
     path = Path(name).expanduser()
     for candidate in (RunFolder(path).model, path):
-        if (candidate / ADAPTER_CONFIG).is_file():
-            both = f"{candidate} {ADAPTED_OR_NOT}"
-            raise UserError(both if _has_weights(candidate) else _merge_first(candidate))
+        if is_adapter(candidate):
+            if _has_weights(candidate):
+                raise UserError(f"{candidate} {ADAPTED_OR_NOT}")
+            adapter_base(candidate)
+            return str(candidate)
         if (candidate / "config.json").is_file():
             return str(candidate)
     if path.is_file():
@@ -79,6 +83,37 @@ def is_path(name: str) -> bool:
     return name.count("/") > 1 or name.startswith((".", "/", "~"))
 
 
+def is_adapter(path: str | Path) -> bool:
+    """Whether a path is the folder of an adapter, which PEFT can merge into the model that it was trained on."""
+    return (Path(path) / ADAPTER_CONFIG).is_file()
+
+
+def adapter_base(folder: Path) -> str:
+    """The model that an adapter was trained on, as `find_model` finds it.
+
+    Raises:
+        UserError: it is not there, the adapter is of a kind that cannot be merged into it, or PEFT is not installed.
+    """
+    from gpt2repro.models.errors import explained
+
+    with explained(f"{folder / ADAPTER_CONFIG} is damaged", "save the adapter again"):
+        settings = dict(json.loads((folder / ADAPTER_CONFIG).read_text()))
+        kind, base = str(settings.get("peft_type")), settings.get("base_model_name_or_path")
+    problem = f"{folder} is an adapter ({kind} in {ADAPTER_CONFIG})"
+    if any(word in kind for word in PROMPT_LEARNING):
+        raise UserError(f"{problem} of a kind that cannot be merged into a model; give the model that it was made for")
+    if not base or not isinstance(base, str):
+        raise UserError(f"{problem}; write the name of its base model to base_model_name_or_path there")
+    if is_adapter(base):
+        raise UserError(f"{problem} of another adapter, {base}; write that one's base model there")
+    if find_spec("peft") is None:
+        raise UserError(f'{problem}, which PEFT merges; run `pip install "gpt2repro[lora]"`')
+    try:
+        return find_model(base)
+    except UserError as error:
+        raise UserError(f"{problem}, and its base model is missing: {error}") from error
+
+
 @functools.cache  # a script resolves a name when it checks its flags, and again when it opens the model
 def _check_hub(name: str) -> None:
     """Refuse a name for which neither the cache nor the Hub has a model."""
@@ -101,23 +136,3 @@ def _check_hub(name: str) -> None:
 
 def _has_weights(folder: Path) -> bool:
     return any((folder / name).is_file() for file in WEIGHT_FILES for name in (file, f"{file}.index.json"))
-
-
-def _merge_first(folder: Path) -> str:
-    """The message about a folder that holds an adapter instead of a model."""
-    from gpt2repro.models.errors import explained, python_command
-
-    with explained(f"{folder / ADAPTER_CONFIG} is damaged", "save the adapter again"):
-        settings = dict(json.loads((folder / ADAPTER_CONFIG).read_text()))
-        kind, base = str(settings.get("peft_type")), settings.get("base_model_name_or_path")
-    problem = f"{folder} is an adapter ({kind} in {ADAPTER_CONFIG}), not a model"
-    if any(word in kind for word in PROMPT_LEARNING):
-        return f"{problem}, and of a kind that cannot be merged into one; give the model that it was trained for"
-    if not base:
-        return f"{problem}; write the name of its base model to base_model_name_or_path there"
-    code = (
-        "from transformers import AutoModelForCausalLM as M; from peft import PeftModel as P; "
-        f"m = M.from_pretrained({base!r}, trust_remote_code=True); "
-        f"P.from_pretrained(m, {str(folder)!r}).merge_and_unload().save_pretrained({f'{folder}-merged'!r})"
-    )
-    return f"{problem}; merge it into {base} with `{python_command(code)}` and copy the tokenizer there"

@@ -23,13 +23,14 @@ from transformers import (
     dynamic_module_utils,
 )
 
-from gpt2repro.data.tokenization import build_tokenizer, save_tokenizer
+from gpt2repro.data.tokenization import TOKENIZER_FILES, build_tokenizer, save_tokenizer
 from gpt2repro.errors import UserError, first_line
 from gpt2repro.files import new_folder
 from gpt2repro.models.errors import LIBRARY_ERRORS, explained, python_command
-from gpt2repro.models.find import find_model, is_path
+from gpt2repro.models.find import adapter_base, find_model, is_adapter, is_path
 from gpt2repro.models.foreign_checkpoints import WRAPPERS, first_three
 from gpt2repro.models.generation_defaults import load_generation_defaults, our_generation_defaults
+from gpt2repro.models.lora import lora_of, save_adapter
 from gpt2repro.models.openai_weights import (
     MASK_BUFFERS,
     check_torch_files,
@@ -65,6 +66,16 @@ def save_model_folder(
         card.save(unfinished / "README.md")
         if picture:
             shutil.copy(picture, unfinished / "loss.png")
+
+
+def save_adapter_folder(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Write what `add_lora` has added to a plain model, in PEFT's format, and the tokenizer, atomically."""
+    lora = lora_of(model)
+    assert lora is not None, "add_lora was called"
+    weights = {name: parameter.detach() for name, parameter in model.named_parameters() if parameter.requires_grad}
+    with new_folder(folder) as unfinished:
+        save_adapter(unfinished, lora, weights)
+        _save_tokenizer(unfinished, tokenizer, model.config.n_positions)
 
 
 def rehearse_export(
@@ -109,12 +120,13 @@ def _save_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase, n_position
 
 
 def load_tokenizer(name: str | Path, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """The tokenizer of a folder or Hub id.
+    """The tokenizer of a folder or Hub id; of an adapter that has none, its base model's.
 
     Raises:
         UserError: there is none.
     """
     register_auto_classes()
+    name = _tokenizer_place(name)
     with explained(f"{name}: no tokenizer can be loaded from there", "save one there with tokenizer.save_pretrained"):
         if is_path(str(name)) and not Path(name).exists():  # transformers would look for it on the Hub
             raise FileNotFoundError("it does not exist")
@@ -126,6 +138,12 @@ def load_tokenizer(name: str | Path, trust_remote_code: bool = False) -> PreTrai
         if not words:
             raise ValueError("the vocabulary is empty")
     return tokenizer
+
+
+def _tokenizer_place(model: str | Path) -> str | Path:
+    """Where a model's tokenizer lies: of an adapter that was saved without one, with its base model."""
+    has_own = not is_adapter(model) or any((Path(model) / name).exists() for name in TOKENIZER_FILES)
+    return model if has_own else adapter_base(Path(model))
 
 
 def check_tokenizer(name: str, tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> None:
@@ -156,7 +174,8 @@ def check_tokenizer(name: str, tokenizer: PreTrainedTokenizerBase, config: PreTr
 def open_model(
     name: str, dtype: str = "auto", trust_remote_code: bool = False
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A causal language model and its tokenizer, from a run, a model folder, another trainer's file or the Hub.
+    """A causal language model and its tokenizer, from a run, a model folder, an adapter's folder, the Hub or another
+    trainer's file.
 
     Args:
         dtype: of the weights, one of DTYPES; "auto" keeps the dtype they were saved in.
@@ -167,7 +186,7 @@ def open_model(
     register_auto_classes()
     path = find_model(name)
     as_gpt2 = functools.partial(from_gpt2, path, dtype=None if dtype == "auto" else getattr(torch, dtype))
-    if Path(path).is_file() or _is_of_2019(path):
+    if Path(path).is_file() or is_adapter(path) or _is_of_2019(path):
         model = as_gpt2()
         tokenizer = tokenizer_for(path, model)
         check_tokenizer(path, tokenizer, model.config)
@@ -271,13 +290,15 @@ def _remote_code_lock() -> Iterator[None]:
 
 
 def tokenizer_for(path: str, model: PreTrainedModel, remedy: str | None = None) -> PreTrainedTokenizerBase:
-    """The tokenizer in a model's folder; for a checkpoint file with GPT-2's vocabulary size, GPT-2's.
+    """The tokenizer in a model's folder; for a checkpoint file with GPT-2's vocabulary size, GPT-2's; for an adapter
+    without one, its base model's.
 
     Args:
         remedy: if there is none; None: conversion by publish.py.
     Raises:
         UserError: there is none.
     """
+    path = str(_tokenizer_place(path))
     if not Path(path).is_file():
         return load_tokenizer(path)
     gpt2 = build_tokenizer("gpt2", [])

@@ -10,6 +10,7 @@ Only who trains it asks for them, with `stored.build(padded(stored.config))`; th
 """
 
 import copy
+import dataclasses
 import functools
 import inspect
 import json
@@ -26,7 +27,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedConfig, PreTrain
 
 from gpt2repro.errors import UserError, first_line
 from gpt2repro.models.errors import explained, python_command
-from gpt2repro.models.find import ADAPTED_OR_NOT, ADAPTER_CONFIG, WEIGHT_FILES
+from gpt2repro.models.find import ADAPTED_OR_NOT, ADAPTER_CONFIG, WEIGHT_FILES, adapter_base, is_adapter
 from gpt2repro.models.foreign_checkpoints import (
     LANGUAGE_MODEL,
     check_tensors,
@@ -36,6 +37,7 @@ from gpt2repro.models.foreign_checkpoints import (
     read_checkpoint_file,
 )
 from gpt2repro.models.generation_defaults import load_generation_defaults
+from gpt2repro.models.lora import merge_adapter
 from gpt2repro.models.padding import EMBEDDINGS, unpadded
 from gpt2repro.models.unwrap import unwrapped
 from modeling_gpt2repro import GPT2ReproConfig, GPT2ReproForCausalLM
@@ -137,7 +139,8 @@ def open_gpt2(source: str | Path, revision: str | None = None, drop_heads: bool 
 
     Args:
         source: gpt2, gpt2-medium, gpt2-large, gpt2-xl or any other Hub id or folder of a GPT2LMHeadModel or of our
-            model; or a file: nanoGPT's ckpt.pt, build-nanogpt's model_*.pt, llm.c's model_*.bin.
+            model; or a file: nanoGPT's ckpt.pt, build-nanogpt's model_*.pt, llm.c's model_*.bin; or the folder of an
+            adapter, which is merged into its base model when that is built.
         revision: branch, tag or commit of a Hub id.
         drop_heads: leave out tensors that are not part of a language model: value heads, classification heads.
     Raises:
@@ -148,6 +151,8 @@ def open_gpt2(source: str | Path, revision: str | None = None, drop_heads: bool 
             fields, tensors = read_checkpoint_file(source, drop_heads)
             stored_tensors = {name: StoredTensor.of(tensor) for name, tensor in tensors.items()}
             return StoredGPT2(source, revision, unpadded(GPT2ReproConfig(**fields)), lambda: stored_tensors)
+        if is_adapter(source) and not (Path(source) / WEIGHT_FILES[0]).exists():
+            return _open_adapter(Path(source), drop_heads)
         stored_fields = _read_config(source, revision)
         is_ours = stored_fields.get("model_type") == GPT2ReproConfig.model_type
         config = _our_config(stored_fields) if is_ours else _converted_config(source, stored_fields)
@@ -194,6 +199,17 @@ def to_gpt2(model: PreTrainedModel) -> GPT2LMHeadModel:
     gpt2.tie_weights()
     gpt2.generation_config = model.generation_config
     return gpt2.eval()
+
+
+def _open_adapter(folder: Path, drop_heads: bool) -> StoredGPT2:
+    """The model that an adapter was trained on, with the adapter merged into its weights."""
+    base = open_gpt2(adapter_base(folder), drop_heads=drop_heads)
+
+    def open_merged() -> dict[str, StoredTensor]:
+        merged = merge_adapter(base.build(), str(base.source), folder)
+        return {name: StoredTensor.of(parameter.detach()) for name, parameter in merged.named_parameters()}
+
+    return dataclasses.replace(base, open_tensors=open_merged)
 
 
 # ---- configuration ----

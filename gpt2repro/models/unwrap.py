@@ -8,6 +8,8 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
+from gpt2repro.models.lora import add_lora, lora_of
+
 
 def unwrapped(model: torch.nn.Module) -> PreTrainedModel:
     """The plain model inside DDP, torch.compile or FSDP2.
@@ -23,6 +25,9 @@ def unwrapped(model: torch.nn.Module) -> PreTrainedModel:
     plain_class = next(c for c in type(model).__mro__ if not issubclass(c, FSDPModule))
     with torch.device("meta"):
         plain = plain_class(model.config)
+    lora = lora_of(model)
+    if lora is not None:
+        add_lora(plain, lora)
     plain.generation_config = model.generation_config
     if state:  # empty on every rank but 0
         plain.load_state_dict(state, assign=True)

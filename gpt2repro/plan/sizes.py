@@ -56,13 +56,16 @@ class Sizes:
         return 3 * forward
 
 
-def flops_per_token(config: Any, parameters: int, sequence_length: int) -> float:
-    """FLOPs of a training step per token as MFU counts them: 6 per weight, plus 12 * n_layer * n_embd * T for
-    attention. Position embeddings are looked up, not multiplied.
+def flops_per_token(config: Any, trained: int, sequence_length: int, frozen: int = 0) -> float:
+    """FLOPs of a training step per token as MFU counts them: 6 per trained weight, 4 per frozen one, of which no
+    gradient is computed, plus 12 * n_layer * n_embd * T for attention. Position embeddings are looked up, not
+    multiplied.
 
     Args:
         config: `Sizes`, or a model's configuration.
+        trained, frozen: parameters; position embeddings are among the frozen ones, if there are any.
     Source: PaLM paper, appendix B; nanoGPT estimate_mfu.
     """
-    weights = parameters - config.n_positions * config.n_embd
-    return 6 * weights + 12 * config.n_layer * config.n_embd * sequence_length
+    looked_up = config.n_positions * config.n_embd
+    multiplied = 4 * (frozen - looked_up) + 6 * trained if frozen else 6 * (trained - looked_up)
+    return multiplied + 12 * config.n_layer * config.n_embd * sequence_length

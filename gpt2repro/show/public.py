@@ -8,7 +8,7 @@ from gpt2repro.data.manifest import corpus_title
 
 REPORT_MARK = '<meta name="generator" content="gpt2repro">'  # tells a report of ours from other files
 # Fields of recipe.yaml that are no settings of the recipe, or paths.
-NOT_SETTINGS = ("data", "versions", "hardware", "data_dir", "output_dir", "hellaswag_data")
+NOT_SETTINGS = ("data", "base_sha256", "versions", "hardware", "data_dir", "output_dir", "hellaswag_data")
 
 
 def public_settings(record: dict[str, Any]) -> dict[str, Any]:

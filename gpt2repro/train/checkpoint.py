@@ -1,10 +1,11 @@
 """Atomic, asynchronous checkpoints: complete or absent, verified on resume, independent of the world size.
 
 checkpoints/step_00001000/ holds model.safetensors, optimizer.safetensors and trainer_state.json; the model's
-configuration and tokenizer, so that it opens like a model folder; and hashes.json, the sha256 of each file. Nothing is
-pickled. Training pauses only while the tensors are copied; a thread of the main process writes them. Only the main
-process touches the disk. On resume it broadcasts what it reads to all ranks, whether they hold the full model (DDP) or
-a shard of it (FSDP2), on this machine or another.
+configuration and tokenizer, so that it opens like a model folder; and hashes.json, the sha256 of each file. With LoRA
+it holds the adapter alone, in PEFT's format, and opens together with its base model. Nothing is pickled. Training
+pauses only while the tensors are copied; a thread of the main process writes them. Only the main process touches the
+disk. On resume it broadcasts what it reads to all ranks, whether they hold the full model (DDP) or a shard of it
+(FSDP2), on this machine or another.
 """
 
 import contextlib
@@ -32,10 +33,11 @@ from gpt2repro.data.tokenization import save_tokenizer
 from gpt2repro.errors import UserError, first_line, write_remedy
 from gpt2repro.files import delete, delete_folder, delete_unfinished, file_sha256, flush, new_folder
 from gpt2repro.models.generation_defaults import load_generation_defaults
+from gpt2repro.models.lora import lora_of, save_adapter, saved_name
 from gpt2repro.processes import on_main
 from gpt2repro.recipe import Recipe
 from gpt2repro.run_folder import RunFolder, checkpoint_step
-from gpt2repro.train.checkpoint_files import HASHES, MODEL, OPTIMIZER, STATE, find_damage, read_state
+from gpt2repro.train.checkpoint_files import HASHES, MODEL, OPTIMIZER, STATE, find_damage, read_state, weights_file
 from gpt2repro.train.early_stopping import best_first
 
 
@@ -63,7 +65,9 @@ class Checkpoints:
     ):
         self.recipe, self.accelerator, self.say = recipe, accelerator, say
         self.model, self.optimizers, self.tokenizer = model, optimizers, tokenizer
-        self.names = [name for name, _ in model.named_parameters()]  # a tied head has no name of its own
+        self.lora = lora_of(model)
+        # What is trained; a tied head has no name of its own.
+        self.shapes = {name: p.shape for name, p in model.named_parameters() if p.requires_grad}
         self.folder = RunFolder(recipe.output_dir)
         self.uses_deepspeed = accelerator.distributed_type == DistributedType.DEEPSPEED
         self.writer: Thread | None = None
@@ -107,7 +111,7 @@ class Checkpoints:
             for name, of_parameter in optimizer_state["state"].items()
             for key, tensor in of_parameter.items()
         }
-        return {name: weights[name] for name in self.names}, moments
+        return {name: weights[name] for name in self.shapes}, moments
 
     def _copy(self, tensor: torch.Tensor) -> torch.Tensor:
         """A tensor that training no longer changes. On the CPU the "offloaded" ones are the live ones; so are, beside a
@@ -145,7 +149,10 @@ class Checkpoints:
             if self.folder.metrics.exists():
                 flush(self.folder.metrics)  # a resumed run will not log the rows before this checkpoint again
             with new_folder(self.folder.checkpoint(state["step"])) as folder:
-                save_file(weights, folder / MODEL, metadata={"format": "pt"})
+                if self.lora is not None:
+                    save_adapter(folder, self.lora, weights)
+                else:
+                    save_file(weights, folder / MODEL, metadata={"format": "pt"})
                 save_file(moments, folder / OPTIMIZER)
                 self._write_metadata(folder, state)
             self.failure = None
@@ -246,7 +253,7 @@ class Checkpoints:
     def _load(self, weights: Tensors, moments: dict[str, Tensors], has_moments: bool) -> None:
         """Broadcast the main process's tensors into model and optimizers. All ranks call it."""
         several = self.accelerator.num_processes > 1
-        # Not strict, because a tied head is in the model but not in the file.
+        # Not strict, because a tied head, and what LoRA has frozen, are in the model but not in the file.
         options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=several, strict=False)
         set_model_state_dict(self.model, weights, options=options)
         for optimizer in self.optimizers:
@@ -294,14 +301,15 @@ class Checkpoints:
 
     def _read(self, checkpoint: Path) -> tuple[Tensors, dict[str, Tensors]]:
         """The weights, and the optimizer tensors of each parameter, which are empty before the first update."""
-        weights = load_file(checkpoint / MODEL)
+        weights = load_file(weights_file(checkpoint))
+        if self.lora is not None:
+            weights = {name: weights[saved_name(name)] for name in self.shapes if saved_name(name) in weights}
         moments: dict[str, Tensors] = {}
         for name, tensor in load_file(checkpoint / OPTIMIZER).items():
             parameter, _, key = name.rpartition(".")
             moments.setdefault(parameter, {})[key] = tensor
-        expected = {name: parameter.shape for name, parameter in self.model.named_parameters()}
         found = {name: tensor.shape for name, tensor in weights.items()}
-        has_same_moments = not moments or moments.keys() == expected.keys()
-        if found != expected or not has_same_moments:
+        has_same_moments = not moments or moments.keys() == self.shapes.keys()
+        if found != self.shapes or not has_same_moments:
             raise UserError(f"{checkpoint} holds another model; choose another --output_dir")
         return weights, moments

@@ -7,10 +7,16 @@ from typing import Any
 
 from gpt2repro.errors import first_line
 from gpt2repro.files import file_problem
+from gpt2repro.models.find import ADAPTER_WEIGHTS, is_adapter
 
 
 MODEL, OPTIMIZER, STATE, HASHES = "model.safetensors", "optimizer.safetensors", "trainer_state.json", "hashes.json"
 MIN_FILES = 4  # state, configuration, weights, optimizer
+
+
+def weights_file(checkpoint: Path) -> Path:
+    """The file of the weights that are trained: with lora_rank, the adapter's."""
+    return checkpoint / (ADAPTER_WEIGHTS if is_adapter(checkpoint) else MODEL)
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:

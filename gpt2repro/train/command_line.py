@@ -12,7 +12,7 @@ from gpt2repro.errors import UserError, first_line, problems_of, refuse
 from gpt2repro.evaluation.reference_curves import reference_problems
 from gpt2repro.files import CHECKOUT, append_problem, write_problem
 from gpt2repro.model_fields import model_fields
-from gpt2repro.models.find import find_model
+from gpt2repro.models.find import find_model, is_adapter
 from gpt2repro.processes import world_size
 from gpt2repro.recipe import Recipe
 from gpt2repro.recipe_file import parse_recipe
@@ -66,7 +66,7 @@ def read_command_line(argv: list[str]) -> CommandLine:
             data = open_data(recipe)
         except (UserError, ValueError) as error:
             problems.append(str(error))
-    problems += init_from_problems(recipe, folder)
+    problems += init_from_problems(recipe, folder) + lora_problems(recipe)
     if folder is not None:
         is_whole = is_read and recipe.init_from == "scratch"  # otherwise init_from decides on the model's sizes
         problems += output_problems(recipe if is_whole else None, folder, data)
@@ -90,11 +90,26 @@ def open_data(recipe: Recipe) -> RunData:
 
 
 def init_from_problems(recipe: Recipe, folder: RunFolder | None) -> list[str]:
-    """One line if there is no model at init_from, and no checkpoint in its place."""
+    """One line if there is no model at init_from, and no checkpoint in its place; an adapter's needs the model."""
     resumes = folder is not None and folder.latest_checkpoint() is not None
-    if recipe.init_from == "scratch" or resumes:
+    if recipe.init_from == "scratch" or (resumes and not recipe.lora_rank):
         return []
     return problems_of(find_model, recipe.init_from)
+
+
+def lora_problems(recipe: Recipe) -> list[str]:
+    """Why no adapter of init_from can be trained."""
+    if not recipe.lora_rank:
+        return []
+    problems = []
+    if find_spec("peft") is None:
+        problems.append(f'lora_rank={recipe.lora_rank} needs PEFT; run `pip install "gpt2repro[lora]"`')
+    if is_adapter(recipe.init_from):
+        problems.append(
+            f"init_from={recipe.init_from} is an adapter itself, and lora_rank trains one of a model; merge it with "
+            f"`python publish.py {shlex.quote(recipe.init_from)} --to ./FOLDER` first"
+        )
+    return problems
 
 
 def tracker_problems(recipe: Recipe) -> list[str]:

@@ -13,6 +13,8 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from gpt2repro.data.mixture import RunData
 from gpt2repro.errors import UserError, refuse, report_write_errors
+from gpt2repro.evaluation.score_cache import model_folder, model_sha256
+from gpt2repro.models.find import find_model
 from gpt2repro.processes import (
     cpu_asked,
     device_name,
@@ -101,6 +103,7 @@ def begin_run(recipe: Recipe, data: RunData, accelerator: Accelerator) -> RunFol
                 _report_assumed_tokenizers(data)
                 folder.write_record(run_record(recipe, data, hardware))
             else:
+                refuse(base_problems(recipe, folder.read_record()))
                 RecipeChange.between(folder.read_record(), recipe, folder).apply(folder)
             folder.write_verified(verified)
         start_tracker(recipe, folder.read_record().get("run_id"), accelerator)
@@ -117,10 +120,27 @@ def run_record(recipe: Recipe, data: RunData, hardware: str) -> dict:
     return {
         **run_settings(recipe, data),
         "base_model": None if is_local else recipe.init_from,  # a Hub id
+        **({"base_sha256": base_sha256(recipe)} if recipe.lora_rank else {}),
         "hardware": hardware,
         "versions": provenance(),
         "run_id": f"{plain_name}-{uuid4().hex[:8]}",
     }
+
+
+def base_sha256(recipe: Recipe) -> str | None:
+    """Hash of the model that LoRA adapts, which the run's checkpoints do not hold."""
+    base = model_folder(find_model(recipe.init_from))
+    return None if base is None else model_sha256(base)
+
+
+def base_problems(recipe: Recipe, record: dict[str, Any]) -> list[str]:
+    """One line if init_from is no longer the model that the run's adapter was begun with."""
+    if not recipe.lora_rank or record.get("base_sha256") == base_sha256(recipe):
+        return []
+    return [
+        f"init_from={recipe.init_from} has changed since this run began, whose adapter fits the old one only; restore "
+        "it, or choose another --output_dir"
+    ]
 
 
 def run_settings(recipe: Recipe, data: RunData) -> dict[str, Any]:

@@ -125,6 +125,11 @@ def launch_problems(recipe: Recipe, accelerator: Accelerator, n_optimizers: int)
             f"optimizer={recipe.optimizer} is {n_optimizers} optimizers, but DeepSpeed takes only one; use FSDP2 or "
             "adamw"
         )
+    if recipe.lora_rank and uses_deepspeed:
+        problems.append(
+            f"lora_rank={recipe.lora_rank}: DeepSpeed would save the frozen weights with every checkpoint; use DDP or "
+            "FSDP2"
+        )
     if recipe.batch_ramp_start and uses_deepspeed:
         problems.append(
             f"batch_ramp_start={recipe.batch_ramp_start} varies the accumulation, which DeepSpeed cannot; use FSDP2"

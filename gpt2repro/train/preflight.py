@@ -168,7 +168,8 @@ def model_tokenizer(source: str | Path) -> PreTrainedTokenizerBase | None:
 def starting_point(recipe: Recipe, folder: RunFolder | None) -> tuple[GPT2ReproConfig, StoredGPT2 | None]:
     """The configuration of init_from, and the pretrained model that the weights come from, if any.
 
-    A run with a checkpoint resumes from that and no longer needs the model it was initialized from.
+    A run with a checkpoint resumes from that and no longer needs the model it was initialized from, unless it trains an
+    adapter of that.
 
     Args:
         folder: of the run; None with --eval_only.
@@ -177,10 +178,11 @@ def starting_point(recipe: Recipe, folder: RunFolder | None) -> tuple[GPT2ReproC
     """
     has_checkpoint = folder is not None and folder.latest_checkpoint() is not None
     own_config = newest_config(folder) if folder is not None and has_checkpoint else None
-    if own_config is not None:
+    if own_config is not None and not recipe.lora_rank:
         return own_config, None
     pretrained = open_gpt2(find_model(recipe.init_from))
-    return padded(pretrained.config), None if has_checkpoint else pretrained
+    resumes_alone = has_checkpoint and not recipe.lora_rank
+    return padded(pretrained.config), None if resumes_alone else pretrained
 
 
 def scratch_config(recipe: Recipe, data: RunData) -> GPT2ReproConfig:
@@ -267,6 +269,11 @@ def plan_problems(plan: Plan) -> list[str]:
     """Contradictions between recipe, data, tokenizer and model."""
     recipe, config, tokenized = plan.recipe, plan.config, plan.data.tokenizer
     problems = memory_problems(config)
+    if recipe.lora_rank > config.n_embd:
+        problems.append(
+            f"lora_rank={recipe.lora_rank} must be at most n_embd={config.n_embd}: a larger one has more parameters "
+            "than the matrices themselves; lower it"
+        )
     model_tokens = config.unpadded_vocab_size or config.vocab_size
     if model_tokens < tokenized.vocab_size:
         problems.append(

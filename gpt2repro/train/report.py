@@ -147,12 +147,14 @@ def files_text(folder: RunFolder, report: str) -> str:
     Args:
         report: what `write_report` returned.
     """
+    adapter = f"adapter     {folder.adapter}\n" if folder.adapter.is_dir() else ""
     return (
         f"metrics     {folder.metrics}\n"
         f"picture     {folder.picture}\n"
         f"report      {report}\n"
         f"checkpoint  {folder.latest_checkpoint()}\n"
         f"model       {folder.model}\n"
+        f"{adapter}"
         "\n"
         "from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast\n"
         f'model = AutoModelForCausalLM.from_pretrained("{folder.model}", trust_remote_code=True)\n'

@@ -53,9 +53,10 @@ class Telemetry:
     def __init__(self, recipe: Recipe, accelerator: Accelerator, model: torch.nn.Module):
         self.recipe, self.accelerator = recipe, accelerator
         self.metrics = Metrics(RunFolder(recipe.output_dir).metrics) if accelerator.is_main_process else None
-        self.parameters = list(model.parameters())
-        n_parameters = sum(p.numel() for p in self.parameters)
-        self.flops_per_token = flops_per_token(model.config, n_parameters, recipe.sequence_length)
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        n_trained = sum(p.numel() for p in self.parameters)
+        n_frozen = sum(p.numel() for p in model.parameters()) - n_trained
+        self.flops_per_token = flops_per_token(model.config, n_trained, recipe.sequence_length, n_frozen)
         self.peak_flops = peak_flops(accelerator.device, accelerator.mixed_precision)
         if recipe.peak_tflops:
             self.peak_flops = recipe.peak_tflops * 1e12
@@ -131,7 +132,7 @@ class Telemetry:
     @contextlib.contextmanager
     def measuring_update(self, step: int) -> Iterator[None]:
         """Wraps the optimizer update of step `step`; every UPDATE_RATIO_EVERY steps, measures the norm of the update
-        relative to that of the weights."""
+        relative to that of the trained weights."""
         if step % UPDATE_RATIO_EVERY:
             yield
             return

@@ -139,25 +139,6 @@ def follow_advice(error):
     exec(arguments[1], {})  # python -c
 
 
-def test_a_lora_adapter_is_refused_by_name_until_the_advice_is_followed(folder, tmp_path):
-    peft = pytest.importorskip("peft")
-    model, tokenizer = open_model(str(folder))
-    adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=["c_attn"], init_lora_weights=False))
-    adapter = tmp_path / "Ada's adapter"
-    adapted.save_pretrained(adapter)
-    tokenizer.save_pretrained(adapter)
-    with pytest.raises(UserError, match="is an adapter .LORA in .*, not a model; merge it into .*model") as caught:
-        find_model(str(adapter))
-    assert len(str(caught.value).splitlines()) == 1
-
-    follow_advice(caught.value)
-    merged_folder = adapter.with_name(f"{adapter.name}-merged")
-    tokenizer.save_pretrained(merged_folder)
-    merged, _ = open_model(str(merged_folder))
-    ids = torch.tensor([[0, 1, 2, 3]])
-    torch.testing.assert_close(merged(ids).logits, adapted.eval()(ids).logits)
-
-
 @pytest.mark.parametrize(
     "settings, message",
     [
