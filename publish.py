@@ -2,6 +2,7 @@
 
     python publish.py runs/gpt2-124m-fineweb-edu --to owner/name                # weights with our model code
     python publish.py runs/gpt2-124m-fineweb-edu --to owner/name --format gpt2  # plain GPT2LMHeadModel, no remote code
+    python publish.py runs/gpt2-124m-fineweb-edu --to owner/name --format gguf  # one file, for llama.cpp
     python publish.py runs/demo/checkpoints/step_00000500 --to ./exported       # a folder, starting with . or / or ~
     python publish.py nanogpt/out/ckpt.pt --to ./converted                      # nanoGPT, build-nanogpt, llm.c
     python publish.py owner/name --space owner/demo                             # a demo of a model that is on the Hub
@@ -21,6 +22,7 @@ from gpt2repro.files import write_problem
 from gpt2repro.models.find import find_model
 
 
+GGUF_TYPES = ("f16", "f32", "bf16", "q8_0")
 FOLDER_PREFIXES = (".", "/", "~")  # of --to; any other value is a Hub repository
 
 
@@ -33,9 +35,13 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     )
     parser.add_argument(
         "--format",
-        choices=("gpt2repro", "gpt2"),
+        choices=("gpt2repro", "gpt2", "gguf"),
         default="gpt2repro",
-        help="gpt2repro: with our model code; gpt2: transformers' own class, loads anywhere (default: %(default)s)",
+        help="gpt2repro: with our model code; gpt2: transformers' own class, loads anywhere; gguf: one file for "
+        "llama.cpp; docs/formats.md has others (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--gguf_type", choices=GGUF_TYPES, help=f"of the weights in a GGUF file (default: {GGUF_TYPES[0]})"
     )
     parser.add_argument("--tokenizer", help="folder, run, prepared directory or Hub id, if SOURCE has none")
     parser.add_argument("--drop_heads", action="store_true", help="leave out value heads and other trainers' extras")
@@ -58,6 +64,11 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     if (args.private and not to_hub) or ((args.revision or args.overwrite_readme) and "--to" not in to_hub):
         flags = "--private, --revision and --overwrite_readme"
         problems.append(f"{flags} are for the Hub; drop them, or pass --to owner/name")
+    if args.format == "gguf" and args.space:
+        problems.append("--space is a demo of a model that transformers opens, --format gguf is not; drop one of them")
+    if args.format != "gguf" and args.gguf_type:
+        problems.append(f"--gguf_type {args.gguf_type} is for --format gguf; drop it, or add that")
+    args.gguf_type = args.gguf_type or GGUF_TYPES[0]
     refuse([problem for problem in problems if problem] + problems_of(find_model, args.source))
     return args
 
@@ -125,6 +136,7 @@ from gpt2repro.hub.model_card import THIS_MODEL, model_card
 from gpt2repro.hub.upload import create_repository, create_space, needs_token, upload, upload_space
 from gpt2repro.models.errors import explained
 from gpt2repro.models.folder import check_tokenizer, load_tokenizer, save_model_folder, tokenizer_for
+from gpt2repro.models.gguf_file import check_gguf, write_gguf
 from gpt2repro.models.openai_weights import from_gpt2, to_gpt2
 from gpt2repro.processes import note
 from gpt2repro.recipe import Recipe
@@ -146,6 +158,7 @@ class Export:
     run: that trained it; None: there is no record of one.
     last_step: the checkpoint's; None: the model is what the run exported.
     scorecard: what is published of it; None: there is none.
+    gguf_type: one of GGUF_TYPES: written as a GGUF file; None: as a folder for transformers.
     """
 
     model: PreTrainedModel
@@ -154,15 +167,22 @@ class Export:
     last_step: int | None
     license: str | None
     scorecard: dict[str, Any] | None
+    gguf_type: str | None
 
     def write(self, folder: Path, title: str, repo_id: str | None = None) -> None:
-        """Write the model folder.
+        """Write the folder that is published.
 
         Args:
             repo_id: where it will lie on the Hub; None: nowhere.
         """
-        card = model_card(self.model, title, repo_id, self.run, self.last_step, self.license, self.scorecard)
-        save_model_folder(folder, self.model, self.tokenizer, card)
+        file = f"{title}-{self.gguf_type.upper()}.gguf" if self.gguf_type else None
+        card = model_card(self.model, title, repo_id, self.run, self.last_step, self.license, self.scorecard, file)
+        if self.gguf_type and file:
+            folder.mkdir()
+            write_gguf(folder / file, self.model, self.tokenizer, self.gguf_type, title)
+            card.save(folder / "README.md")
+        else:
+            save_model_folder(folder, self.model, self.tokenizer, card)
         if self.run is not None:
             draw_losses(self.run, self.last_step, folder / "loss.png", title)
 
@@ -214,11 +234,14 @@ def open_source(source: str, args: argparse.Namespace) -> Export:
     model = from_gpt2(source, drop_heads=args.drop_heads)
     tokenizer = choose_tokenizer(args.tokenizer, source, model)
     check_tokenizer(source, tokenizer, model.config)
+    gguf_type = args.gguf_type if args.format == "gguf" else None
+    if gguf_type:
+        check_gguf(model, tokenizer, gguf_type)
     if args.format == "gpt2":
         model = to_gpt2(model)
     run = RunFolder.around(Path(source))
     scorecard = find_scorecard(args.scorecard, source, run)
-    return Export(model, tokenizer, run, last_step, args.license, scorecard)
+    return Export(model, tokenizer, run, last_step, args.license, scorecard, gguf_type)
 
 
 def check_hub_model(model_id: str) -> None:

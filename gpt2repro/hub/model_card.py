@@ -46,8 +46,9 @@ def model_card(
     last_step: int | None = None,
     license: str | None = None,
     scorecard: dict[str, Any] | None = None,
+    gguf: str | None = None,
 ) -> ModelCard:
-    """The card of one of our models, or of its export as GPT2LMHeadModel.
+    """The card of one of our models, or of its export as GPT2LMHeadModel or to a GGUF file.
 
     Args:
         name: the title.
@@ -56,6 +57,7 @@ def model_card(
         last_step: the checkpoint's step if the model is a checkpoint; None: it is the run's exported model.
         license: of the weights, as the Hub abbreviates it; None: what the run's recipe says, if anything.
         scorecard: what a scorecard says of this model, see `public_part` in evaluation/scorecard.py.
+        gguf: the name of the GGUF file that it is of; None: it is of a folder for transformers.
     """
     model = without_padding(model)  # as it is saved
     record: dict[str, Any] = {}
@@ -69,11 +71,13 @@ def model_card(
     results = _results(metrics, record)
     license = license or record.get("license")
     metadata = _metadata(name, license, record, metrics, results, scorecard)
+    if gguf:
+        metadata.library_name = "gguf"
     sections = [
         f"# {name}",
         'GPT-2\'s architecture (Radford et al. 2019, "Language Models are Unsupervised Multitask Learners"), '
         f"{'trained' if record else 'converted'} with gpt2repro.",
-        _usage(model, repo_id or "PATH_OR_REPO"),
+        _gguf_usage(gguf, repo_id) if gguf else _usage(model, repo_id or "PATH_OR_REPO"),
         _table(["", ""], _facts(model, record, metrics)),
         *_evaluation(results, metrics),
         *_scorecard_sections(scorecard),
@@ -105,14 +109,26 @@ def _metrics_of_step(rows: list[dict], record: dict[str, Any], last_step: int | 
 
 def _usage(model: PreTrainedModel, load_from: str) -> str:
     is_plain = model.config.model_type == "gpt2"
-    remote_code = "" if is_plain else ", trust_remote_code=True"
-    needs = "" if is_plain else "\n\nNeeds transformers 5.17 or later and torch 2.11 or later."
+    remote_code = "" if is_plain else ', revision="COMMIT", trust_remote_code=True'
+    about_code = (
+        "\n\nThis runs the repository's code: give a commit whose `modeling_gpt2repro.py` you have read, as without "
+        "`revision` a later one runs unread. Needs transformers 5.17 or later and torch 2.11 or later."
+    )
     # AutoTokenizer reads the model's configuration first, and asks whether to run its code.
     tokenizer = "AutoTokenizer" if is_plain else "PreTrainedTokenizerFast"
     return (
         f"```python\nfrom transformers import AutoModelForCausalLM, {tokenizer}\n\n"
         f'model = AutoModelForCausalLM.from_pretrained("{load_from}"{remote_code})\n'
-        f'tokenizer = {tokenizer}.from_pretrained("{load_from}")\n```{needs}'
+        f'tokenizer = {tokenizer}.from_pretrained("{load_from}")\n```{"" if is_plain else about_code}'
+    )
+
+
+def _gguf_usage(file: str, repo_id: str | None) -> str:
+    model = f'Llama.from_pretrained("{repo_id}", "{file}")' if repo_id else f'Llama("{file}")'
+    return (
+        "For llama.cpp and what is built on it. In Python, with llama-cpp-python:\n\n"
+        f"```python\nfrom llama_cpp import Llama\n\nmodel = {model}\n"
+        'print(model("Once upon a time", max_tokens=100)["choices"][0]["text"])\n```'
     )
 
 

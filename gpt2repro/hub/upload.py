@@ -11,7 +11,8 @@ from gpt2repro.processes import note
 
 README = "README.md"
 MADE_BY_THE_HUB = {README, ".gitattributes"}  # what a new Space holds
-OTHER_WEIGHTS = [  # model.safetensors is what we write
+WEIGHTS = "model.safetensors"  # as we write them
+OTHER_WEIGHTS = [
     "model.safetensors.index.json",
     "model-*-of-*.safetensors",
     "pytorch_model.bin",
@@ -104,8 +105,9 @@ def upload(
     overwrite_readme: bool = False,
     keep_as: Path | None = None,
 ) -> str:
-    """Upload a model folder as one commit. Of the files that are there it touches only those of the same names, and the
-    weights of an older model in other files, which some libraries would read instead. A line says that README.md stays.
+    """Upload a model folder as one commit. Of the files that are there it touches only those of the same names, and, if
+    it brings weights for transformers, those of an older model in other files, which some libraries would read instead.
+    A line says that README.md stays.
 
     Args:
         overwrite_readme: replace a README.md that is there; its owner may have written it.
@@ -124,7 +126,7 @@ def upload(
             revision=revision,
             commit_message="Upload model",
             ignore_patterns=[README] if keeps_readme else None,
-            delete_patterns=OTHER_WEIGHTS,
+            delete_patterns=OTHER_WEIGHTS if (folder / WEIGHTS).exists() else None,
         )
     except Exception as error:  # of any type, as in create_repository
         branch = f" --revision {revision}" if revision else ""

@@ -347,6 +347,17 @@ def test_publish_leaves_what_its_user_has_on_the_hub(hub, folder, attempt, tmp_p
     assert b"gpt2repro" in hub.files("ada/hers")["README.md"]
 
 
+def test_a_gguf_file_joins_the_weights_that_are_there(hub, attempt, tmp_path):
+    theirs = {"README.md": b"mine", "model.safetensors.index.json": b"{}", "model-00001-of-00002.safetensors": b"mine"}
+    hub.create("ada/both").commit("Upload", theirs)
+    tokenizer = build_tokenizer("bpe:257", [TEXT]).fast
+    model = tiny_model(vocab_size=320, unpadded_vocab_size=257)
+    save_model_folder(tmp_path / "model", model, tokenizer, model_card(model, "tiny"))
+    attempt("publish", [(ADA, tmp_path / "model", "--to", "ada/both", "--format", "gguf")], cwd=tmp_path)
+    files = hub.files("ada/both")
+    assert files.items() >= theirs.items() and files["both-F16.gguf"].startswith(b"GGUF")
+
+
 def test_publish_refuses_at_once_what_it_may_not_or_cannot_do(hub, folder, attempt, tmp_path):
     """Writing to another's repository; keeping a model private in a public one."""
     hub.create("ada/not-bobs")

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 
+import gguf
 import numpy as np
 import pytest
 import torch
@@ -13,7 +14,7 @@ import yaml
 from huggingface_hub import ModelCard
 from support import contents
 from torch.testing import assert_close
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 import publish
 from gpt2repro.data.tokenization import build_tokenizer
@@ -22,6 +23,7 @@ from gpt2repro.evaluation.score_cache import model_sha256
 from gpt2repro.files import file_sha256
 from gpt2repro.hub.model_card import model_card
 from gpt2repro.models.folder import save_model_folder
+from gpt2repro.models.gguf_file import check_gguf
 from gpt2repro.models.openai_weights import SHARED_FIELDS
 from gpt2repro.models.unwrap import unwrapped
 from gpt2repro.run_folder import RunFolder
@@ -303,6 +305,103 @@ def test_ctranslate2_opens_the_export(run_dir, tmp_path, ids, quantization, tole
     logits = torch.as_tensor(np.array(generator.forward_batch(ids.tolist())))
     expected = make_model(2)(ids).logits[..., :300]
     assert_close(logits, expected, atol=tolerance, rtol=0)
+
+
+# ---- GGUF ----
+
+
+@pytest.mark.slow
+def test_gguf_has_the_sources_function(run_dir, tmp_path, ids):
+    """Opened by transformers, which takes only 1,024 positions for granted."""
+    publish.main([str(run_dir), "--to", str(tmp_path / "it"), "--format", "gguf", "--gguf_type", "f32"])
+    assert {path.name for path in (tmp_path / "it").iterdir()} == {"it-F32.gguf", "README.md", "loss.png"}
+    card = ModelCard.load(tmp_path / "it" / "README.md")
+    assert card.data.library_name == "gguf" and 'Llama("it-F32.gguf")' in card.text
+    assert card.data.eval_results, "the card says what was measured, as in every format"
+    again = GPT2LMHeadModel.from_pretrained(tmp_path / "it", gguf_file="it-F32.gguf", n_positions=32)
+    assert_close(again(ids).logits, make_model(2)(ids).logits[..., :300], atol=1e-5, rtol=1e-5)
+
+
+@pytest.fixture
+def biasless(tokenizer, tmp_path):
+    """A model folder with everything that GPT-2 124M has not: no biases, a head of its own, another inner width."""
+    torch.manual_seed(5)
+    fields = SIZES | dict(n_embd=64, n_inner=96, bias=False, tie_word_embeddings=False)
+    model = GPT2ReproForCausalLM(GPT2ReproConfig(**fields)).eval()
+    save_model_folder(tmp_path / "biasless", model, tokenizer, model_card(model, "biasless"))
+    return tmp_path / "biasless", model
+
+
+@pytest.mark.parametrize("gguf_type", publish.GGUF_TYPES)
+def test_gguf_holds_weights_tokens_and_sizes(biasless, tokenizer, tmp_path, gguf_type):
+    """Read by the gguf package."""
+    folder, model = biasless
+    publish.main([str(folder), "--to", str(tmp_path / "it"), "--format", "gguf", "--gguf_type", gguf_type])
+    reader = gguf.GGUFReader(tmp_path / "it" / f"it-{gguf_type.upper()}.gguf")
+    fields = {name: field.contents() for name, field in reader.fields.items()}
+    assert fields["general.architecture"] == "gpt2" and fields["gpt2.context_length"] == 32
+    sizes = ("embedding_length", "block_count", "attention.head_count", "feed_forward_length")
+    assert [fields[f"gpt2.{name}"] for name in sizes] == [64, 2, 2, 96]
+    assert fields["gpt2.attention.layer_norm_epsilon"] == pytest.approx(1e-5)
+    by_id = sorted(tokenizer.get_vocab(), key=tokenizer.get_vocab().get)
+    assert fields["tokenizer.ggml.tokens"] == by_id
+    assert fields["tokenizer.ggml.token_type"] == [gguf.TokenType.NORMAL] * 299 + [gguf.TokenType.CONTROL]
+    merges = json.loads(tokenizer.backend_tokenizer.to_str())["model"]["merges"]
+    assert [tuple(merge.split(" ")) for merge in fields["tokenizer.ggml.merges"]] == [tuple(pair) for pair in merges]
+    assert fields["tokenizer.ggml.bos_token_id"] == fields["tokenizer.ggml.eos_token_id"] == 299
+
+    tensors = {t.name: gguf.dequantize(t.data, t.tensor_type) for t in reader.tensors}
+    assert len(tensors) == 4 + 1 + 2 * 12  # embeddings, last layer norm and head; twelve a block
+    ours = model.state_dict()
+    relative = {"f32": 0.0, "f16": 2**-11, "bf16": 2**-8, "q8_0": 1 / 127}[gguf_type]
+    named = {
+        "token_embd.weight": ours["transformer.wte.weight"][:300],
+        "output.weight": ours["lm_head.weight"][:300],
+        "blk.1.attn_qkv.weight": ours["transformer.h.1.attn.c_attn.weight"],
+        "blk.1.ffn_down.weight": ours["transformer.h.1.mlp.c_proj.weight"],
+    }
+    for name, weight in named.items():
+        assert_close(torch.tensor(tensors[name]), weight, atol=relative * weight.abs().max().item() + 1e-7, rtol=0)
+    assert np.array_equal(tensors["position_embd.weight"], ours["transformer.wpe.weight"])
+    assert not tensors["blk.0.attn_qkv.bias"].any() and tensors["blk.0.attn_qkv.bias"].shape == (192,)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("gguf_type, tolerance", [("f32", 0.01), ("f16", 0.02), ("q8_0", 0.1)])
+def test_llama_cpp_computes_the_same(run_dir, tmp_path, tokenizer, gguf_type, tolerance):
+    """Logits and tokens. It looks GELU up in a table of float16, so its logits are off even in float32."""
+    llama_cpp = pytest.importorskip("llama_cpp", reason="pip install llama-cpp-python")
+    publish.main([str(run_dir), "--to", str(tmp_path / "it"), "--format", "gguf", "--gguf_type", gguf_type])
+    path = str(tmp_path / "it" / f"it-{gguf_type.upper()}.gguf")
+    llama = llama_cpp.Llama(path, n_ctx=32, logits_all=True, verbose=False)
+    text = "Return a tuple (x, y)'s sum:\n    2 + 3 == 5  # naïve\n\n\nclass A:"
+    ids = tokenizer(text).input_ids
+    assert llama.tokenize(text.encode(), add_bos=False) == ids
+    assert llama.detokenize(ids).decode() == text
+    ids = ids[:32]
+    llama.eval(ids)
+    logits = torch.tensor(llama.scores[: len(ids)])
+    assert_close(logits, make_model(2)(torch.tensor([ids])).logits[0, :, :300], atol=tolerance, rtol=0)
+
+
+def test_what_gguf_cannot_carry_is_one_line(run_dir, tmp_path, monkeypatch):
+    to = ["--to", str(tmp_path / "it"), "--format", "gguf"]
+    model, characters = make_model(1), build_tokenizer("char", ["".join(map(chr, range(32, 132)))]).fast
+    save_model_folder(tmp_path / "characters", model, characters, model_card(model, "characters"))
+    for flags, complaint in (
+        ([str(tmp_path / "characters"), *to], "byte-level BPE .* use --format gpt2$"),
+        ([str(run_dir), *to, "--space", str(tmp_path / "demo")], "--space is a demo"),
+        ([str(run_dir), *to[:2], "--gguf_type", "f32"], "--gguf_type f32 is for --format gguf"),
+    ):
+        with pytest.raises(UserError, match=complaint):
+            publish.main(flags)
+    model.config.activation_function = "gelu"
+    with pytest.raises(UserError, match="gelu_new"):
+        check_gguf(model, AutoTokenizer.from_pretrained(run_dir / "model"), "f16")
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    with pytest.raises(UserError, match=r"pip install 'gpt2repro\[gguf\]'"):
+        publish.main([str(run_dir), *to])
+    assert not (tmp_path / "it").exists()
 
 
 # ---- wrapped models ----
