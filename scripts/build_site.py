@@ -24,8 +24,9 @@ from gpt2repro.files import CHECKOUT
 
 PAGES = CHECKOUT / "build" / "pages"
 SITE = CHECKOUT / "build" / "site"
-PUBLISHED = ("*.md", "*.py", "LICENSE", "Makefile", "accelerate_configs", "benchmarks", "docs", "gpt2repro")
-PUBLISHED += ("notebooks", "recipes", "scripts", "tests")
+FILES = ("*.md", "*.py", "LICENSE", "Makefile")
+FOLDERS = ("accelerate_configs", "benchmarks", "docs", "gpt2repro", "notebooks", "recipes", "scripts", "tests")
+PUBLISHED = FILES + FOLDERS
 SOURCES = {".py", ".yaml", ".ipynb", ".json", ".sbatch", ".sh"}
 LOADED = {"script": "src", "link": "href", "img": "src", "source": "srcset", "iframe": "src", "video": "src"}
 

@@ -38,7 +38,7 @@ BOUNDARIES = [  # fields, the last values accepted, the first ones refused, the 
     ),
     (
         "batch_ramp_start warmup_steps validate_every validation_tokens hellaswag_every sample_every "
-        "num_workers keep_every patience max_rollbacks",
+        "num_workers keep_every patience max_rollbacks lora_rank",
         [0],
         [-1],
         "at least 0",
