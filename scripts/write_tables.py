@@ -9,7 +9,7 @@ not have what the code says today.
 import dataclasses
 import re
 import typing
-from types import NoneType
+from types import NoneType, UnionType
 from typing import Any
 
 import yaml
@@ -205,8 +205,8 @@ def model_table() -> str:
 def type_text(hint: Any) -> str:
     if typing.get_origin(hint) is typing.Literal:
         return ", ".join(f"`{choice}`" for choice in typing.get_args(hint))
-    if NoneType in typing.get_args(hint):
-        return " or none".join([type_text(typing.get_args(hint)[0]), ""])
+    if typing.get_origin(hint) in (typing.Union, UnionType):
+        return " or ".join("none" if kind is NoneType else type_text(kind) for kind in typing.get_args(hint))
     return f"`{hint.__name__ if isinstance(hint, type) and not typing.get_args(hint) else hint}`"
 
 
