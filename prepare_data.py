@@ -36,6 +36,7 @@ from gpt2repro.prepare import parts, workers
 from gpt2repro.prepare.corpora import HUB_CORPORA, LOCAL_CORPORA, Corpus, CorpusQuery, open_corpus
 from gpt2repro.prepare.deduplication import DedupOptions, check_methods, deduplicate
 from gpt2repro.prepare.describe import describe
+from gpt2repro.prepare.executors import check_executor
 from gpt2repro.prepare.local_files import describe_left_out
 from gpt2repro.prepare.plan import PartRecord, Quota
 from gpt2repro.prepare.prepared import (
@@ -67,7 +68,7 @@ def main(argv: list[str]) -> None:
         return
 
     request = request_of(args)
-    execution = Execution(args.num_workers, args.executor, args.slurm_partition, args.slurm_time)
+    execution = execution_of(args)
     directory = OutputDirectory(Path(args.output_dir))
     with explain_disk_errors(directory.path):
         if say_if_prepared(directory, request):
@@ -99,9 +100,6 @@ def prepare(directory: OutputDirectory, request: Request, execution: Execution) 
     report = None
     if request.dedup_methods:
         report = run_deduplication(directory, corpus, request, execution)
-        if report is None:
-            print("Slurm has the jobs; repeat this command when they are done, to tokenize what is kept")
-            return
         kept = open_corpus(CorpusQuery("files", str(directory.deduplicated / "documents")))
         corpus = replace(corpus, pieces=kept.pieces)
 
@@ -125,9 +123,10 @@ def prepare(directory: OutputDirectory, request: Request, execution: Execution) 
     )
     quota = Quota(val_split.tokens, request.max_tokens, request.max_documents)
     # The characters are those of the first documents, and only one process after the other knows where these end.
-    num_workers = 1 if job.tokenizer == "char" and request.max_documents else execution.num_workers
-    with Progress(corpus, num_workers) as progress:
-        records = workers.prepare_parts(corpus.parts(), job, quota, num_workers, progress.show)
+    if job.tokenizer == "char" and request.max_documents:
+        execution = replace(execution, num_workers=1)
+    with Progress(corpus, execution.num_workers) as progress:
+        records = workers.prepare_parts(corpus.parts(), job, quota, execution, progress.show)
     refuse_empty_splits(directory, records, val_split, corpus, request)
     if corpus.modified:
         directory.open_corpus(request)  # refuses a source that changed while it was read
@@ -173,14 +172,8 @@ def fit_split(default: ValidationSplit, corpus: Corpus, request: Request) -> Val
     return split
 
 
-def run_deduplication(
-    directory: OutputDirectory, corpus: Corpus, request: Request, execution: Execution
-) -> dict | None:
-    """Write the documents to keep to directory.deduplicated.
-
-    Returns:
-        The statistics; None while the Slurm jobs are running.
-    """
+def run_deduplication(directory: OutputDirectory, corpus: Corpus, request: Request, execution: Execution) -> dict:
+    """Write the documents to keep to directory.deduplicated; returns the statistics."""
     if corpus.single_text or not all(piece.path for piece in corpus.pieces):
         raise UserError(f"--dedup {request.dedup}: {request.corpus} is not many documents in files; leave it out")
     options = DedupOptions(request.dedup_methods, request.text_column, request.url_column)
@@ -286,10 +279,16 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--dedup", metavar="METHODS", help="remove duplicates first: url, minhash, or url,minhash")
     parser.add_argument("--url_column", default="url", help="column of the documents' URLs (default: url)")
-    parser.add_argument("--executor", choices=EXECUTORS, default="local", help="of the deduplication (default: local)")
-    parser.add_argument("--slurm_partition", help="Slurm's --partition for the deduplication")
+    parser.add_argument(
+        "--executor",
+        choices=EXECUTORS,
+        default="local",
+        help="where deduplication and tokenization run: on this machine, on the Ray cluster of RAY_ADDRESS, or under "
+        "Slurm (default: %(default)s)",
+    )
+    parser.add_argument("--slurm_partition", help="Slurm's --partition")
     parser.add_argument("--slurm_time", default="24:00:00", help="Slurm's --time for each task (default: %(default)s)")
-    parser.add_argument("--num_workers", type=int, default=1, help="processes (default: 1)")
+    parser.add_argument("--num_workers", type=int, default=1, help="processes, or tasks at a time (default: 1)")
     parser.add_argument("--verify", metavar="DIR", type=path, help="check a prepared directory against its manifest")
     parser.add_argument("--describe", metavar="DIR", type=path, help="show what a prepared directory holds")
     args = parser.parse_args(argv)
@@ -300,6 +299,10 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
 
 def request_of(args: argparse.Namespace) -> Request:
     return Request(**{field.name: getattr(args, field.name) for field in fields(Request)})
+
+
+def execution_of(args: argparse.Namespace) -> Execution:
+    return Execution(**{field.name: getattr(args, field.name) for field in fields(Execution)})
 
 
 def _lies_inside(path: str, folder: str) -> bool:
@@ -332,6 +335,7 @@ def argument_problems(args: argparse.Namespace) -> list[str]:
         problems += problems_of(expected_vocab_size, args.tokenizer)
     if args.dedup:
         problems += problems_of(check_methods, tuple(args.dedup.split(",")))
+    problems += problems_of(check_executor, execution_of(args))
     return problems
 
 
@@ -346,7 +350,7 @@ def ignored_flags(args: argparse.Namespace, given: set[str]) -> list[str]:
         "split": (is_dataset, "for a dataset"),
         "revision": (is_dataset, "for a dataset"),
         "url_column": (by_url, "with --dedup url"),
-        "executor": (args.dedup, "with --dedup"),
+        "executor": (args.corpus, "to prepare a corpus"),
         "slurm_partition": (args.executor == "slurm", "with --executor slurm"),
         "slurm_time": (args.executor == "slurm", "with --executor slurm"),
     }

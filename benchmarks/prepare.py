@@ -44,6 +44,7 @@ from gpt2repro.prepare.parts import Counts, Job, finalize_shards
 from gpt2repro.prepare.plan import Quota
 from gpt2repro.prepare.prepared import OutputDirectory
 from gpt2repro.prepare.readers import Piece
+from gpt2repro.prepare.request import Execution
 from gpt2repro.prepare.workers import prepare_parts
 from gpt2repro.train.report import provenance
 
@@ -168,7 +169,7 @@ def our_way(source: Path, out: Path, num_workers: int) -> tuple[int, float]:
             began.append((time.perf_counter(), counts.tokens))
         note_memory()
 
-    records = prepare_parts(parts, job, Quota(), num_workers, progress)
+    records = prepare_parts(parts, job, Quota(), Execution(num_workers), progress)
     finalize_shards(records, job)
     tokens = sum(record.total("tokens") for record in records)
     return tokens - began[0][1], time.perf_counter() - began[0][0]

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import datasets
 import huggingface_hub.utils._http as hub_http
 
-from gpt2repro.prepare import readers, retries
+from gpt2repro.prepare import executors, readers, retries
 from gpt2repro.prepare.readers import Piece
 
 
@@ -67,6 +67,13 @@ def sigkill_before_change(number: int, directory: str, finished: bool) -> None:
                 os.kill(os.getpid(), signal.SIGKILL)
 
     sys.addaudithook(count)
+
+
+# ---- Slurm ----
+
+
+def frequent_looks_at_the_queue() -> None:
+    executors.POLL_SECONDS = 0.2
 
 
 # ---- the Hub ----

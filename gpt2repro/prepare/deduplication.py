@@ -80,7 +80,7 @@ class DedupOptions:
         }
 
 
-def deduplicate(pieces: list[Piece], output_dir: Path, options: DedupOptions, execution: Execution) -> dict | None:
+def deduplicate(pieces: list[Piece], output_dir: Path, options: DedupOptions, execution: Execution) -> dict:
     """Write the documents that repeat no earlier one into `output_dir`/documents.
 
     The same call resumes an interrupted deduplication, and returns at once if it is already finished.
@@ -89,12 +89,12 @@ def deduplicate(pieces: list[Piece], output_dir: Path, options: DedupOptions, ex
         pieces: of a corpus, in order. Each of its files is one task, or each run of files if there are more than
             MAX_TASKS.
     Returns:
-        The content of statistics.json, see `statistics`; None if Slurm's jobs are submitted but not done.
+        The content of statistics.json, see `statistics`.
     Raises:
         UserError: a package or column is missing, the directory holds something else, or a task failed.
     """
     check_methods(options.methods)
-    check_packages(options.methods, execution.executor)
+    check_packages(options.methods)
     files = group_by_file(pieces, options.url_column if "url" in options.methods else None)
     settings = options.settings(files)
     output_dir = output_dir.resolve()  # Slurm's and Ray's tasks may run in another folder
@@ -104,9 +104,7 @@ def deduplicate(pieces: list[Piece], output_dir: Path, options: DedupOptions, ex
     check_columns([piece for file in files for piece in file.pieces])
     write_json(output_dir / SETTINGS, settings)
 
-    if not run_stages(build_stages(files, output_dir, options.methods), output_dir, execution):
-        return None
-
+    run_stages(build_stages(files, output_dir, options.methods), output_dir, execution)
     result = statistics(output_dir, settings)
     (output_dir / REPORT).write_text(report(output_dir, result))
     write_json(output_dir / STATISTICS, result)
@@ -123,17 +121,14 @@ def check_methods(methods: tuple[str, ...]) -> None:
         raise UserError(f"--dedup {','.join(methods)}: use url, minhash, or url,minhash")
 
 
-def check_packages(methods: tuple[str, ...], executor: str) -> None:
+def check_packages(methods: tuple[str, ...]) -> None:
     """Raise UserError for missing packages."""
     needed = ["datatrove", "orjson"]
     if "minhash" in methods:
         needed.append("spacy")
-    if executor == "ray":
-        needed.append("ray")
     missing = [package for package in needed if importlib.util.find_spec(package) is None]
     if missing:
-        install = '"gpt2repro[dedup]"' + (" ray" if "ray" in missing else "")
-        raise UserError(f"deduplication needs {', '.join(missing)}; pip install {install}")
+        raise UserError(f'deduplication needs {", ".join(missing)}; pip install "gpt2repro[dedup]"')
 
 
 def group_by_file(pieces: list[Piece], url_column: str | None) -> list[InputFile]:

@@ -1,26 +1,35 @@
-"""Executors of the deduplication: datatrove's, on this machine, on Ray or under Slurm.
+"""Where the work runs: on this machine, on Ray or under Slurm, by datatrove's executors.
 
-All of them skip tasks that are already completed, and the result does not depend on which one ran.
+The deduplication runs its stages on any of them; the tokenization (workers.py) uses processes of its own, Ray's tasks
+or Slurm's job arrays. Completed tasks are skipped, and the result does not depend on where they ran.
 """
 
 import contextlib
 import ctypes
+import importlib.util
+import logging
 import os
+import secrets
 import shlex
 import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from gpt2repro.errors import UserError, first_line
-from gpt2repro.files import CHECKOUT
+from tqdm import tqdm
+
+from gpt2repro.errors import UserError, first_line, refuse
+from gpt2repro.files import CHECKOUT, write_text
 from gpt2repro.prepare.request import Execution
 
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
+SLURM_JOBS = "slurm_jobs"  # in a folder of logs: the names of jobs that may be in Slurm's queue
+POLL_SECONDS = 5.0  # between looks at the queue
 
 
 @dataclass(frozen=True)
@@ -35,17 +44,49 @@ class Stage:
     pipeline: list
 
 
-def run_stages(stages: list[Stage], output_dir: Path, execution: Execution) -> bool:
-    """Run the stages in order; False if their Slurm jobs are submitted but not done.
+def check_executor(execution: Execution) -> None:
+    """Raise UserError for what the executor lacks, a line each."""
+    needed = {"local": [], "ray": ["ray"], "slurm": ["datatrove", "orjson"]}[execution.executor]
+    missing = [package for package in needed if importlib.util.find_spec(package) is None]
+    problems = []
+    if missing:
+        problems.append(
+            f'--executor {execution.executor} needs {" and ".join(missing)}; pip install "gpt2repro[cluster]"'
+        )
+    if execution.executor == "slurm":
+        if execution.slurm_partition is None:
+            problems.append("--executor slurm needs --slurm_partition NAME; `sinfo` lists them")
+        commands = [command for command in ("sbatch", "squeue") if shutil.which(command) is None]
+        if commands:
+            problems.append(
+                f"--executor slurm: {' and '.join(commands)} not found; start it where Slurm's commands are installed"
+            )
+    refuse(problems)
+
+
+def run_stages(stages: list[Stage], output_dir: Path, execution: Execution) -> None:
+    """Run the stages in order.
 
     Raises:
         UserError: a task failed, or Slurm refused a job.
     """
-    with _stderr_to(output_dir / "logs" / "console.log"):
-        if execution.executor == "slurm":
-            return _run_on_slurm(stages, output_dir, execution)
-        _run_and_wait(stages, output_dir, execution)
-        return True
+    logs = output_dir / "logs"
+    wait_for_jobs(logs)  # of an earlier command, whatever runs the rest
+    if execution.executor == "slurm":
+        for stage, executor in zip(stages, run_on_slurm(stages, logs, execution)):
+            _refuse_incomplete(stage, executor, "Slurm's logs may say why")
+    else:
+        with _stderr_to(logs / "console.log"):
+            _run_and_wait(stages, logs, execution)
+
+
+def _refuse_incomplete(stage: Stage, executor, reason: str) -> None:
+    incomplete = executor.get_incomplete_ranks()
+    if incomplete:
+        raise UserError(
+            f"deduplication: {len(incomplete)} of {stage.tasks} tasks of {stage.name} are not completed ({reason}); "
+            f"see {executor.logging_dir.path}, fix the cause and repeat the command, which resumes there"
+        )
 
 
 @contextlib.contextmanager
@@ -65,7 +106,16 @@ def _stderr_to(path: Path) -> Iterator[None]:
 # ---- this machine and Ray ----
 
 
-def _run_and_wait(stages: list[Stage], output_dir: Path, execution: Execution) -> None:
+def start_ray():
+    """The module `ray`, connected to the cluster of RAY_ADDRESS or to one that it starts on this machine."""
+    import ray
+
+    if not ray.is_initialized():
+        ray.init(log_to_driver=False, logging_level=logging.ERROR)
+    return ray
+
+
+def _run_and_wait(stages: list[Stage], logs: Path, execution: Execution) -> None:
     import multiprocess
     from datatrove.executor import LocalPipelineExecutor, RayPipelineExecutor
 
@@ -75,26 +125,18 @@ def _run_and_wait(stages: list[Stage], output_dir: Path, execution: Execution) -
     )
     _end_forks_with_this_process()
     if execution.executor == "ray":
-        import ray
-
-        ray.init(ignore_reinit_error=True, log_to_driver=False)
+        start_ray()
     kind = RayPipelineExecutor if execution.executor == "ray" else LocalPipelineExecutor
     for number, stage in enumerate(stages, start=1):
         print(f"deduplication {number}/{len(stages)}: {stage.name}, {stage.tasks} tasks", flush=True)
-        logs = output_dir / "logs" / stage.name
         workers = min(execution.num_workers, stage.tasks)
-        run = kind(stage.pipeline, tasks=stage.tasks, workers=workers, logging_dir=str(logs))
+        run = kind(stage.pipeline, tasks=stage.tasks, workers=workers, logging_dir=str(logs / stage.name))
         reason = "Ray does not say why"
         try:
             run.run()
         except Exception as error:  # whatever a task ran into: a damaged file, a full disk
             reason = first_line(error)
-        incomplete = run.get_incomplete_ranks()
-        if incomplete:
-            raise UserError(
-                f"deduplication: {len(incomplete)} of {stage.tasks} tasks of {stage.name} are not completed "
-                f"({reason}); see {logs}/logs, fix the cause and repeat the command, which resumes there"
-            )
+        _refuse_incomplete(stage, run, reason)
 
 
 def _end_forks_with_this_process() -> None:
@@ -107,49 +149,64 @@ def _end_forks_with_this_process() -> None:
 # ---- Slurm ----
 
 
-def _run_on_slurm(stages: list[Stage], output_dir: Path, execution: Execution) -> bool:
-    """Whether all stages are complete; if not, submits the rest, unless their jobs are in the queue."""
-    executors = _slurm_executors(stages, output_dir, execution)
-    if not any(executor.get_incomplete_ranks() for executor in executors):
-        return True
-    if execution.slurm_partition is None:
-        raise UserError("executor slurm needs --slurm_partition")
-    missing = [command for command in ("sbatch", "squeue") if shutil.which(command) is None]
-    if missing:
-        raise UserError(f"{' and '.join(missing)} not found: executor slurm must be started where Slurm's commands are")
+def run_on_slurm(
+    stages: list[Stage], logs: Path, execution: Execution, progress: Callable[[], None] = lambda: None
+) -> list:
+    """Submit the tasks that are not completed, each stage as a job array that follows the one before, and wait until
+    they have left the queue, completed or not.
 
-    jobs_file = output_dir / "logs" / "slurm_jobs"
-    jobs = jobs_file.read_text() if jobs_file.exists() else ""
-    if jobs and _in_the_queue(jobs):
-        state = f"are in the queue: wait for them, or cancel them with `scancel {jobs.replace(',', ' ')}`"
-    else:
-        jobs = _submit(executors, output_dir)
-        jobs_file.write_text(jobs)
-        state = "are submitted"
-    print(f"deduplication: Slurm jobs {jobs} {state}; when they are done, repeat this command")
-    return False
-
-
-def _in_the_queue(jobs: str) -> bool:
-    listed = subprocess.run(["squeue", "--noheader", f"--jobs={jobs}"], capture_output=True)
-    return bool(listed.stdout.strip())
-
-
-def _submit(executors: list, output_dir: Path) -> str:
-    """Submit the stages that are not complete; returns their job ids, separated by commas."""
-    try:
-        executors[-1].run()  # submits those it depends on first
-    except subprocess.CalledProcessError as error:
-        raise UserError(f"Slurm refused a job ({first_line(error)}); see {output_dir}/logs/console.log") from error
-    return ",".join(str(executor.job_id) for executor in executors if executor.job_id != -1)  # -1: already complete
+    Args:
+        logs: a folder for each stage; and for the names of the jobs, from before they are submitted.
+        progress: called at least once, and after each look at the queue.
+    Returns:
+        datatrove's executors, which know what is completed.
+    Raises:
+        UserError: Slurm refused a job.
+    """
+    executors = _slurm_executors(stages, logs, execution)
+    if any(executor.get_incomplete_ranks() for executor in executors):
+        logs.mkdir(exist_ok=True)
+        write_text(logs / SLURM_JOBS, ",".join(executor.job_name for executor in executors))
+        try:
+            with _stderr_to(logs / "console.log"):
+                executors[-1].run()  # submits those it depends on first
+        except subprocess.CalledProcessError as error:
+            told = [line for line in (logs / "console.log").read_text().splitlines() if line.startswith("sbatch: ")]
+            raise UserError(f"Slurm refused a job ({(told or [first_line(error)])[-1]}); see {logs}") from error
+        wait_for_jobs(logs, progress)
+    progress()
+    return executors
 
 
-def _slurm_executors(stages: list[Stage], output_dir: Path, execution: Execution) -> list:
+def wait_for_jobs(logs: Path, progress: Callable[[], None] = lambda: None) -> None:
+    """Wait for the jobs that this command, or an earlier one that was interrupted, has submitted from here."""
+    path = logs / SLURM_JOBS
+    if not path.exists():
+        return
+    if shutil.which("squeue") is None:
+        raise UserError(f"Slurm jobs may be working here; repeat the command where squeue is, or delete {path}")
+    names = path.read_text()
+    look = ["squeue", "--noheader", f"--name={names}"]
+    queue = subprocess.run(look, capture_output=True, text=True)
+    if queue.returncode:
+        reason = queue.stderr.strip().splitlines()[-1]
+        raise UserError(f"cannot look for the Slurm jobs {names} ({reason}); repeat the command later")
+    if queue.stdout.strip():
+        tqdm.write(f"waiting for the Slurm jobs {names}; if this is interrupted, repeat the command")
+    while queue.stdout.strip() or queue.returncode:  # later Slurm may stop answering for a while
+        time.sleep(POLL_SECONDS)
+        progress()
+        queue = subprocess.run(look, capture_output=True, text=True)
+    path.unlink()
+
+
+def _slurm_executors(stages: list[Stage], logs: Path, execution: Execution) -> list:
     """datatrove's executor of each stage, dependent on the one before."""
     from datatrove.executor import SlurmPipelineExecutor
 
     paths = {"PATH": Path(sys.executable).parent, "PYTHONPATH": CHECKOUT}
     environment = " ".join(f"{name}={shlex.quote(str(path))}:${name}" for name, path in paths.items())
+    suffix = secrets.token_hex(4)  # by which the queue knows these jobs from those for other directories
     executors: list = []
     for stage in stages:
         executor = SlurmPipelineExecutor(
@@ -159,10 +216,12 @@ def _slurm_executors(stages: list[Stage], output_dir: Path, execution: Execution
             partition=execution.slurm_partition,
             time=execution.slurm_time,
             qos=None,
-            job_name=f"dedup_{stage.name}",
+            job_name=f"{stage.name}_{suffix}",
             env_command=f"export {environment}",
-            logging_dir=str(output_dir / "logs" / stage.name),
+            logging_dir=str((logs / stage.name).resolve()),
             depends=executors[-1] if executors else None,
+            sbatch_args={"kill-on-invalid-dep": "yes"},  # no job waits for ever for one that failed
+            with_srun=False,  # a task is one process; srun would fail while Slurm's controller restarts
         )
         executors.append(executor)
     return executors

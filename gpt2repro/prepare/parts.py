@@ -90,7 +90,7 @@ def prepare_part(
     Raises:
         UserError: the source is not text, or the disk is full.
     """
-    record_path = job.directory.parts / f"part_{number:05d}.json"
+    record_path = job.directory.record(number)
     record_path.unlink(missing_ok=True)
     encode = load_encoder(job.tokenizer, job.directory.tokenizer, job.special_tokens)
     with explain_disk_errors(job.directory.path), PartWriter(number, job, quota) as writer:

@@ -48,6 +48,11 @@ class Quota:
     documents: int | None = None
 
     @property
+    def is_limited(self) -> bool:
+        """Whether the corpus may end before its last document."""
+        return self.tokens is not None or self.documents is not None
+
+    @property
     def exhausted(self) -> bool:
         """Whether the corpus ends before the next document."""
         return self.tokens == 0 or self.documents == 0
@@ -148,7 +153,7 @@ def plan(n_parts: int, records: Mapping[int, PartRecord], quota: Quota) -> Plan:
 def _speculative(later: range, records: Mapping[int, PartRecord], quota: Quota) -> list[tuple[int, Quota]]:
     """The missing parts among the later ones, under the quota they most likely have."""
     missing = [number for number in later if number not in records]
-    validation_only = quota.val_tokens > 0 and quota.tokens is None and quota.documents is None
+    validation_only = quota.val_tokens > 0 and not quota.is_limited
     if validation_only:
         missing.reverse()
     guess = dataclasses.replace(quota, val_tokens=0)

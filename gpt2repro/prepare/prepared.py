@@ -6,7 +6,7 @@
 and while it is unfinished
 
     preparing.json       what is being prepared (Unfinished)
-    parts/               finished parts: part_00003.json and the shards that it names
+    parts/               finished parts: part_00003.json and the shards that it names; logs/ of Slurm's tasks
     .lock                held by the process that is preparing it
 """
 
@@ -26,6 +26,7 @@ from gpt2repro.data.shards import SPLITS, token_dtype
 from gpt2repro.errors import UserError, first_line, os_error_number
 from gpt2repro.files import acquire_lock, file_problem, holds_only, write_json
 from gpt2repro.prepare.corpora import Corpus, open_corpus
+from gpt2repro.prepare.executors import SLURM_JOBS
 from gpt2repro.prepare.plan import PartRecord
 from gpt2repro.prepare.readers import SKIP_REASONS
 from gpt2repro.prepare.request import Request, refuse_other_settings
@@ -113,6 +114,19 @@ class OutputDirectory:
     def deduplicated(self) -> Path:
         return self.path / "deduplicated"
 
+    @property
+    def logs(self) -> Path:
+        return self.parts / "logs"
+
+    def record(self, number: int) -> Path:
+        """Where the record of a part goes."""
+        return self.parts / f"part_{number:05d}.json"
+
+    @property
+    def has_parts(self) -> bool:
+        """Whether parts are finished, or perhaps being made by Slurm at this moment."""
+        return bool(self.part_records()) or (self.logs / SLURM_JOBS).exists()
+
     def part_records(self) -> list[Path]:
         """The records of finished parts, in order."""
         return sorted(self.parts.glob("part_*.json"))
@@ -150,7 +164,7 @@ class OutputDirectory:
 
     def _fixed_settings(self, request: Request) -> dict:
         """The settings that finished work depends on; the others can still change."""
-        if self.part_records():
+        if self.has_parts:
             return request.settings()
         has_deduplicated = not holds_only(self.deduplicated, set())  # a mistake found at once leaves it empty
         return request.deduplication_settings() if has_deduplicated else {}
@@ -203,7 +217,7 @@ class OutputDirectory:
         if self.manifest.exists():
             return Manifest.read(self.path).corpus
         unfinished = Unfinished.read(self.unfinished)
-        if unfinished is None or not (self.deduplicated.exists() or self.part_records()):
+        if unfinished is None or not (self.deduplicated.exists() or self.has_parts):
             return {}
         return unfinished.corpus_facts | {"modified": unfinished.modified}
 

@@ -113,8 +113,8 @@ class Execution:
     """How the work is run, which changes nothing in the result.
 
     num_workers: processes; tasks at a time on a cluster.
-    executor: one of EXECUTORS, for the deduplication. Ray joins the cluster of RAY_ADDRESS, or starts one on this
-        machine.
+    executor: one of EXECUTORS, for deduplication and tokenization. Ray joins the cluster of RAY_ADDRESS, or starts one
+        on this machine.
     slurm_partition, slurm_time: Slurm's --partition and --time of each task.
     """
 

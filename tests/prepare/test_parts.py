@@ -31,6 +31,7 @@ from gpt2repro.prepare.parts import Counts, Job
 from gpt2repro.prepare.plan import PartRecord, Quota, plan
 from gpt2repro.prepare.prepared import OutputDirectory
 from gpt2repro.prepare.readers import Piece
+from gpt2repro.prepare.request import Execution
 from gpt2repro.prepare.workers import prepare_parts
 
 
@@ -702,7 +703,7 @@ def test_a_part_is_tried_again(monkeypatch, tmp_path, tokenizer, failures):
     shutil.copytree(tokenizer, tmp_path / "tokenizer")
 
     def make():
-        return prepare_parts([(Piece("flaky"),)], job, Quota(3), 1, shown.append)
+        return prepare_parts([(Piece("flaky"),)], job, Quota(3), Execution(), shown.append)
 
     if failures == retries.ATTEMPTS:
         with pytest.raises(UserError, match=rf"the line is dead; tried {failures} times.*repeat the command"):

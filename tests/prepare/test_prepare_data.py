@@ -287,7 +287,6 @@ def test_corpus_and_output_directory_are_needed(args):
         (["files", "--hub_config", "x"], "--hub_config x is only used for a dataset"),
         (["files", "--split", "test"], "--split test is only used for a dataset"),
         (["shakespeare", "--revision", "y"], "--revision y is only used for a dataset"),
-        (["x/y", "--executor", "slurm"], "--executor slurm is only used with --dedup"),
         (["x/y", "--dedup", "minhash", "--url_column", "link"], "--url_column link is only used with --dedup url"),
         (["x/y", "--dedup", "url", "--slurm_partition", "z"], "--slurm_partition z is only used with --executor slurm"),
         (["x/y", "--dedup", "url", "--slurm_time", "1:0"], "--slurm_time 1:0 is only used with --executor slurm"),
