@@ -64,7 +64,7 @@ gpu: $(INSTALLED)-dev
 constraints:
 	$(PYTHON) -m venv --clear build/constraints
 	sed '/^# Transitive/,$$d' constraints.txt > build/direct.txt
-	build/constraints/bin/pip install --quiet --constraint build/direct.txt --editable ".[dev,tracking]"
+	build/constraints/bin/pip install --quiet --constraint build/direct.txt --editable ".[dev,tracking,cluster]"
 	build/constraints/bin/pip freeze --all --exclude pip --exclude-editable --requirement build/direct.txt \
 		| sed -e 's/+cpu$$//' -e 's/^## .*/# Transitive dependencies, pinned by `make constraints`:/' > build/constraints.txt
 	mv build/constraints.txt constraints.txt
