@@ -345,7 +345,7 @@ def ignored_flags(args: argparse.Namespace, given: set[str]) -> list[str]:
     is_dataset = args.corpus not in LOCAL_CORPORA
     by_url = "url" in (args.dedup or "").split(",")
     uses = {
-        "source": (has_source, "for the corpora `files` and shakespeare"),
+        "source": (has_source, "for the corpora `files`, which is text of your own, and shakespeare"),
         "hub_config": (is_dataset, "for a dataset"),
         "split": (is_dataset, "for a dataset"),
         "revision": (is_dataset, "for a dataset"),

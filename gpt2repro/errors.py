@@ -3,6 +3,7 @@ only, as every script starts here."""
 
 import argparse
 import contextlib
+import difflib
 import errno
 import gc
 import json
@@ -107,6 +108,10 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         if flag := re.match(r"argument (--\w+): expected (at least )?one argument", message):
             message += f" (one that begins with - is given as {flag[1]}=VALUE)"
+        if unknown := re.match(r"unrecognized arguments: (--[^\s=]+)", message):
+            flags = {flag.replace("-", "_"): flag for flag in self._option_string_actions}
+            nearest = difflib.get_close_matches(unknown[1].replace("-", "_"), flags, n=1)
+            message += f"; did you mean {flags[nearest[0]]}?" if nearest else ""
         raise UserError(f"{message}; `python {self.prog} --help` lists the flags")
 
 

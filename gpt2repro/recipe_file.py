@@ -186,7 +186,9 @@ def argument_problems(unrecognized: list[str], types: dict[str, Any]) -> list[st
     for previous, word in zip(["", *unrecognized], unrecognized):
         is_value_of_unknown_flag = previous.startswith("-") and "=" not in previous
         if not word.startswith("-") and not is_value_of_unknown_flag:
-            problems.append(f"unexpected argument {word!r}; flags are --field value")
+            is_recipe = word.endswith((".yaml", ".yml"))
+            remedy = f"a recipe is given with --config {word}" if is_recipe else "flags are --field value"
+            problems.append(f"unexpected argument {word!r}; {remedy}")
     return problems
 
 

@@ -111,6 +111,22 @@ def test_a_value_that_begins_with_a_dash(flag, options):
     assert "---" in vars(parser.parse_args([f"{flag}=---"]))[flag[2:]]
 
 
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [
+        ("--num-samples 3", "; did you mean --num_samples?"),
+        ("--samples=3", "; did you mean --num_samples?"),
+        ("--x", ""),
+    ],
+)
+def test_an_unknown_flag_is_told_with_the_nearest(given, meant):
+    parser = Parser("")
+    parser.add_argument("--num_samples", type=int)
+    with pytest.raises(UserError) as error:
+        parser.parse_args(given.split())
+    assert str(error.value).startswith(f"unrecognized arguments: {given}{meant}; `python ")
+
+
 def test_what_nobody_foresaw_is_a_line_and_its_traceback_is_kept(monkeypatch, capsys, tmp_path):
     def main(argv):
         raise KeyError("wte")

@@ -142,6 +142,8 @@ def test_an_invalid_field_is_reported_in_one_line(tmp_path, text, message):
 def test_an_unknown_flag_is_reported_with_the_nearest_name(tmp_path):
     assert parse(tmp_path, "", "--max_step", "3")[1] == ["unknown recipe field --max_step; did you mean --max_steps?"]
     assert parse(tmp_path, "", "--max_steps", "3", "4")[1] == ["unexpected argument '4'; flags are --field value"]
+    (about_recipe,) = parse(tmp_path, "", "recipes/demo.yaml")[1]
+    assert about_recipe == "unexpected argument 'recipes/demo.yaml'; a recipe is given with --config recipes/demo.yaml"
     about_flag, about_word = parse(tmp_path, "", "--lr=3", "word")[1]
     assert "--lr=3" in about_flag and about_word == "unexpected argument 'word'; flags are --field value"
 

@@ -6,6 +6,7 @@ To add one, enter it in LOCAL_CORPORA or HUB_CORPORA, at the end of this file.
 import difflib
 import os
 import re
+import shlex
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -121,6 +122,8 @@ def open_corpus(query: CorpusQuery) -> Corpus:
 
 
 def _suggestion(name: str) -> str:
+    if Path(name).exists():
+        return f"text of your own is `files --source {shlex.quote(name)}`"
     known = [*LOCAL_CORPORA, *HUB_CORPORA]
     nearest = difflib.get_close_matches(name, known, n=1)
     if nearest:

@@ -454,9 +454,11 @@ def test_a_corpus_is_added_by_one_entry(dataset, monkeypatch):
         ("pythondocs", "did you mean python-docs?"),
         ("shakespear", "did you mean shakespeare?"),
         ("zzzz", "use one of python-docs, shakespeare, "),
+        ("README.md", "text of your own is `files --source README.md`"),
     ],
 )
-def test_an_unknown_corpus(name, hint):
+def test_an_unknown_corpus(name, hint, monkeypatch):
+    monkeypatch.chdir(ROOT)
     assert mistake(name).startswith(f"unknown corpus '{name}'; {hint}")
 
 
