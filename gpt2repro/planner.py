@@ -24,7 +24,7 @@ from gpt2repro.model_fields import model_defaults, model_fields
 from gpt2repro.plan.cost import LINK_EFFICIENCY, Step, bill, step_time
 from gpt2repro.plan.hardware import CPU, Device, devices
 from gpt2repro.plan.memory import CPU_SHARE, Setup, Strategy, capacity, largest_micro_batch, peak_memory
-from gpt2repro.plan.sizes import Sizes, flops_per_token
+from gpt2repro.plan.sizes import Sizes
 from gpt2repro.recipe import Recipe
 from gpt2repro.recipe_file import parse_recipe
 
@@ -241,6 +241,7 @@ def setup_of(recipe: Recipe, sizes: Sizes, args: argparse.Namespace, strategy: S
         gradient_checkpointing=recipe.gradient_checkpointing,
         eager_attention=recipe.attention == "eager",
         muon=recipe.optimizer == "muon",
+        lora_rank=recipe.lora_rank,
         device="cpu" if args.gpu == CPU else "cuda",
     )
 
@@ -262,7 +263,12 @@ def proposal(sizes: Sizes, setup: Setup, sequences: int, room: float) -> Setup |
 
 def model_text(sizes: Sizes, recipe: Recipe) -> str:
     length, tokens = recipe.sequence_length, recipe.tokens_before(recipe.max_steps)
-    flops, exact = flops_per_token(sizes, sizes.parameters, length), sizes.exact_flops_per_token(length)
+    flops, exact = sizes.flops_per_token(length, recipe.lora_rank), sizes.exact_flops_per_token(length)
+    if recipe.lora_rank:
+        return (
+            f"model       {sizes.parameters:,} parameters, and {sizes.lora(recipe.lora_rank):,} of LoRA's, which are "
+            f"trained\na token     {flops / 1e9:.3f} GFLOP for MFU\nin all      {tokens:,} tokens\n"
+        )
     return (
         f"model       {sizes.n_layer} layers, {sizes.n_head} heads, width {sizes.n_embd}, {sizes.vocab_size:,} rows: "
         f"{sizes.parameters:,} parameters\n"

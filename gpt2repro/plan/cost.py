@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from gpt2repro.plan.hardware import Device
 from gpt2repro.plan.memory import Setup
-from gpt2repro.plan.sizes import Sizes, flops_per_token
+from gpt2repro.plan.sizes import Sizes
 
 
 # What NCCL reaches of a link's rate: about 370 of 450 GB/s on an H100's NVLink (NVIDIA/nccl-tests issue 212).
@@ -41,7 +41,7 @@ def step_time(sizes: Sizes, setup: Setup, device: Device, gpus_per_machine: int,
         network_gbit: rate of the network adapter of each GPU, Gbit/s one way; machines have one adapter a GPU, as
             NVIDIA's DGX have, and NCCL uses them all at once.
     """
-    rate = device.mfu * device.tflops * 1e12 / flops_per_token(sizes, sizes.parameters, setup.sequence_length)
+    rate = device.mfu * device.tflops * 1e12 / sizes.flops_per_token(setup.sequence_length, setup.lora_rank)
     if setup.gradient_checkpointing:  # the blocks' forward pass is computed twice
         rate *= 3 / 4
     of_micro_batch = setup.tokens / rate

@@ -43,6 +43,7 @@ class Setup:
     gradient_checkpointing: bool = False
     eager_attention: bool = False
     muon: bool = False
+    lora_rank: int = 0  # 0: all weights are trained
     device: Literal["cuda", "cpu"] = "cuda"
     has_telemetry: bool = True  # the trainer's, which now and then copies the weights to measure an update
 
@@ -79,17 +80,18 @@ def peak_memory(sizes: Sizes, setup: Setup) -> Memory:
     backward pass; its end, when all gradients are there; and the optimizer step, now and then with a copy of the
     weights (`Telemetry.measuring_update`).
     """
-    weights = 4 * sizes.parameters / setup.shards
+    all_trained = 4 * trained(sizes, setup)
+    trained_here = all_trained / setup.shards
     kept = {
-        "weights": weights,
+        "weights": 4 * (sizes.parameters + sizes.lora(setup.lora_rank)) / setup.shards,
         "optimizer": optimizer_bytes(sizes, setup),
         "communication": communication_bytes(sizes, setup),
     }
     stored = activations(sizes, setup) + casts(sizes, setup)
     last = head_activations(sizes, setup)
-    gradients = 4 * sizes.parameters if setup.accumulation > 1 else 0  # of the micro-batches before; not yet sharded
-    all_gradients = 4 * sizes.parameters if setup.accumulation > 1 or not setup.is_sharded else weights
-    head = 4 * sizes.embedding
+    gradients = all_trained if setup.accumulation > 1 else 0  # of the micro-batches before; not yet sharded
+    all_gradients = all_trained if setup.accumulation > 1 or not setup.is_sharded else trained_here
+    head = 0 if setup.lora_rank else 4 * sizes.embedding
     moments = {
         "loss": {"gradients": gradients, "activations": stored + last, "loss": loss_bytes(sizes, setup)},
         "start of backward": {
@@ -100,16 +102,21 @@ def peak_memory(sizes: Sizes, setup: Setup) -> Memory:
             "gradients": all_gradients + head,
             "activations": setup.tokens * 4 * sizes.n_embd,
         },
-        "optimizer step": {"gradients": weights, "copies": weights if setup.has_telemetry else 0},
+        "optimizer step": {"gradients": trained_here, "copies": trained_here if setup.has_telemetry else 0},
     }
     candidates = [Memory(moment, kept | parts) for moment, parts in moments.items()]
     return max(candidates, key=lambda memory: memory.total)
 
 
+def trained(sizes: Sizes, setup: Setup) -> int:
+    """Parameters that have a gradient."""
+    return sizes.lora(setup.lora_rank) if setup.lora_rank else sizes.parameters
+
+
 def optimizer_bytes(sizes: Sizes, setup: Setup) -> float:
     """AdamW keeps two float32 values for a parameter; Muon, for the matrices of the blocks, one."""
     matrices = sizes.n_layer * sizes.block_matrices if setup.muon else 0
-    return (8 * sizes.parameters - 4 * matrices) / setup.shards
+    return (8 * trained(sizes, setup) - 4 * matrices) / setup.shards
 
 
 def activations(sizes: Sizes, setup: Setup) -> float:
@@ -132,7 +139,8 @@ def activations_per_token(sizes: Sizes, setup: Setup) -> float:
     In float32 the residual stream, which both LayerNorms store, with their means and deviations, and the logarithm of
     each head's softmax sum; in half precision the inputs of the four matrices (of which attention's output is one), q,
     k and v, and the MLP's state before its activation. With eager attention, instead of the logarithm, the softmax of
-    all scores, and its copy in half precision.
+    all scores, and its copy in half precision. With LoRA the factors store the matrices' inputs in their stead,
+    attention's output a second time in half precision, and what lies between the two factors.
     """
     width, inner, half = sizes.n_embd, sizes.n_inner, setup.half_bytes
     in_float32 = 4 * (2 * width + 4 + sizes.n_head)
@@ -141,12 +149,13 @@ def activations_per_token(sizes: Sizes, setup: Setup) -> float:
         in_float32 += 4 * (setup.sequence_length - 1) * sizes.n_head
         in_half += 2 * setup.sequence_length * sizes.n_head if setup.half else 0
     dropout_masks = 2 * width if sizes.has_dropout else 0  # a byte each on a GPU; more on the CPU
-    return in_float32 + in_half + dropout_masks
+    copy = half * width if setup.lora_rank and setup.half else 0
+    return in_float32 + in_half + dropout_masks + copy + half * 4 * setup.lora_rank
 
 
 def casts(sizes: Sizes, setup: Setup) -> float:
     """The matrices in 16 bits, which autocast makes of the float32 weights and backward needs again."""
-    return 2 * sizes.n_layer * sizes.block_matrices if setup.half else 0
+    return 2 * (sizes.n_layer * sizes.block_matrices + sizes.lora(setup.lora_rank)) if setup.half else 0
 
 
 def loss_bytes(sizes: Sizes, setup: Setup) -> float:
@@ -163,6 +172,8 @@ def loss_bytes(sizes: Sizes, setup: Setup) -> float:
     is_first_chunk_last = rows >= setup.tokens
     softmax = 0 if setup.device == "cpu" and not setup.compile else 4 * chunk
     cast = half * head if setup.half else 0
+    if setup.lora_rank:  # the head has no gradient
+        return cast + half * chunk + softmax
     return cast + half * chunk + max(softmax + (0 if is_first_chunk_last else 4 * head), (half + 4) * head)
 
 
@@ -171,8 +182,8 @@ def block_gradients(sizes: Sizes, setup: Setup) -> float:
     and of the MLP's inner state. With gradient checkpointing, the block's activations too, which are computed anew."""
     residual = (6 if setup.half else 4) * sizes.n_embd
     inner = setup.tokens * (residual + setup.half_bytes * sizes.n_inner)
-    recomputed = setup.tokens * activations_per_token(sizes, setup) if setup.gradient_checkpointing else 0
-    return inner + recomputed
+    of_block = activations_per_token(sizes, setup) if setup.gradient_checkpointing else 0
+    return inner + setup.tokens * of_block
 
 
 def communication_bytes(sizes: Sizes, setup: Setup) -> float:
@@ -181,7 +192,7 @@ def communication_bytes(sizes: Sizes, setup: Setup) -> float:
     if setup.num_gpus == 1:
         return 0
     if not setup.is_sharded:
-        return 4 * sizes.parameters
+        return 4 * trained(sizes, setup)
     embeddings = 4 * (sizes.embedding + sizes.n_positions * sizes.n_embd)
     return embeddings + 4 * 4 * sizes.block
 

@@ -47,6 +47,18 @@ class Sizes:
         final_norm = self.n_embd * (2 if self.bias else 1)
         return self.embedding + self.n_positions * self.n_embd + self.n_layer * self.block + final_norm
 
+    def lora(self, rank: int) -> int:
+        """Parameters of LoRA adapters of the four matrices of each block: two factors, as long as a matrix has rows and
+        columns."""
+        rows_and_columns = (3 + 1) * self.n_embd + (1 + 1) * self.n_embd + 2 * (self.n_embd + self.n_inner)
+        return self.n_layer * rank * rows_and_columns
+
+    def flops_per_token(self, sequence_length: int, lora_rank: int = 0) -> float:
+        """As MFU counts them."""
+        if lora_rank:
+            return flops_per_token(self, self.lora(lora_rank), sequence_length, frozen=self.parameters)
+        return flops_per_token(self, self.parameters, sequence_length)
+
     def exact_flops_per_token(self, sequence_length: int) -> float:
         """FLOPs of the matrix products of a training step per token: forward once, backward twice. Of attention only
         the pairs that the causal mask leaves, (T + 1) / 2 of T on average; of the embedding only the head."""

@@ -134,6 +134,7 @@ def setup_of(recipe: Recipe, accelerator: Accelerator) -> Setup:
         gradient_checkpointing=recipe.gradient_checkpointing,
         eager_attention=recipe.attention == "eager",
         muon=recipe.optimizer == "muon",
+        lora_rank=recipe.lora_rank,
         device="cpu" if accelerator.device.type == "cpu" else "cuda",
     )
 

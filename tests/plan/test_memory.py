@@ -6,6 +6,7 @@ import pytest
 import torch
 from planned_models import TINY, build
 
+from gpt2repro.models.lora import add_lora, new_lora
 from gpt2repro.plan.memory import (
     Setup,
     activations_per_token,
@@ -14,6 +15,7 @@ from gpt2repro.plan.memory import (
     largest_micro_batch,
     optimizer_bytes,
     peak_memory,
+    trained,
 )
 from gpt2repro.plan.sizes import Sizes
 
@@ -22,9 +24,11 @@ GPT2 = Sizes(50304, 1024, 768, 12, 12, 3072)
 MIB = 2**20
 
 
-def stored_bytes(layers: int, half: bool, recompute: bool = False, attention: str = "sdpa") -> int:
+def stored_bytes(layers: int, half: bool, recompute: bool = False, attention: str = "sdpa", lora_rank: int = 0) -> int:
     """Bytes of all tensors that autograd stores in a forward pass of 2 x 64 tokens, weights left out."""
     model = build(dataclasses.replace(TINY, n_layer=layers)).train()
+    if lora_rank:
+        add_lora(model, new_lora(lora_rank, "base"))
     if recompute:
         model.gradient_checkpointing_enable()
     model.set_attn_implementation(attention)
@@ -47,13 +51,25 @@ def stored_bytes(layers: int, half: bool, recompute: bool = False, attention: st
     return sum(sizes.values())
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize(("attention", "lora_rank"), [("sdpa", 0), ("eager", 0), ("sdpa", 4)])
 @pytest.mark.parametrize("half", [False, True])
-def test_a_block_stores_what_the_formula_says(half, attention):
-    of_block = stored_bytes(3, half, attention=attention) - stored_bytes(2, half, attention=attention)
-    setup = Setup(2, 64, half=half, eager_attention=attention == "eager")
+def test_a_block_stores_what_the_formula_says(half, attention, lora_rank):
+    if lora_rank:
+        pytest.importorskip("peft")
+    with_three, with_two = (stored_bytes(n, half, attention=attention, lora_rank=lora_rank) for n in (3, 2))
+    setup = Setup(2, 64, half=half, eager_attention=attention == "eager", lora_rank=lora_rank)
     of_casts = casts(dataclasses.replace(TINY, n_layer=1), setup)
-    assert of_block == setup.tokens * activations_per_token(TINY, setup) + of_casts
+    assert with_three - with_two == setup.tokens * activations_per_token(TINY, setup) + of_casts
+
+
+def test_with_lora_only_the_adapters_have_gradients_and_moments():
+    pytest.importorskip("peft")
+    model, setup = build(TINY), Setup(2, 64, lora_rank=4)
+    add_lora(model, new_lora(4, "base"))
+    parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    kept = peak_memory(TINY, setup).parts
+    assert trained(TINY, setup) == parameters and kept["optimizer"] == 8 * parameters
+    assert kept["weights"] == 4 * (TINY.parameters + parameters)
 
 
 def test_a_recomputed_block_stores_its_input_only():

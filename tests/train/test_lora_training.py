@@ -113,10 +113,10 @@ def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(trained, train, 
 
 
 def test_two_processes_and_gradient_checkpointing_learn_the_same(train, tmp_path):
-    without_dropout = ("--model.resid_pdrop", "0.0")
+    gently = ("--model.resid_pdrop", "0.0", "--learning_rate", "3e-3")  # no dropout, and rounding stays rounding
     one, two = tmp_path / "one", tmp_path / "two"
-    train(one, *without_dropout)
-    train(two, *without_dropout, "--gradient_checkpointing", "true", processes=2)
+    train(one, *gently)
+    train(two, *gently, "--gradient_checkpointing", "true", processes=2)
     for key in ("loss", "val_loss", "grad_norm"):
         assert measured(two, key) == pytest.approx(measured(one, key), rel=1e-4)  # sums are rounded in another order
     assert measured(two, "samples") == measured(one, "samples")
