@@ -36,6 +36,7 @@ ONLY_CHECKED = {  # commands whose flags and files are checked, but which are no
     r"python prepare_data\.py (fineweb|openwebtext).*": "downloads gigabytes; see test_hub_corpora.py",
     r"python prepare_data\.py .*--dedup.*": "tests/prepare/test_prepare_deduplicated.py runs it",
     r"python publish\.py you/.*": "opens a model on the Hub; tests/hub/test_hub.py does so on loopback",
+    r"python publish\.py .*--format gguf.*": "the stand-in has no byte-level BPE; tests/hub/test_publish.py",
     r"python benchmarks/.*": "measures for minutes",
     r"python -c (?!.*(runs|data|publish)/).*": "tests/test_lecture.py compares what it prints with the page",
     r"sbatch .*": "needs Slurm; tests/test_slurm_train.py plays it",
