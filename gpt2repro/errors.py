@@ -145,7 +145,7 @@ def quiet_broken_pipe() -> Iterator[None]:
         try:
             yield
         finally:
-            sys.stdout.flush()  # not as late as Python does it, when the error can no longer be caught
+            print(end="", flush=True)  # not as late as Python does it, when no error can be caught
     except BrokenPipeError:
         if not _nobody_reads():
             raise
@@ -160,7 +160,7 @@ def _nobody_reads() -> bool:
     poll = select.poll()
     for descriptor in OUTPUTS:
         poll.register(descriptor, 0)  # 0: of errors and hang-ups alone
-    return bool(poll.poll(0))
+    return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
 
 
 def _run(main: Callable[[list[str]], object], save_memory: str) -> None:

@@ -208,6 +208,15 @@ def test_what_is_unread_may_be_the_last_lines_alone(end):
     assert done.returncode == 128 + signal.SIGPIPE
 
 
+def test_a_script_may_have_no_output_at_all(monkeypatch):
+    """Python has none if it is started with a closed one, as by `>&-`."""
+    monkeypatch.setattr(sys, "argv", ["script"])
+    monkeypatch.setattr(sys, "stdout", None)
+    called = []
+    run_script(called.append)
+    assert called == [[]]
+
+
 def test_a_broken_pipe_of_another_kind_is_a_fault(monkeypatch, capsys, tmp_path):
     def main(argv):
         raise BrokenPipeError(errno.EPIPE, "Broken pipe")  # a server that has closed the connection
