@@ -145,14 +145,30 @@ def quiet_broken_pipe() -> Iterator[None]:
         try:
             yield
         finally:
-            print(end="", flush=True)  # not as late as Python does it, when no error can be caught
+            _flush()
     except BrokenPipeError:
         if not _nobody_reads():
             raise
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        for descriptor in OUTPUTS:  # for what Python, libraries and workers still want to print
-            os.dup2(nowhere, descriptor)
+        _discard(*OUTPUTS)
         sys.exit(128 + signal.SIGPIPE)
+
+
+def _flush() -> None:
+    """Write what was printed, before Python does so as it exits, when no error can be caught."""
+    try:
+        print(end="", flush=True)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        _discard(1)
+        _exit_with(UserError(f"what was printed cannot be written ({first_line(error)}); make room for it"))
+
+
+def _discard(*descriptors: int) -> None:
+    """Discard what Python, libraries and workers still want to print."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for descriptor in descriptors:
+        os.dup2(nowhere, descriptor)
 
 
 def _nobody_reads() -> bool:

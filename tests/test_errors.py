@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -206,6 +207,17 @@ def test_what_is_unread_may_be_the_last_lines_alone(end):
     program = f"def main(argv):\n    print('.', flush=True)\n    exec({waits!r})\n    {end}\nrun_script(main)"
     done = head(f"from gpt2repro import errors\n{program}", stderr=subprocess.STDOUT)
     assert done.returncode == 128 + signal.SIGPIPE
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
+def test_an_output_that_is_full_is_one_line():
+    command = [sys.executable, "-c", "from gpt2repro.errors import *\nrun_script(lambda argv: print('a line'))"]
+    buffered = os.environ | {"PYTHONUNBUFFERED": ""}
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, cwd=ROOT, env=buffered, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: what was printed cannot be written") and done.stderr.count("\n") == 1
 
 
 def test_a_script_may_have_no_output_at_all(monkeypatch):
