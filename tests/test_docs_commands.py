@@ -38,14 +38,15 @@ ONLY_CHECKED = {  # commands whose flags and files are checked, but which are no
     r"python publish\.py you/.*": "opens a model on the Hub; tests/hub/test_hub.py does so on loopback",
     r"python publish\.py .*--format gguf.*": "the stand-in has no byte-level BPE; tests/hub/test_publish.py",
     r"python benchmarks/.*": "measures for minutes",
-    r"python -c (?!.*(runs|data|publish)/).*": "tests/test_lecture.py compares what it prints with the page",
+    r"python -c (.*sysconfig.*|(?!.*(runs|data|publish)/).*)": "tests/test_lecture.py",
     r"sbatch .*": "needs Slurm; tests/test_slurm_train.py plays it",
-    r"(tensorboard|trackio|wandb|lm_eval) .*": "other projects' commands; lm_eval: tests/evaluation/test_harness.py",
+    r"(tensorboard|trackio|wandb|lm_eval|ct2-\S+|hf|kubectl|sky|scripts/\w+\.sh) .*": "for other machines or projects",
     r"python train_accelerate\.py .*--report_to.*": "tests/train/test_tracker.py",
     r"accelerate launch .*--report_to.*": "tests/train/test_tracker.py",
 }
 TOOLS = {"cat", "cp", "echo", "grep", "head", "ls", "mkdir", "tail"}  # run as they stand
 OTHER_PROGRAMS = {"lm_eval", "source", "tensorboard", "trackio", "wandb"}
+OTHER_PROGRAMS |= {"ct2-transformers-converter", "hf", "kubectl", "sky"}
 
 # A recipe of any size becomes a model of a few thousand parameters that trains for two steps on a line of text.
 SMALL_RUN = shlex.split("""
@@ -112,7 +113,11 @@ def problems_of(words: list[str]) -> list[str]:
         return []
     if program == "python":
         return python_problems(words)
-    return [] if program in TOOLS | OTHER_PROGRAMS else [f"no rule of tests/test_docs_commands.py knows {program}"]
+    if program.startswith("scripts/"):
+        return missing(program) + recipe_problems(words)
+    if program in TOOLS | OTHER_PROGRAMS:
+        return [line for word in words if word.startswith(("scripts/", "recipes/")) for line in missing(word)]
+    return [f"no rule of tests/test_docs_commands.py knows {program}"]
 
 
 def missing(path: str) -> list[str]:
@@ -216,26 +221,40 @@ def sandbox(topics, trainer_server, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("checkout")
     for name in ("recipes", "accelerate_configs", "LICENSE"):
         (folder / name).symlink_to(ROOT / name)
-    text = "\n\n".join(topics[:8])[:40_000]
-    for name in ("FOLDER/a.txt", "FOLDER/b.md", "owner/dataset/rows.jsonl", "data/text.txt", "nanogpt/out/x"):
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-    rows = "".join(f'{{"content": "row {number} of a dataset"}}\n' for number in range(300))
-    (folder / "FOLDER" / "a.txt").write_text(text)
-    (folder / "FOLDER" / "b.md").write_text(text[:1000])
-    (folder / "owner" / "dataset" / "rows.jsonl").write_text(rows)
-    prepare(
-        "files", "--source", folder / "FOLDER" / "a.txt", "--tokenizer", "char", "--output_dir", folder / "stand-in"
-    )
-    named = set(re.findall(r"\b(?:data|runs|publish)/[\w-]+\b(?!\.)", "\n".join(all_commands())))
-    for name in {name for name in named if name.startswith("data/")} | {"data/stand-in"}:
-        (folder / name).symlink_to(folder / "stand-in")
-    run_train(trainer_server, folder, [*SMALL_RUN, *SMALL_MODEL, "--output_dir", "run"])
-    for name in {name for name in named if name.startswith("runs/")}:
-        shutil.copytree(folder / "run", folder / name)
-    for name in {name for name in named if name.startswith("publish/")} | {"converted", "plain"}:
-        shutil.copytree(folder / "run" / "model", folder / name)
+    commands = "\n".join(all_commands())
+    write_texts(folder, "\n\n".join(topics[:8])[:40_000], set(re.findall(r"--source (\S+)", commands)))
+    prepare("files", "--source", folder / "FOLDER" / "a.txt", "--tokenizer", "char", "--output_dir", folder / "tokens")
+    run_train(trainer_server, folder, [*SMALL_RUN, "--data_dir", "tokens", *SMALL_MODEL, "--output_dir", "run"])
+    with_adapter = set(re.findall(r"(runs/[\w-]+)/adapter", commands))
+    if with_adapter:
+        adapter = ["--data_dir", "tokens", "--init_from", "run", "--lora_rank", "2", "--output_dir", "lora"]
+        run_train(trainer_server, folder, [*SMALL_RUN, *adapter])
+
+    (folder / "data" / "stand-in").symlink_to(folder / "tokens")
+    for name in set(re.findall(r"\b(?:data|runs|publish)/[\w-]+\b(?!\.)", commands)) | {"./converted", "./plain"}:
+        if name.startswith("data/"):
+            (folder / name).symlink_to(folder / "tokens")
+        elif name.startswith("runs/"):
+            shutil.copytree(folder / ("lora" if name in with_adapter else "run"), folder / name)
+        else:
+            shutil.copytree(folder / "run" / "model", folder / name)
     save_nanogpt(folder / "nanogpt" / "out" / "ckpt.pt")
     return folder
+
+
+def write_texts(folder: Path, text: str, sources: set[str]) -> None:
+    """A folder of documents, a dataset, and whatever else commands prepare tokens from."""
+    for name in ("FOLDER", "owner/dataset", "data", "nanogpt/out"):
+        (folder / name).mkdir(parents=True)
+    (folder / "FOLDER" / "a.txt").write_text(text)
+    (folder / "FOLDER" / "b.md").write_text(text[:1000])
+    rows = [f"row {number} of a dataset" for number in range(300)]
+    (folder / "owner" / "dataset" / "rows.jsonl").write_text("".join(f'{{"content": "{row}"}}\n' for row in rows))
+    for source in sources - {"FOLDER", "data/license.txt"}:  # the second is made by a command
+        if source.endswith(".jsonl"):
+            (folder / source).write_text("".join(f'{{"text": "{row}"}}\n' for row in rows))
+        else:
+            (folder / source).symlink_to(folder / "FOLDER")
 
 
 def save_nanogpt(path: Path) -> None:
@@ -266,12 +285,13 @@ def stand_in(words: list[str], number: int) -> tuple[str, list[str]]:
     made = f"made/{number}"
     if script == "train_accelerate.py":
         if "--init_from" in flags:
-            return script, [*SMALL_RUN, *flags, "--init_from", "runs/demo", "--data_dir", "data/stand-in"]
+            return script, last_of_each([*flags, *SMALL_RUN, "--init_from", "runs/demo", "--output_dir", made])
         return script, last_of_each([*flags, *SMALL_RUN, *SMALL_MODEL, "--output_dir", made])
     if script == "prepare_data.py":
         small = ["--num_workers", "1"] if "--num_workers" in flags else []
         small += ["--tokenizer", "bpe:300"] if "bpe:8192" in flags else []
         small += ["--tokenizer", "char"] if "owner/dataset" in flags else []
+        small += ["--val_tokens", "500"] if "--val_tokens" in flags else []
         return script, [*flags, *small, *(["--output_dir", made] if "--output_dir" in flags else [])]
     if script == "scorecard.py" and "--weights-only" not in flags:
         return script, [*flags, "--data", "data/stand-in", "--tasks", "validation"]
