@@ -19,7 +19,6 @@ if __name__ == "__main__":
 # isort: split
 import dataclasses
 import functools
-import gc
 import logging
 import sys
 from collections.abc import Callable
@@ -94,7 +93,6 @@ def main(argv: list[str]) -> None:
     run.resume(checkpoints)
     evaluations.announce_reference()
     evaluations.before_first_step(run, checkpoints)
-    gc.freeze()  # the collector never again walks through the objects of all imports, which stops a step for long
     model.train()
     while not run.finished:
         micro_batches = batches.of_step(run.step)
@@ -308,4 +306,5 @@ def finish(plan: Plan, folder: RunFolder, model: PreTrainedModel, run: RunState)
 if __name__ == "__main__":
     silence_libraries()
     what_fits = "`python -m gpt2repro.planner RECIPE --gpu NAME` says what fits"
-    run_script(main, save_memory=f"lower --micro_batch_size, or pass --gradient_checkpointing true; {what_fits}")
+    save_memory = "lower --micro_batch_size, set it to auto, or pass --gradient_checkpointing true"
+    run_script(main, save_memory=f"{save_memory}; {what_fits}")

@@ -131,7 +131,7 @@ def run_script(main: Callable[[list[str]], object], save_memory: str = SAVE_MEMO
     Args:
         save_memory: the remedy when torch finds no memory.
     """
-    gc.freeze()  # what is imported stays, and is never looked at again
+    gc.freeze()  # what is imported stays, and is never looked at again, which would stop a training step for long
     gc.enable()
     with quiet_broken_pipe():
         _run(main, save_memory)

@@ -13,7 +13,7 @@ from modeling_gpt2repro import GPT2ReproConfig
 
 TAKES_SECONDS = {"torch", "transformers", "accelerate", "datasets", "matplotlib", "evaluate"}
 DOORS = {
-    "train_accelerate.py": ["--max_step", "3"],
+    "train_accelerate.py": ["--max_step", "3", "--optimizer", "adam"],
     "prepare_data.py": ["python-docs"],
     "eval_hellaswag.py": ["./no-run", "--limit", "0"],
     "scorecard.py": ["--limit", "0"],

@@ -349,7 +349,8 @@ def test_an_error_stands_on_a_line_of_its_own(train, tmp_path):
 
 
 def test_eval_only_prints_the_losses_of_a_run_on_equally_much_of_both_splits(train, trained, data_dir, tmp_path):
-    done = train(tmp_path / "run", "--eval_only", "--init_from", trained[0], "--num_workers", 0)
+    flags = ("--attention", "cudnn", "--micro_batch_size", "auto")  # of training; a CPU has no such kernel
+    done = train(tmp_path / "run", "--eval_only", "--init_from", trained[0], "--num_workers", 0, *flags)
     losses = dict(line.split() for line in done.stdout.splitlines() if "_loss" in line)
     assert losses["val_loss"] == f"{rows(trained[0], 'val_loss')[-1]['val_loss']:.4f}"
     model = GPT2ReproForCausalLM.from_pretrained(trained[0] / "model")

@@ -157,8 +157,7 @@ def slow_main_process(seconds: float) -> None:
 
 
 def refuse_a_living_ddp() -> None:
-    """No fault: fail if DDP lives on where the process group ends. gc.get_objects() would not say, as the trainer
-    freezes what exists before its first step."""
+    """No fault: fail if DDP lives on where the process group ends."""
     init, close = DistributedDataParallel.__init__, Telemetry.close
     made: list[weakref.ref] = []
 

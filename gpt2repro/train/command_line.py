@@ -17,6 +17,7 @@ from gpt2repro.processes import world_size
 from gpt2repro.recipe import Recipe
 from gpt2repro.recipe_file import parse_recipe
 from gpt2repro.run_folder import RunFolder
+from gpt2repro.train.optimizers import optimizer_problems
 from gpt2repro.train.recipe_change import RecipeChange, edit_problems
 
 
@@ -59,7 +60,7 @@ def read_command_line(argv: list[str]) -> CommandLine:
     folder = None if recipe.eval_only else RunFolder(recipe.output_dir)
 
     problems += recipe.problems(world_size()) + tracker_problems(recipe) + hub_problems(recipe)
-    problems += reference_problems(recipe.reference_curve)
+    problems += reference_problems(recipe.reference_curve) + optimizer_problems(recipe)
     data = None
     if has_data and not awaits_demo:
         try:

@@ -55,8 +55,9 @@ def build_accelerator(recipe: Recipe) -> Accelerator:
             f"WORLD_SIZE={world_size()}, but accelerate runs {accelerator.num_processes} process(es); "
             "start the run with `accelerate launch` or torchrun"
         )
-    device_type, precision = accelerator.device.type, accelerator.mixed_precision
-    on_main(lambda: refuse(attention_problems(recipe.attention, device_type, precision)))  # all ranks have them
+    if not recipe.eval_only:  # which takes torch's default
+        device_type, precision = accelerator.device.type, accelerator.mixed_precision
+        on_main(lambda: refuse(attention_problems(recipe.attention, device_type, precision)))  # all ranks have them
     if accelerator.device.type == "cpu":
         use_all_cores()
         keep_freed_memory()

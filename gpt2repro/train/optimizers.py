@@ -4,17 +4,22 @@ To add one, write a function like `adamw` and give it a name, which the recipe's
 
     OPTIMIZERS["adamw_two_rates"] = adamw_two_rates
 
-benchmarks/muon.py does this from outside the package.
+benchmarks/muon.py does this from outside the package. torch is imported where it is used, as a name that is not
+registered is refused before that.
 """
+
+from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Iterable
-
-import torch
-from accelerate import Accelerator, DistributedType
+from typing import TYPE_CHECKING
 
 from gpt2repro.recipe import Recipe
-from gpt2repro.train.muon import Muon
+
+
+if TYPE_CHECKING:
+    import torch
+    from accelerate import Accelerator
 
 
 def build_optimizers(model: torch.nn.Module, recipe: Recipe) -> list[torch.optim.Optimizer]:
@@ -36,6 +41,8 @@ def adamw(model: torch.nn.Module, recipe: Recipe) -> list[torch.optim.Optimizer]
 
 def muon(model: torch.nn.Module, recipe: Recipe) -> list[torch.optim.Optimizer]:
     """Muon for the blocks' matrices, of which c_attn.weight is three: query, key and value. AdamW for the rest."""
+    from gpt2repro.train.muon import Muon
+
     matrices = block_matrices(model)
     joint = {block.attn.c_attn.weight for block in model.transformer.h}
     lr_ratio = recipe.muon_learning_rate / recipe.learning_rate
@@ -51,13 +58,15 @@ def muon(model: torch.nn.Module, recipe: Recipe) -> list[torch.optim.Optimizer]:
     ]
 
 
-OptimizerBuilder = Callable[[torch.nn.Module, Recipe], list[torch.optim.Optimizer]]
+OptimizerBuilder = Callable[["torch.nn.Module", Recipe], list["torch.optim.Optimizer"]]
 OPTIMIZERS: dict[str, OptimizerBuilder] = {"adamw": adamw, "muon": muon}
 
 
 def adamw_for(parameters: Iterable[torch.nn.Parameter], recipe: Recipe) -> torch.optim.AdamW:
     """A fused AdamW that applies weight decay to tensors with 2 or more dimensions only: matrices and embeddings, not
     biases and LayerNorms."""
+    import torch
+
     trained = [p for p in parameters if p.requires_grad]
     groups = [
         {"params": [p for p in trained if p.dim() >= 2], "weight_decay": recipe.weight_decay},
@@ -88,7 +97,7 @@ def set_lr(optimizers: Iterable[torch.optim.Optimizer], lr: float) -> float:
 
 
 def optimizer_problems(recipe: Recipe) -> list[str]:
-    """One line if the recipe's optimizer is not registered. recipe.py cannot check it: the registry imports torch."""
+    """One line if the recipe's optimizer is not registered."""
     if recipe.optimizer in OPTIMIZERS:
         return []
     problem = f"optimizer={recipe.optimizer} is not one of {', '.join(OPTIMIZERS)}"
@@ -102,6 +111,8 @@ def launch_problems(recipe: Recipe, accelerator: Accelerator, n_optimizers: int)
     Args:
         n_optimizers: how many `build_optimizers` returned.
     """
+    from accelerate import DistributedType
+
     uses_deepspeed = accelerator.distributed_type == DistributedType.DEEPSPEED
     problems = []
     if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":

@@ -29,7 +29,6 @@ from gpt2repro.recipe import Recipe
 from gpt2repro.run_folder import RunFolder
 from gpt2repro.train.checkpoint_files import find_damage
 from gpt2repro.train.command_line import DEMO, output_problems, read_command_line
-from gpt2repro.train.optimizers import optimizer_problems
 from gpt2repro.train.rendezvous import join
 from modeling_gpt2repro import GPT2ReproConfig
 
@@ -68,7 +67,7 @@ def resolve_and_check(argv: list[str]) -> Plan:
         prepare_demo(command.recipe)
         command = read_command_line(argv)
     recipe, folder, data = command.recipe, command.folder, command.data
-    problems = command.problems + optimizer_problems(recipe) + missing_gpu()
+    problems = command.problems + missing_gpu()
     plan = None
     try:
         if data is not None and not recipe.bound_problems():

@@ -13,6 +13,12 @@ from gpt2repro.train.guard import Guard
 from gpt2repro.train.telemetry import Telemetry
 
 
+JOINT_MOMENTUM = (
+    "Muon of an older version took query, key and value for one matrix; this one goes on with three, so the run will "
+    "not be the uninterrupted one"
+)
+
+
 class RunState:
     """The state of a run between two steps, the same on all ranks.
 
@@ -106,6 +112,8 @@ class RunState:
         state = checkpoints.restore()
         if state is not None:
             self.load_state_dict(state)
+            if self.recipe.optimizer == "muon" and "attention" not in state.get("recipe", {}):
+                self.telemetry.say(JOINT_MOMENTUM)
             self.telemetry.say(f"resuming after step {self.step:,} of {self.recipe.max_steps:,}")
         changed_steps = on_main(RunFolder(self.recipe.output_dir).override_steps)
         if self.best.patience_exhausted and self.step in changed_steps:

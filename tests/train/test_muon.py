@@ -2,13 +2,16 @@
 
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 from support import PATIENCE, ROOT
 
+from gpt2repro.recipe import Recipe
 from gpt2repro.train import muon
 from gpt2repro.train.muon import Muon, orthogonalize
+from gpt2repro.train.run_state import JOINT_MOMENTUM, RunState
 
 
 SETTINGS = {"lr": 0.02, "momentum": 0.9, "weight_decay": 0.1}
@@ -117,3 +120,17 @@ def test_two_ranks_learn_what_one_process_learns(tmp_path):
         for name, expected in alone.items():
             assert torch.equal(ranks[0][name], ranks[1][name]), (kind, name)
             torch.testing.assert_close(ranks[0][name], expected, atol=2e-5, rtol=0, msg=f"{kind} {name}")
+
+
+@pytest.mark.parametrize("is_old", [False, True])
+def test_a_run_with_an_older_versions_joint_momentum_says_that_it_goes_on_with_three(tmp_path, is_old):
+    said = []
+    telemetry = SimpleNamespace(
+        say=said.append, start=lambda step: None, state_dict=dict, load_state_dict=lambda state: None
+    )
+    run = RunState(Recipe(optimizer="muon", output_dir=str(tmp_path)), telemetry)
+    state = run.state_dict()
+    if is_old:
+        del state["recipe"]["attention"]
+    run.resume(SimpleNamespace(restore=lambda: state))
+    assert said.count(JOINT_MOMENTUM) == is_old and said[-1].startswith("resuming after step 0")
