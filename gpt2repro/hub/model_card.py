@@ -152,12 +152,14 @@ def _facts(model: PreTrainedModel, record: dict[str, Any], metrics: dict[str, An
         ]
     )
     if "tokens" in metrics:
+        rank = record.get("lora_rank")
+        adapter = f"; a LoRA adapter of rank {rank} was trained, which is merged into these weights" if rank else ""
         growing = "up to " if record.get("batch_ramp_start") else ""
         facts.append(
             [
                 "training",
                 f"{metrics['step']:,} steps of {growing}{record['global_batch_tokens']:,} tokens, "
-                f"{metrics['tokens']:,} in all, starting from {started_from(record)}",
+                f"{metrics['tokens']:,} in all, starting from {started_from(record)}{adapter}",
             ]
         )
     if "hardware" in record:

@@ -104,6 +104,8 @@ def adapter_base(folder: Path) -> str:
         raise UserError(f"{problem} of a kind that cannot be merged into a model; give the model that it was made for")
     if not base or not isinstance(base, str):
         raise UserError(f"{problem}; write the name of its base model to base_model_name_or_path there")
+    if settings.get("megatron_config"):  # PEFT imports the module that megatron_core names
+        raise UserError(f"{problem} whose megatron_config names code to run; set it to null if you know the adapter")
     if is_adapter(base):
         raise UserError(f"{problem} of another adapter, {base}; write that one's base model there")
     if find_spec("peft") is None:

@@ -7,6 +7,7 @@ the weight is stored as Conv1D, (in, out), PEFT transposes B A.
 PEFT is an extra, so it is imported where it is used.
 """
 
+import copy
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -102,7 +103,8 @@ def save_adapter(folder: Path, config: "LoraConfig", weights: Mapping[str, torch
     Args:
         weights: of the adapters, by their names in the model.
     """
-    saved = type(config)(**config.to_dict() | {"inference_mode": True})  # as PEFT saves it: to open is not to train
+    saved = copy.copy(config)
+    saved.inference_mode = True  # as PEFT saves it: to open is not to train
     saved.save_pretrained(str(folder))
     tensors = {saved_name(name): tensor.contiguous() for name, tensor in weights.items()}
     save_file(tensors, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
