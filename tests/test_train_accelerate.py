@@ -554,6 +554,10 @@ def test_missing_data_model_and_network_are_said_together(refused, tmp_path, mon
     ("corpus", "remedy"),
     [
         ("fineweb-edu", "`python prepare_data.py fineweb-edu --output_dir {}` prepares this recipe's data"),
+        (
+            "fineweb --hub_config x",
+            "`python prepare_data.py fineweb --hub_config x --output_dir {}` prepares this recipe's data",
+        ),
         ("files", "`python prepare_data.py files --source FOLDER --output_dir {}` prepares this recipe's data"),
         ("50% a + 50% b", "{} does not exist; make it with `python prepare_data.py`"),
         ("mine (nanoGPT's tokens)", "{} does not exist; make it with `python prepare_data.py`"),

@@ -82,7 +82,8 @@ def open_data(recipe: Recipe) -> RunData:
     try:
         return RunData.open(recipe.sources)
     except UserError as error:
-        is_description = " " in recipe.corpus  # of a mixture or another trainer's tokens, in the record of a run
+        name = recipe.corpus.split(" --")[0]  # flags may follow, as in recipes/gpt2-xl-fineweb-edu.yaml
+        is_description = " " in name  # of a mixture or another trainer's tokens, in the record of a run
         if recipe.data or Path(recipe.data_dir).exists() or is_description:
             raise
         corpus = "files --source FOLDER" if recipe.corpus == "files" else recipe.corpus
