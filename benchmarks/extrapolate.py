@@ -2,13 +2,13 @@
 
     python benchmarks/extrapolate.py 204800=6.96 409600=6.31 819200=5.54 --tokens 65536000
 
-Each short run is a whole one, with its own decay of the learning rate; with lr_schedule wsd the same command with a larger
---max_steps extends the last one, exactly. docs/small-machines.md has the commands.
+Each short run is a whole one, with its own decay of the learning rate; with lr_schedule wsd the same command with a
+larger --max_steps extends the last one, exactly. docs/small-machines.md has the commands.
 
-The law is L(D) = E + B / D**b (Hoffmann et al. 2022, with the model's size fixed). Few points do not determine all three,
-so for each exponent b between 0.1 and 1 the best E and B are computed, and all laws that fit nearly as well as the best
-count. What is printed is the range of their predictions, which widens with the distance; it does not cover that the law
-itself may fail, e.g. because text is repeated or because the first steps follow another one.
+The law is L(D) = E + B / D**b (Hoffmann et al. 2022, with the model's size fixed). Few points do not determine all
+three, so for each exponent b between 0.1 and 1 the best E and B are computed, and all laws that fit nearly as well as
+the best count. What is printed is the range of their predictions, which widens with the distance; it does not cover that
+the law itself may fail, e.g. because text is repeated or because the first steps follow another one.
 """
 
 import argparse
@@ -59,7 +59,7 @@ def main() -> None:
     exponents, predicted = predictions(tokens, losses, args.tokens)
     print(f"{args.tokens:,.0f} tokens, {args.tokens / tokens[-1]:,.0f} times the longest run")
     print(
-        f"loss between {predicted.min():.2f} and {predicted.max():.2f}, for exponents {exponents[0]:.2f} to {exponents[-1]:.2f}"
+        f"loss {predicted.min():.2f} to {predicted.max():.2f}, for exponents {exponents[0]:.2f} to {exponents[-1]:.2f}"
     )
 
 

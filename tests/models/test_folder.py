@@ -146,7 +146,7 @@ def follow_advice(error):
         ("[1, 2]", "adapter_config.json is damaged .*; save the adapter again"),
         ('{"peft_type": "LORA", "base_model_name_or_path": null}', "write the name of its base model"),
         (
-            '{"peft_type": "LORA", "base_model_name_or_path": "gpt2", "megatron_config": {"a": 1}, "megatron_core": "x"}',
+            '{"peft_type": "LORA", "base_model_name_or_path": "gpt2", "megatron_config": {"tp": 1}}',
             "megatron_config names code to run",
         ),
         ('{"peft_type": "PREFIX_TUNING", "base_model_name_or_path": "gpt2"}', "PREFIX_TUNING .* cannot be merged"),
