@@ -7,8 +7,8 @@ larger --max_steps extends the last one, exactly. docs/small-machines.md has the
 
 The law is L(D) = E + B / D**b (Hoffmann et al. 2022, with the model's size fixed). Few points do not determine all
 three, so for each exponent b between 0.1 and 1 the best E and B are computed, and all laws that fit nearly as well as
-the best count. What is printed is the range of their predictions, which widens with the distance; it does not cover that
-the law itself may fail, e.g. because text is repeated or because the first steps follow another one.
+the best count. What is printed is the range of their predictions, which widens with the distance; that the law itself
+may fail, because text is repeated or the first steps follow another one, it does not cover.
 """
 
 import argparse
@@ -40,9 +40,9 @@ def predictions(tokens: list[float], losses: list[float], target: float) -> tupl
         residual = np.sqrt(np.mean((design @ [floor, scale] - values) ** 2))
         if floor > 0:
             rows.append((exponent, residual, floor + scale * (target / sizes[-1]) ** -exponent))
-    if not rows:
-        raise SystemExit("no such law fits: the losses fall faster than any power law with a positive limit")
-    exponents, residuals, predicted = np.array(rows).T
+    exponents, residuals, predicted = np.array(rows).reshape(-1, 3).T
+    if len(rows) == 0 or residuals.min() > 2 * SEED_SPREAD:
+        raise SystemExit("no power law fits these losses; leave out the shortest runs, or measure longer ones")
     kept = residuals <= residuals.min() + SEED_SPREAD
     return exponents[kept], predicted[kept]
 
