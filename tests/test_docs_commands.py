@@ -285,7 +285,8 @@ def stand_in(words: list[str], number: int) -> tuple[str, list[str]]:
     made = f"made/{number}"
     if script == "train_accelerate.py":
         if "--init_from" in flags:
-            return script, last_of_each([*flags, *SMALL_RUN, "--init_from", "runs/demo", "--output_dir", made])
+            small = [*SMALL_RUN, "--init_from", "runs/demo", "--data_dir", "data/stand-in", "--output_dir", made]
+            return script, last_of_each([*flags, *small])
         return script, last_of_each([*flags, *SMALL_RUN, *SMALL_MODEL, "--output_dir", made])
     if script == "prepare_data.py":
         small = ["--num_workers", "1"] if "--num_workers" in flags else []
