@@ -222,7 +222,8 @@ def sandbox(topics, trainer_server, tmp_path_factory) -> Path:
     for name in ("recipes", "accelerate_configs", "LICENSE"):
         (folder / name).symlink_to(ROOT / name)
     commands = "\n".join(all_commands())
-    write_texts(folder, "\n\n".join(topics[:8])[:40_000], set(re.findall(r"--source (\S+)", commands)))
+    made = set(re.findall(r"(?:>|cp \S+) (\S+)", commands))  # by the commands themselves
+    write_texts(folder, "\n\n".join(topics[:8])[:40_000], set(re.findall(r"--source (\S+)", commands)) - made)
     prepare("files", "--source", folder / "FOLDER" / "a.txt", "--tokenizer", "char", "--output_dir", folder / "tokens")
     run_train(trainer_server, folder, [*SMALL_RUN, "--data_dir", "tokens", *SMALL_MODEL, "--output_dir", "run"])
     with_adapter = set(re.findall(r"(runs/[\w-]+)/adapter", commands))
@@ -231,7 +232,8 @@ def sandbox(topics, trainer_server, tmp_path_factory) -> Path:
         run_train(trainer_server, folder, [*SMALL_RUN, *adapter])
 
     (folder / "data" / "stand-in").symlink_to(folder / "tokens")
-    for name in set(re.findall(r"\b(?:data|runs|publish)/[\w-]+\b(?!\.)", commands)) | {"./converted", "./plain"}:
+    read = re.sub(r"--output_dir\W+[\w/-]+", "", commands)  # what is only written must not be there
+    for name in set(re.findall(r"\b(?:data|runs|publish)/[\w-]+\b(?!\.)", read)) | {"./converted", "./plain"}:
         if name.startswith("data/"):
             (folder / name).symlink_to(folder / "tokens")
         elif name.startswith("runs/"):
@@ -250,7 +252,7 @@ def write_texts(folder: Path, text: str, sources: set[str]) -> None:
     (folder / "FOLDER" / "b.md").write_text(text[:1000])
     rows = [f"row {number} of a dataset" for number in range(300)]
     (folder / "owner" / "dataset" / "rows.jsonl").write_text("".join(f'{{"content": "{row}"}}\n' for row in rows))
-    for source in sources - {"FOLDER", "data/license.txt"}:  # the second is made by a command
+    for source in sources - {"FOLDER"}:
         if source.endswith(".jsonl"):
             (folder / source).write_text("".join(f'{{"text": "{row}"}}\n' for row in rows))
         else:
