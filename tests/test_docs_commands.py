@@ -52,7 +52,7 @@ OTHER_PROGRAMS |= {"ct2-transformers-converter", "hf", "kubectl", "sky"}
 SMALL_RUN = shlex.split("""
     --max_steps 2 --warmup_steps 1 --global_batch_tokens 64 --micro_batch_size 2 --sequence_length 32
     --batch_ramp_tokens 0 --compile false --validation_tokens 64 --validate_every 0 --hellaswag_every 0 --sample_every 0
-    --sample_tokens 2 --num_workers 0 --data_dir data/stand-in""")
+    --sample_tokens 2 --num_workers 0 --patience 0 --data_dir data/stand-in""")
 SMALL_MODEL = shlex.split("""--model.n_positions 64 --model.n_layer 1 --model.n_head 2 --model.n_embd 32
     --model.vocab_size 128""")
 
