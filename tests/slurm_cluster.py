@@ -1,4 +1,7 @@
-"""A real Slurm cluster of two nodes, all on this machine: its controller and daemons, on loopback, for one user."""
+"""A real Slurm cluster of two nodes, all on this machine: its controller and daemons, on loopback, for one user.
+
+The nodes' names are addresses, because the processes of a job look up the name of its first node.
+"""
 
 import contextlib
 import getpass
@@ -36,7 +39,8 @@ SlurmdParameters=config_overrides
 MpiDefault=none
 ReturnToService=2
 GresTypes=gpu
-NodeName=node[0-1] NodeHostname={host} NodeAddr=127.0.0.1 Port=[{ports[1]}-{ports[2]}] CPUs=4 RealMemory=9000 Gres=gpu:1
+NodeName=DEFAULT CPUs=4 RealMemory=9000 Gres=gpu:1
+NodeName=127.0.0.[1-2] NodeHostname={host} NodeAddr=127.0.0.1 Port=[{ports[1]}-{ports[2]}]
 PartitionName=cpu Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 """
 
@@ -56,7 +60,7 @@ def slurm_cluster(folder: Path) -> Iterator[dict[str, str]]:
     (folder / "gres.conf").write_text("Name=gpu File=/dev/null\n")  # any device will do
     environment = {"SLURM_CONF": str(config)}
     commands = [[daemons[0], "-D", "-f", config]] + [
-        [daemons[1], "-D", "-f", config, "-N", f"node{number}"] for number in range(2)
+        [daemons[1], "-D", "-f", config, "-N", name] for name in ("127.0.0.1", "127.0.0.2")
     ]
     with (folder / "console.log").open("w") as log:
         running = [
