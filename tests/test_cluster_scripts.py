@@ -10,7 +10,6 @@ import sys
 import pytest
 import yaml
 from accelerate.utils.other import get_free_port
-from kubeflow_trainer_api.models import TrainerV1alpha1TrainJob
 from slurm_cluster import slurm_cluster
 from support import PATIENCE, ROOT, measured, metric_rows, wait_until
 
@@ -205,6 +204,8 @@ print(task.storage_mounts["/bucket"].mode.value, task.num_nodes)
 
 
 def test_kubeflow_reads_its_job():
+    from kubeflow_trainer_api.models import TrainerV1alpha1TrainJob
+
     content = yaml.safe_load((SCRIPTS / "kubeflow_train.yaml").read_text())
     assert TrainerV1alpha1TrainJob.from_dict(content).to_dict() == content  # which leaves out what it does not know
 
