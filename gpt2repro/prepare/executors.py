@@ -111,7 +111,10 @@ def start_ray():
     import ray
 
     if not ray.is_initialized():
-        ray.init(log_to_driver=False, logging_level=logging.ERROR)
+        try:
+            ray.init(log_to_driver=False, logging_level=logging.ERROR)
+        except ConnectionError as error:
+            raise UserError(f"{first_line(error)}; check RAY_ADDRESS, and that this machine belongs to it") from error
     return ray
 
 
