@@ -114,7 +114,8 @@ def start_ray():
         try:
             ray.init(log_to_driver=False, logging_level=logging.ERROR)
         except ConnectionError as error:
-            raise UserError(f"{first_line(error)}; check RAY_ADDRESS, and that this machine belongs to it") from error
+            remedy = "check RAY_ADDRESS, and set RAY_AUTH_MODE as on the cluster: `ray start` takes token by itself"
+            raise UserError(f"{first_line(error)}; {remedy}") from error
     return ray
 
 
