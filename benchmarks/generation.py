@@ -1,4 +1,5 @@
-"""Greedy generation, tokens/s: ours beside GPT2LMHeadModel.generate(), and on the CPU beside CTranslate2.
+"""Greedy generation, tokens/s: ours beside GPT2LMHeadModel.generate(), and on the CPU beside CTranslate2 and, where
+llama-cpp-python is installed, llama.cpp, whose rows are generated one by one.
 
     python benchmarks/generation.py --output benchmarks/results/generation_cpu.json
     python benchmarks/generation.py --device cuda
@@ -11,6 +12,8 @@ import argparse
 import copy
 import datetime
 import importlib.metadata
+import importlib.util
+import itertools
 import json
 import os
 import statistics
@@ -28,11 +31,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.train_step import processor_name
 from gpt2repro.data.tokenization import build_tokenizer
 from gpt2repro.errors import quiet_broken_pipe
+from gpt2repro.models.gguf_file import write_gguf
 from gpt2repro.models.openai_weights import from_gpt2
 from gpt2repro.models.packed_weights import pack_weights
 from gpt2repro.train.report import provenance
 
 
+OTHERS = {"CTranslate2": "ctranslate2", "llama.cpp": "llama_cpp_python"}
 PROMPT = [464, 3290, 373, 1043]  # "The dog was found"
 
 
@@ -42,7 +47,8 @@ def main() -> None:
     sizes = {"n_layer": args.n_layer, "n_head": args.n_head, "n_embd": args.n_embd}
     reference = GPT2LMHeadModel(GPT2Config(**sizes, eos_token_id=None)).eval()
     if args.device == "cpu":
-        variants = our_variants(reference) | reference_variants(reference) | ctranslate2_variants(reference)
+        variants = our_variants(reference) | reference_variants(reference)
+        variants |= ctranslate2_variants(reference) | llama_cpp_variants(reference)
     else:
         variants = gpu_variants(reference.to(args.device, torch.bfloat16))
     rates: dict[str, dict[str, list[float]]] = {str(batch): {name: [] for name in variants} for batch in args.batches}
@@ -146,10 +152,38 @@ def ctranslate2_generation(generator, tokenizer) -> Callable[[int, int], None]:
     return generate
 
 
+def llama_cpp_variants(reference: GPT2LMHeadModel) -> dict[str, Callable]:
+    if importlib.util.find_spec("llama_cpp") is None:
+        return {}
+    import llama_cpp
+
+    variants = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for name in ("f32", "f16", "q8_0"):
+            file = Path(folder, f"{name}.gguf")
+            write_gguf(file, as_ours(reference), build_tokenizer("gpt2", []).fast, name, "random")
+            threads = torch.get_num_threads()
+            llama = llama_cpp.Llama(
+                str(file), n_ctx=reference.config.n_positions, n_threads=threads, use_mmap=False, verbose=False
+            )
+            variants[f"llama.cpp, {name}"] = llama_cpp_generation(llama)
+    return variants
+
+
+def llama_cpp_generation(llama) -> Callable[[int, int], None]:
+    def generate(batch: int, new_tokens: int) -> None:
+        for _ in range(batch):
+            tokens = llama.generate(PROMPT, temp=0.0, repeat_penalty=1.0)
+            assert len(list(itertools.islice(tokens, new_tokens))) == new_tokens
+
+    return generate
+
+
 def report(args: argparse.Namespace, rates: dict[str, dict[str, list[float]]]) -> None:
     """Print the table, and write --output."""
     medians = {batch: {name: statistics.median(of) for name, of in found.items()} for batch, found in rates.items()}
-    versions = {"ctranslate2": importlib.metadata.version("ctranslate2")} if args.device == "cpu" else {}
+    names = " ".join(medians[str(args.batches[0])])
+    versions = {package: importlib.metadata.version(package) for name, package in OTHERS.items() if name in names}
     header = {
         "date": datetime.date.today().isoformat(),
         "device": torch.cuda.get_device_name() if args.device == "cuda" else f"{os.cpu_count()} x {processor_name()}",
