@@ -84,6 +84,8 @@ def report_write_errors(what: object) -> Iterator[None]:
     """Turn a full disk (or any other failure to write `what`) into one line; nothing that was trained is lost."""
     try:
         yield
+    except BrokenPipeError:  # of what is printed meanwhile: no file raises it
+        raise
     except Exception as error:
         if not isinstance(error, OSError) and os_error_number(error) is None:
             raise

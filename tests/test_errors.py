@@ -191,8 +191,11 @@ WITH_CONTEXT = "with quiet_broken_pipe(): main()"
 PRINTS = "def main(argv=None):\n    print('.', flush=True)\n    for _ in range(99_999): print('a line')\n"
 
 
+WITHIN_WRITES = "def write(argv):\n    with report_write_errors('a run'): main()\nrun_script(write)"
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("start", ["run_script(main)", "check_before_imports(main)", WITH_CONTEXT])
+@pytest.mark.parametrize("start", ["run_script(main)", "check_before_imports(main)", WITH_CONTEXT, WITHIN_WRITES])
 def test_a_script_whose_reader_has_read_enough_ends_quietly(start):
     for flags in ([], ["-u"]):
         done = head(PRINTS + start, *flags)

@@ -9,7 +9,7 @@ from pathlib import Path
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gpt2repro.errors import UserError
-from gpt2repro.models.openai_weights import PROJECTIONS, to_gpt2
+from gpt2repro.models.openai_weights import PROJECTIONS, TANH_GELUS, to_gpt2
 
 
 BLOCK = 32  # inputs that share a scale in q8_0
@@ -36,8 +36,9 @@ def check_gguf(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, gguf_
             "--format gguf carries GPT-2's kind of tokenizer alone, a byte-level BPE (--tokenizer gpt2 or bpe:N of "
             "prepare_data.py), and the model was trained with another; use --format gpt2"
         )
-    if model.config.activation_function == "gelu":
-        raise UserError("--format gguf: llama.cpp computes GPT-2 with gelu_new, not gelu; use --format gpt2")
+    activation = model.config.activation_function
+    if activation not in TANH_GELUS:
+        raise UserError(f"--format gguf: llama.cpp computes GPT-2 with gelu_new, not {activation}; use --format gpt2")
     widths = model.config.n_embd, model.config.n_inner or 4 * model.config.n_embd
     if gguf_type == "q8_0" and any(width % BLOCK for width in widths):
         raise UserError(

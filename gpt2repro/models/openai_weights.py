@@ -44,7 +44,8 @@ from modeling_gpt2repro import GPT2ReproConfig, GPT2ReproForCausalLM
 
 
 PROJECTIONS = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
-GELUS = ("gelu_new", "gelu_pytorch_tanh", "gelu")  # the first two are the same function; the third is nanoGPT's
+TANH_GELUS = ("gelu_new", "gelu_pytorch_tanh")  # two names of GPT-2's
+GELUS = (*TANH_GELUS, "gelu")  # the third is nanoGPT's
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 MASK_BUFFERS = (".attn.bias", ".attn.masked_bias")  # causal masks that older releases of transformers saved
 

@@ -395,9 +395,10 @@ def test_what_gguf_cannot_carry_is_one_line(run_dir, tmp_path, monkeypatch):
     ):
         with pytest.raises(UserError, match=complaint):
             publish.main(flags)
-    model.config.activation_function = "gelu"
-    with pytest.raises(UserError, match="gelu_new"):
-        check_gguf(model, AutoTokenizer.from_pretrained(run_dir / "model"), "f16")
+    for activation in ("gelu", "relu"):
+        model.config.activation_function = activation
+        with pytest.raises(UserError, match=f"gelu_new, not {activation};"):
+            check_gguf(model, AutoTokenizer.from_pretrained(run_dir / "model"), "f16")
     monkeypatch.setitem(sys.modules, "gguf", None)
     with pytest.raises(UserError, match=r"pip install 'gpt2repro\[gguf\]'"):
         publish.main([str(run_dir), *to])
