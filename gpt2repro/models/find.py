@@ -33,10 +33,8 @@ def find_model(name: str) -> str:
             Hub id that the Hub does not have, or cannot be asked about.
     """
     path = Path(name).expanduser()
-    for candidate in (RunFolder(path).model, path):
+    for candidate in _places(path):
         if is_adapter(candidate):
-            if _has_weights(candidate):
-                raise UserError(f"{candidate} {ADAPTED_OR_NOT}")
             adapter_base(candidate)
             return str(candidate)
         if (candidate / "config.json").is_file():
@@ -54,6 +52,11 @@ def find_model(name: str) -> str:
         raise UserError(f"{name} does not exist; give a model folder, a run folder or a Hub id")
     _check_hub(name)
     return name
+
+
+def _places(path: Path) -> tuple[Path, Path]:
+    """Where a path's model may lie: it is a run, or the model itself."""
+    return RunFolder(path).model, path
 
 
 def _what_it_holds(folder: Path) -> str:
@@ -92,10 +95,13 @@ def adapter_base(folder: Path) -> str:
     """The model that an adapter was trained on, as `find_model` finds it.
 
     Raises:
-        UserError: it is not there, the adapter is of a kind that cannot be merged into it, or PEFT is not installed.
+        UserError: it is not there, the adapter is of a kind that cannot be merged into it or lies beside full weights,
+            or PEFT is not installed.
     """
     from gpt2repro.models.errors import explained
 
+    if _has_weights(folder):
+        raise UserError(f"{folder} {ADAPTED_OR_NOT}")
     with explained(f"{folder / ADAPTER_CONFIG} is damaged", "save the adapter again"):
         settings = dict(json.loads((folder / ADAPTER_CONFIG).read_text()))
         kind, base = str(settings.get("peft_type")), settings.get("base_model_name_or_path")
@@ -106,14 +112,14 @@ def adapter_base(folder: Path) -> str:
         raise UserError(f"{problem}; write the name of its base model to base_model_name_or_path there")
     if settings.get("megatron_config"):  # PEFT imports the module that megatron_core names
         raise UserError(f"{problem} whose megatron_config names code to run; set it to null if you know the adapter")
-    if is_adapter(base):
-        raise UserError(f"{problem} of another adapter, {base}; write that one's base model there")
+    if any(map(is_adapter, _places(Path(base).expanduser()))):
+        raise UserError(f"{problem} of another adapter, {base}; merge that first, and write the result's name there")
     if find_spec("peft") is None:
         raise UserError(f'{problem}, which PEFT merges; run `pip install "gpt2repro[lora]"`')
     try:
         return find_model(base)
     except UserError as error:
-        raise UserError(f"{problem}, and its base model is missing: {error}") from error
+        raise UserError(f"{problem} whose base_model_name_or_path is not found from here: {error}") from error
 
 
 @functools.cache  # a script resolves a name when it checks its flags, and again when it opens the model

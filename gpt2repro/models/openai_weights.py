@@ -152,7 +152,7 @@ def open_gpt2(source: str | Path, revision: str | None = None, drop_heads: bool 
             fields, tensors = read_checkpoint_file(source, drop_heads)
             stored_tensors = {name: StoredTensor.of(tensor) for name, tensor in tensors.items()}
             return StoredGPT2(source, revision, unpadded(GPT2ReproConfig(**fields)), lambda: stored_tensors)
-        if is_adapter(source) and not (Path(source) / WEIGHT_FILES[0]).exists():
+        if is_adapter(source):
             return _open_adapter(Path(source), drop_heads)
         stored_fields = _read_config(source, revision)
         is_ours = stored_fields.get("model_type") == GPT2ReproConfig.model_type

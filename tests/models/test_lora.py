@@ -2,6 +2,7 @@
 
 import copy
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -149,6 +150,12 @@ def adapt_head(base):
     edit_adapter(base, base_model_name_or_path=str(base))
 
 
+def adapt_itself(base):
+    """The base model is a run, whose model/ is the adapter."""
+    edit_adapter(base, base_model_name_or_path=str(base.parent))
+    shutil.copytree(base.with_name("adapter"), base.with_name("model"))
+
+
 LORA_A = "base_model.model.transformer.h.1.mlp.c_fc.lora_A.weight"
 
 
@@ -160,10 +167,11 @@ LORA_A = "base_model.model.transformer.h.1.mlp.c_fc.lora_A.weight"
         (edit_weights(lambda tensors: tensors[LORA_A].fill_(torch.nan)), "cannot be merged into .*base"),
         (lambda base: (base.with_name("adapter") / "adapter_model.safetensors").unlink(), "cannot be merged into"),
         (adapt_head, "changes the token embedding or the head, which are one matrix"),
-        (lambda base: edit_adapter(base, base_model_name_or_path="./gone"), "base model is missing: ./gone does not"),
+        (lambda base: edit_adapter(base, base_model_name_or_path="./gone"), "is not found from here: ./gone does not"),
         (lambda base: edit_adapter(base, base_model_name_or_path=str(base.with_name("adapter"))), "of another adapter"),
+        (adapt_itself, "of another adapter"),
     ],
-    ids=["missing", "misshapen", "nan", "no weights", "head", "no base", "of an adapter"],
+    ids=["missing", "misshapen", "nan", "no weights", "head", "no base", "of an adapter", "of itself"],
 )
 def test_an_adapter_that_does_not_fit_is_one_line(base, damage, message):
     damage(base)
