@@ -5,6 +5,8 @@ import importlib.util
 import pytest
 from support import ROOT
 
+from gpt2repro.errors import UserError
+
 
 @pytest.fixture(scope="module")
 def extrapolate():
@@ -28,5 +30,5 @@ def test_the_range_holds_what_the_law_says_and_widens_with_the_distance(extrapol
 
 
 def test_losses_that_fall_faster_and_faster_are_no_power_law(extrapolate):
-    with pytest.raises(SystemExit, match="no power law fits"):
+    with pytest.raises(UserError, match="no power law fits"):
         extrapolate.predictions([1e5, 2e5, 4e5], [7.0, 6.9, 3.0], 1e7)
