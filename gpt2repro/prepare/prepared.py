@@ -353,15 +353,15 @@ def unused_separator(records: list[PartRecord], corpus: Corpus, request: Request
 
 
 def uneven_split(records: list[PartRecord], val_split: ValidationSplit) -> str | None:
-    """A note if validation has more than twice or less than half the tokens that it was asked for."""
+    """A note if validation has more than twice or less than half the tokens that the split stands for."""
     train, val = (sum(record.splits[name].tokens for record in records) for name in SPLITS)
     asked = val_split.tokens or val_split.fraction * (train + val)
     if asked / 2 <= val <= asked * 2:
         return None
     share = f"{val / (train + val):.1%} of the tokens" if val_split.fraction else f"{val:,} tokens"
     return (
-        f"note: validation has {share}, where {val_split} was asked for, as it takes whole documents; choose another "
-        "number, or cut large texts with --document_separator, in another --output_dir"
+        f"note: validation has {share} with {val_split}, as it takes whole documents; choose another number, or cut "
+        "large texts (--document_separator blank --val_fraction 0.1), in another --output_dir"
     )
 
 

@@ -404,9 +404,9 @@ def test_a_tokenizer_without_end_of_text_is_said(tmp_path, capsys):
 @pytest.mark.parametrize(
     "lengths, option, said",
     [
-        ([999, 9], ["--val_tokens", 9], "note: validation has 1,000 tokens, where --val_tokens 9 was asked for"),
+        ([999, 9], ["--val_tokens", 9], "note: validation has 1,000 tokens with --val_tokens 9,"),
         ([9] * 9, ["--val_tokens", 19], None),
-        ([9, 9, 999], ["--val_fraction", 0.7], "note: validation has 2.0% of the tokens, where --val_fraction 0.7"),
+        ([9, 9, 999], ["--val_fraction", 0.7], "note: validation has 2.0% of the tokens with --val_fraction 0.7,"),
         ([9, 9, 9], ["--val_fraction", 0.7], None),
     ],
 )
