@@ -42,7 +42,7 @@ def main(argv: list[str]) -> None:
     device = this_cpu(recipe, args.mixed_precision) if args.gpu == CPU else known_device(args, recipe)
     room = capacity(device.memory_mib) if args.gpu != CPU else float(device.memory_mib * MIB)
     recipe = planned_micro_batch(recipe, sizes, args, room)
-    setups = {strategy: setup_of(recipe, sizes, args, strategy) for strategy in strategies(args)}
+    setups = {strategy: setup_of(recipe, args, strategy) for strategy in strategies(args)}
 
     print(f"{args.recipe} on {args.num_gpus} x {device.name}, mixed_precision={args.mixed_precision}\n")
     print(model_text(sizes, recipe))
@@ -219,29 +219,24 @@ def planned_micro_batch(recipe: Recipe, sizes: Sizes, args: argparse.Namespace, 
     if recipe.micro_batch_size != "auto":
         return recipe
     one = dataclasses.replace(recipe, micro_batch_size=1)
-    setup = setup_of(one, sizes, args, args.strategy)
+    setup = setup_of(one, args, args.strategy)
     fitting = largest_micro_batch(sizes, setup, sequences_per_gpu(recipe, args.num_gpus), room) or setup
     return dataclasses.replace(recipe, micro_batch_size=fitting.micro_batch_size)
 
 
-def setup_of(recipe: Recipe, sizes: Sizes, args: argparse.Namespace, strategy: Strategy) -> Setup:
+def setup_of(recipe: Recipe, args: argparse.Namespace, strategy: Strategy) -> Setup:
     """The recipe's micro-batch under a strategy; as near as the batch allows."""
     sequences = sequences_per_gpu(recipe, args.num_gpus)
     size = min(recipe.sequences_per_micro_batch, sequences)
     shards = {"ddp": 1, "fsdp2": args.num_gpus, "hsdp": min(args.num_gpus, args.gpus_per_machine)}
-    return Setup(
+    return Setup.of(
+        recipe,
         micro_batch_size=size,
-        sequence_length=recipe.sequence_length,
         accumulation=-(-sequences // size),
         strategy=strategy,
         num_gpus=args.num_gpus,
         shards=shards[strategy],
         half=args.mixed_precision == "bf16",
-        compile=recipe.compile,
-        gradient_checkpointing=recipe.gradient_checkpointing,
-        eager_attention=recipe.attention == "eager",
-        muon=recipe.optimizer == "muon",
-        lora_rank=recipe.lora_rank,
         device="cpu" if args.gpu == CPU else "cuda",
     )
 

@@ -81,7 +81,7 @@ def plan(name: str, *flags: str) -> Plan:
     """What `python -m gpt2repro.planner recipes/NAME.yaml FLAGS` proposes."""
     args, recipe = planner.parse_arguments([str(CHECKOUT / "recipes" / f"{name}.yaml"), *flags])
     sizes, device = planner.model_sizes(recipe), planner.known_device(args, recipe)
-    asked = planner.setup_of(recipe, sizes, args, args.strategy)
+    asked = planner.setup_of(recipe, args, args.strategy)
     sequences = planner.sequences_per_gpu(recipe, args.num_gpus)
     setup = planner.proposal(sizes, asked, sequences, capacity(device.memory_mib))
     if setup is None:

@@ -6,11 +6,11 @@ Units are bytes. "Half" below means the type of the matrix products: bf16 or fp1
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from gpt2repro.model_fields import model_constant
 from gpt2repro.plan.sizes import Sizes
-from gpt2repro.recipe import divisors
+from gpt2repro.recipe import Recipe, divisors
 
 
 Strategy = Literal["ddp", "fsdp2", "hsdp"]
@@ -46,6 +46,19 @@ class Setup:
     lora_rank: int = 0  # 0: all weights are trained
     device: Literal["cuda", "cpu"] = "cuda"
     has_telemetry: bool = True  # the trainer's, which now and then copies the weights to measure an update
+
+    @classmethod
+    def of(cls, recipe: Recipe, **launch: Any) -> "Setup":
+        """What the recipe says; the other fields are those of the launch."""
+        return cls(
+            sequence_length=recipe.sequence_length,
+            compile=recipe.compile,
+            gradient_checkpointing=recipe.gradient_checkpointing,
+            eager_attention=recipe.attention == "eager",
+            muon=recipe.optimizer == "muon",
+            lora_rank=recipe.lora_rank,
+            **launch,
+        )
 
     @property
     def tokens(self) -> int:

@@ -122,19 +122,14 @@ def setup_of(recipe: Recipe, accelerator: Accelerator) -> Setup:
     """What the planner has to know of this launch; the micro-batch is still open."""
     mesh, processes = accelerator.parallelism_config, accelerator.num_processes
     is_sharded = accelerator.distributed_type == DistributedType.FSDP
-    shards = mesh.dp_shard_size if is_sharded and mesh is not None else processes
-    return Setup(
+    shards = processes if mesh is None else mesh.dp_shard_size
+    return Setup.of(
+        recipe,
         micro_batch_size=1,
-        sequence_length=recipe.sequence_length,
         strategy="fsdp2" if is_sharded else "ddp",
         num_gpus=processes,
         shards=shards if is_sharded else 1,
         half=accelerator.mixed_precision != "no",
-        compile=recipe.compile,
-        gradient_checkpointing=recipe.gradient_checkpointing,
-        eager_attention=recipe.attention == "eager",
-        muon=recipe.optimizer == "muon",
-        lora_rank=recipe.lora_rank,
         device="cpu" if accelerator.device.type == "cpu" else "cuda",
     )
 
