@@ -105,6 +105,7 @@ def save_adapter(folder: Path, config: "LoraConfig", weights: Mapping[str, torch
     """
     saved = copy.copy(config)
     saved.inference_mode = True  # as PEFT saves it: to open is not to train
+    saved.target_modules = list(TARGETS)  # PEFT makes them a set, whose order differs from process to process
     saved.save_pretrained(str(folder))
     tensors = {saved_name(name): tensor.contiguous() for name, tensor in weights.items()}
     save_file(tensors, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})

@@ -113,6 +113,8 @@ def test_an_adapter_opens_in_peft_on_both_formats_and_here_merged(base, tmp_path
     for way, model in opened.items():
         torch.testing.assert_close(loss_of(model.eval()), expected, **CLOSE, msg=way)
     assert opened["for training"].config.vocab_size == REAL
+    settings = json.loads((adapter / "adapter_config.json").read_text())
+    assert settings["target_modules"] == list(TARGETS)  # PEFT's set has another order in each process
 
 
 def test_an_adapter_of_others_is_merged_with_its_base_models_tokenizer(base, tmp_path):
