@@ -22,7 +22,7 @@ from gpt2repro.models.find import DTYPES, find_model
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser = Parser(__doc__)
-    parser.add_argument("model", help="run, checkpoint, model folder, Hub id, or another trainer's file")
+    parser.add_argument("model", help="run, checkpoint, model or adapter folder, Hub id, or another trainer's file")
     parser.add_argument("--data", help="local hellaswag_val.jsonl or .jsonl.gz (default: from the Hub)")
     parser.add_argument("--style", default="completion", help="completion (the default), harness or both")
     parser.add_argument("--limit", type=int, help="score only the first LIMIT items")

@@ -28,7 +28,7 @@ FOLDER_PREFIXES = (".", "/", "~")  # of --to; any other value is a Hub repositor
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser = Parser(__doc__)
-    parser.add_argument("source", help="run, checkpoint, model folder, Hub id, or another trainer's checkpoint")
+    parser.add_argument("source", help="run, checkpoint, model or adapter folder, Hub id, or another trainer's file")
     parser.add_argument("--to", metavar="REPO_OR_FOLDER", help="owner/name, or a new folder ./name")
     parser.add_argument(
         "--space", metavar="REPO_OR_FOLDER", help="write a demo to owner/name, or to a new folder ./name"

@@ -21,7 +21,7 @@ MINIMUM = {"num_samples": 1, "max_new_tokens": 1, "top_k": 0, "seed": 0}
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser = Parser(__doc__)
-    parser.add_argument("model", help="run, checkpoint, model folder, Hub id, or another trainer's file")
+    parser.add_argument("model", help="run, checkpoint, model or adapter folder, Hub id, or another trainer's file")
     parser.add_argument("--prompt", default="", help="text to continue (default: the start of a document)")
     parser.add_argument("--num_samples", type=int, default=3, help="number of continuations (default: %(default)s)")
     parser.add_argument("--max_new_tokens", type=int, default=200, help="length of each (default: %(default)s)")

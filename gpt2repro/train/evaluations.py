@@ -104,9 +104,8 @@ class Evaluations:
             return f"{remark}; {self.folder.picture} could not be drawn ({first_line(error)})"
 
     def score_hellaswag(self, step: int) -> None:
-        items_per_batch = max(
-            1, self.recipe.sequences_per_micro_batch // ENDINGS
-        )  # a row has the logits of all endings
+        # A row has the logits of all endings.
+        items_per_batch = max(1, self.recipe.sequences_per_micro_batch // ENDINGS)
         metrics = score_encoded(self.raw_model, self.hellaswag, self.accelerator, items_per_batch).metrics()
         self.telemetry.log(step, **metrics)
         self.telemetry.say(f"step {step:,}: HellaSwag acc_norm {metrics['hellaswag_acc_norm']:.4f}")
