@@ -21,6 +21,7 @@ import dataclasses
 import functools
 import logging
 import sys
+import warnings
 from collections.abc import Callable
 from typing import NoReturn
 
@@ -202,6 +203,7 @@ def silence_libraries() -> None:
     """Hide warnings and progress bars that say nothing about this run."""
     logging.getLogger("accelerate.utils.other").setLevel(logging.ERROR)  # "Removed shared tensor": the head is tied
     disable_progress_bar()  # transformers' own, for reading and writing weights
+    warnings.filterwarnings("ignore", "`gradient_checkpointing_enable` is deprecated")  # 5.17 has no other name
 
 
 def build_model(plan: Plan) -> GPT2ReproForCausalLM:
