@@ -115,6 +115,8 @@ def test_one_line_says_what_would_fit_if_nothing_does(monkeypatch, model, recomp
     (line,) = str(error.value).splitlines()
     assert "one sequence of 16 tokens needs" in line and "shorten --sequence_length" in line
     assert ("--gradient_checkpointing true" in line) is not recompute
+    with pytest.raises(UserError, match="; give a number, as losses alone take less"):
+        fix_micro_batch_size(dataclasses.replace(recipe, eval_only=True), model, Accelerator(cpu=True))
 
 
 def test_a_trial_that_fails_down_to_one_sequence_says_so(model):
