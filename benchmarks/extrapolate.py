@@ -1,6 +1,6 @@
 """What loss to expect of a longer run, from short ones: a power law of the tokens, with its uncertainty.
 
-    python benchmarks/extrapolate.py 409600=5.9624 577536=5.7562 819200=5.5277 --tokens 65536000
+    python benchmarks/extrapolate.py 204800=6.96 409600=6.31 819200=5.54 --tokens 65536000
 
 Each short run is a whole one, with its own decay of the learning rate; with lr_schedule wsd the same command with a
 larger --max_steps extends the last one, exactly. docs/small-machines.md has the commands.
@@ -11,18 +11,14 @@ the best count. What is printed is the range of their predictions, which widens 
 may fail, because text is repeated or the first steps follow another one, it does not cover.
 """
 
-import sys
-from pathlib import Path
-
 import numpy as np
 
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from gpt2repro.errors import Parser, UserError, run_script
 
 
 EXPONENTS = np.linspace(0.1, 1.0, 181)
-SEED_SPREAD = 0.02  # nats: about as much as seeds of a small run differ by (shakespeare-char-cpu: 1.901 to 1.920)
+# nats; two seeds of a small run differ by about as much, e.g. those of shakespeare-char-cpu: 1.901 to 1.920
+SEED_SPREAD = 0.02
 
 
 def predictions(tokens: list[float], losses: list[float], target: float) -> tuple[np.ndarray, np.ndarray]:
@@ -50,19 +46,21 @@ def predictions(tokens: list[float], losses: list[float], target: float) -> tupl
     return exponents[kept], predicted[kept]
 
 
-def point(text: str) -> tuple[float, float]:
-    """TOKENS=LOSS as numbers."""
-    tokens, loss = map(float, text.split("="))
+def measured(pair: str) -> tuple[float, float]:
+    """Tokens and loss of TOKENS=LOSS."""
+    tokens, loss = map(float, pair.split("="))
     return tokens, loss
 
 
 def main(argv: list[str]) -> None:
     parser = Parser(__doc__)
-    parser.add_argument("measured", nargs="+", type=point, metavar="TOKENS=LOSS", help="of each run, shortest first")
+    parser.add_argument(
+        "measured", nargs="+", type=measured, metavar="TOKENS=LOSS", help="of three or more runs, shortest first"
+    )
     parser.add_argument("--tokens", type=float, required=True, help="of the run to predict")
     args = parser.parse_args(argv)
     if len(args.measured) < 3:
-        parser.error(f"{len(args.measured)} runs do not determine a power law with a limit; give three or more")
+        parser.error("a power law with a limit needs three or more runs")
     tokens, losses = map(list, zip(*args.measured))
     exponents, predicted = predictions(tokens, losses, args.tokens)
     print(f"{args.tokens:,.0f} tokens, {args.tokens / tokens[-1]:,.0f} times the longest run")

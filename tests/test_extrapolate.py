@@ -32,3 +32,10 @@ def test_the_range_holds_what_the_law_says_and_widens_with_the_distance(extrapol
 def test_losses_that_fall_faster_and_faster_are_no_power_law(extrapolate):
     with pytest.raises(UserError, match="no power law fits"):
         extrapolate.predictions([1e5, 2e5, 4e5], [7.0, 6.9, 3.0], 1e7)
+
+
+@pytest.mark.parametrize("runs", [["1e5"], ["1e5=a"], ["1e5=7", "2e5=6"]])
+def test_what_are_no_three_runs_is_one_line(extrapolate, runs):
+    with pytest.raises(UserError, match="invalid measured value|needs three or more runs") as error:
+        extrapolate.main([*runs, "--tokens", "1e7"])
+    assert "\n" not in str(error.value)
