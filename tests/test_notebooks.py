@@ -33,7 +33,7 @@ def small_run(data_dir, run_script, tmp_path_factory) -> Path:
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_a_notebook_runs_from_a_fresh_state(path, small_run, monkeypatch):
     monkeypatch.setenv("RUN", str(small_run))  # of explore_gpt2 and training_report
-    monkeypatch.setenv("STEPS", "80")  # of scaling_laws
+    monkeypatch.setenv("STEPS", "40")  # of scaling_laws
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     notebook = nbformat.read(path, as_version=4)
     for cell in notebook.cells:

@@ -1,6 +1,5 @@
 """The data of a task: a local file, or a dataset on the Hub, which is asked once before `datasets` asks for longer."""
 
-import functools
 import gzip
 import json
 import zlib
@@ -81,7 +80,6 @@ def cannot_download(error: Exception, source: HubSource, title: str, remedy: str
     return f"{title} ({source}) cannot be downloaded from the Hub ({first_line(error)}); check the network, or {remedy}"
 
 
-@functools.cache
 def _ask_hub_once(source: HubSource) -> None:
     """Raise a ConnectionError if the dataset is not in the cache and the Hub cannot be reached: `load_dataset` would
     try again for half a minute."""

@@ -463,7 +463,6 @@ def test_without_the_hub_the_error_names_data(monkeypatch):
 
 def test_without_a_network_the_hub_is_asked_once(monkeypatch, tmp_path, no_network):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
-    task_data._ask_hub_once.cache_clear()
     with pytest.raises(UserError, match="cannot be downloaded from the Hub"):
         load_items()
     assert len(no_network) <= 2  # `load_dataset` itself tries for half a minute
