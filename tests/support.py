@@ -11,6 +11,7 @@ import pytest
 
 import prepare_data
 from gpt2repro.errors import UserError
+from gpt2repro.files import file_sha256
 from gpt2repro.train.metrics import read_metrics
 
 
@@ -80,3 +81,12 @@ def metric_rows(output_dir: Path, key: str) -> list[dict]:
 def measured(output_dir: Path, key: str) -> list:
     """Every value of a metric, in the order of the steps."""
     return [row[key] for row in metric_rows(output_dir, key)]
+
+
+def write_state(checkpoint: Path, state: dict) -> None:
+    """Give the folder of a checkpoint this state, intact; its other files are empty."""
+    (checkpoint / "trainer_state.json").write_text(json.dumps(state))
+    for name in ("config.json", "model.safetensors", "optimizer.safetensors"):
+        (checkpoint / name).touch()
+    hashes = {path.name: file_sha256(path) for path in checkpoint.iterdir() if path.name != "hashes.json"}
+    (checkpoint / "hashes.json").write_text(json.dumps(hashes))

@@ -37,7 +37,16 @@ from gpt2repro.models.lora import lora_of, save_adapter, saved_name
 from gpt2repro.processes import on_main
 from gpt2repro.recipe import Recipe
 from gpt2repro.run_folder import RunFolder, checkpoint_step
-from gpt2repro.train.checkpoint_files import HASHES, MODEL, OPTIMIZER, STATE, find_damage, read_state, weights_file
+from gpt2repro.train.checkpoint_files import (
+    HASHES,
+    MODEL,
+    OPTIMIZER,
+    STATE,
+    find_damage,
+    read_intact_state,
+    read_state,
+    weights_file,
+)
 from gpt2repro.train.early_stopping import best_first
 
 
@@ -292,11 +301,9 @@ class Checkpoints:
         """The checkpoints with a validation loss, best first."""
         val_losses: dict[int, float] = {}
         for checkpoint in self.folder.complete_checkpoints():
-            if find_damage(checkpoint, only=STATE):
-                continue
-            val_loss = read_state(checkpoint)["val_loss"]
-            if val_loss is not None:
-                val_losses[checkpoint_step(checkpoint)] = val_loss
+            state = read_intact_state(checkpoint)
+            if state is not None and state["val_loss"] is not None:
+                val_losses[checkpoint_step(checkpoint)] = state["val_loss"]
         return [self.folder.checkpoint(step) for step in best_first(val_losses)]
 
     def _read(self, checkpoint: Path) -> tuple[Tensors, dict[str, Tensors]]:

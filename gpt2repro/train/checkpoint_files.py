@@ -24,6 +24,11 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
     return json.loads((checkpoint / STATE).read_text())
 
 
+def read_intact_state(checkpoint: Path) -> dict[str, Any] | None:
+    """The same, verified: with a byte flipped it may still be JSON. None: it is damaged or missing."""
+    return None if find_damage(checkpoint, only=STATE) else read_state(checkpoint)
+
+
 def find_damage(checkpoint: Path, only: str | None = None) -> str | None:
     """What is missing or altered in a checkpoint, or in its file `only`; None if it is intact."""
     try:

@@ -29,7 +29,7 @@ from gpt2repro.plan.sizes import Sizes
 from gpt2repro.processes import local_world_size, on_main
 from gpt2repro.recipe import Recipe, divisors
 from gpt2repro.run_folder import RunFolder
-from gpt2repro.train.checkpoint_files import read_state
+from gpt2repro.train.checkpoint_files import read_intact_state
 
 
 MIB, GIB = 2**20, 2**30
@@ -69,11 +69,8 @@ def used_before(recipe: Recipe) -> int | None:
     if recipe.eval_only or folder.is_untouched():
         return None
     newest = folder.latest_checkpoint()
-    try:
-        recorded = read_state(newest)["recipe"] if newest else folder.read_record()
-        return recorded["micro_batch_size"]
-    except (OSError, ValueError, KeyError, TypeError):  # damaged, or of a version that did not record it
-        return None
+    state = read_intact_state(newest) if newest else {"recipe": folder.read_record()}
+    return (state or {}).get("recipe", {}).get("micro_batch_size")  # a version before did not record it
 
 
 def choose(

@@ -14,7 +14,7 @@ from gpt2repro.files import delete
 from gpt2repro.recipe import Recipe
 from gpt2repro.recipe_file import changed_fields, differences
 from gpt2repro.run_folder import RunFolder, checkpoint_step
-from gpt2repro.train.checkpoint_files import STATE, find_damage, read_state
+from gpt2repro.train.checkpoint_files import read_intact_state
 from gpt2repro.train.schedule import lr_at, steps_of_equal_rates
 
 
@@ -97,12 +97,10 @@ class RecipeChange:
 def edit_problems(recorded: dict[str, Any], folder: RunFolder) -> list[str]:
     """One line if recipe.yaml has been edited by hand: it says then what the newest checkpoint's steps did not have."""
     newest = folder.latest_checkpoint()
-    if newest and find_damage(newest, only=STATE):  # it says nothing reliable, and the run resumes from an earlier one
+    state = read_intact_state(newest) if newest else {"recipe": recorded}
+    if state is None or "recipe" not in state:  # damaged: the run resumes from an earlier one; or of an older version
         return []
-    try:
-        expected = read_state(newest)["recipe"] if newest else recorded
-    except (OSError, KeyError):  # removed meanwhile, or of a version that did not record it
-        return []
+    expected = state["recipe"]
     for override in recorded.get("overrides", []):
         if newest and override["step"] >= checkpoint_step(newest):  # made after that checkpoint
             expected |= {name: change["to"] for name, change in override.items() if name != "step"}

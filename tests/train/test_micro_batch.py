@@ -2,11 +2,11 @@
 
 import dataclasses
 import gc
-import json
 
 import pytest
 import torch
 from accelerate import Accelerator
+from support import write_state
 from tiny_models import tiny_model
 
 from gpt2repro.errors import UserError
@@ -143,7 +143,7 @@ def test_the_newest_checkpoints_number_goes_before_the_record_if_it_divides(tmp_
     assert fix_micro_batch_size(recipe, model, Accelerator(cpu=True)).micro_batch_size == 4
     checkpoint = tmp_path / "checkpoints" / "step_00000010"
     checkpoint.mkdir(parents=True)
-    (checkpoint / "trainer_state.json").write_text(json.dumps({"recipe": {"micro_batch_size": number}}))
+    write_state(checkpoint, {"recipe": {"micro_batch_size": number}})
     assert fix_micro_batch_size(recipe, model, Accelerator(cpu=True)).micro_batch_size == kept
 
 

@@ -1,11 +1,10 @@
 """Resuming a run with another recipe: what is accepted, from which checkpoint, and what is recorded."""
 
 import dataclasses
-import json
 
 import pytest
+import support
 
-from gpt2repro.files import file_sha256
 from gpt2repro.recipe import Recipe
 from gpt2repro.run_folder import RunFolder
 from gpt2repro.train.recipe_change import RecipeChange, edit_problems
@@ -26,13 +25,7 @@ def run_folder(tmp_path, steps, **fields):
 
 
 def write_state(folder, step, recipe):
-    state = json.dumps({"step": step, "recipe": dataclasses.asdict(recipe)})
-    checkpoint = folder.checkpoint(step)
-    (checkpoint / "trainer_state.json").write_text(state)
-    for name in ("config.json", "model.safetensors", "optimizer.safetensors"):
-        (checkpoint / name).touch()
-    hashes = {path.name: file_sha256(path) for path in checkpoint.iterdir() if path.name != "hashes.json"}
-    (checkpoint / "hashes.json").write_text(json.dumps(hashes))
+    support.write_state(folder.checkpoint(step), {"step": step, "recipe": dataclasses.asdict(recipe)})
 
 
 def change(folder, recipe):
